@@ -1,0 +1,1 @@
+"""Reading and writing model weights: Hugging Face and neighbours, slice by slice."""
