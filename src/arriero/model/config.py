@@ -1,0 +1,240 @@
+"""The model's shape: Hugging Face's `config.json`, read, checked and written.
+
+`config.json` defines the model; a recipe never repeats it. Old files keep `rope_theta` and `rope_scaling` at the top,
+files of transformers 5 keep both in `rope_parameters`: both are read, and `to_json` writes both so that either reads it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from arriero.errors import UserError, join_problems, nearest
+
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
+_ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the trained length (Hugging Face's `rope_scaling`)."""
+
+    rope_type: str = "default"
+    """One of default, linear, dynamic, llama3."""
+    factor: float = 1.0
+    """How many times longer than the original the context is."""
+    low_freq_factor: float = 1.0
+    """llama3 only: wavelengths longer than original / low_freq_factor are divided by `factor`."""
+    high_freq_factor: float = 4.0
+    """llama3 only: wavelengths shorter than original / high_freq_factor are kept."""
+    original_max_position_embeddings: int | None = None
+    """Context length before stretching, in tokens; dynamic falls back to `max_position_embeddings`."""
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of a `LlamaForCausalLM`, under Hugging Face's names."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    head_dim: int = 128
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
+
+    @classmethod
+    def from_json(cls, path: Path | str) -> LlamaConfig:
+        """Reads `config.json`, or the directory that holds it.
+
+        Raises:
+            UserError: no such file, not JSON, not a LLaMA, or a value that this model cannot honour.
+        """
+        path = Path(path)
+        file = path / "config.json" if path.is_dir() else path
+        try:
+            raw = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{file}: no such file", "name a Hugging Face config.json or its directory") from None
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise UserError(f"{file}: not JSON ({error})", "restore the file from where the model came from") from None
+        if not isinstance(raw, dict):
+            raise UserError(f"{file}: holds a {type(raw).__name__}, not an object", "name a Hugging Face config.json")
+        return cls.from_dict(raw, where=str(file))
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], *, where: str = "config") -> LlamaConfig:
+        """Builds the shape from the decoded `config.json`; `where` names the source in errors."""
+        problems: list[UserError] = []
+        if raw.get("model_type", "llama") != "llama":
+            problems.append(
+                UserError(f"{where}: model_type is {raw['model_type']!r}", "arriero trains llama models only")
+            )
+        if raw.get("hidden_act", "silu") != "silu":
+            problems.append(UserError(f"{where}: hidden_act is {raw['hidden_act']!r}", "LLaMA's activation is silu"))
+        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            value = raw.get(key)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                problems.append(UserError(f"{where}: {key} is {value!r}", f"give {key} as a positive whole number"))
+        if problems:
+            raise join_problems(problems)
+        heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
+        parameters = raw.get("rope_parameters") or {}
+        simple = {
+            key: raw[key]
+            for key in ("rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "attention_bias", "mlp_bias",
+                        "initializer_range", "bos_token_id", "eos_token_id")
+            if key in raw
+        }  # fmt: skip
+        if isinstance(
+            simple.get("eos_token_id"), list
+        ):  # llama 3.1 instruct lists several ends; the first is the text's
+            simple["eos_token_id"] = simple["eos_token_id"][0]
+        config = cls(
+            vocab_size=raw["vocab_size"],
+            hidden_size=hidden,
+            intermediate_size=raw["intermediate_size"],
+            num_hidden_layers=raw["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or hidden // heads,
+            rope_theta=float(parameters.get("rope_theta") or raw.get("rope_theta") or 10000.0),
+            rope_scaling=_read_scaling(raw.get("rope_scaling") or parameters, where),
+            **simple,
+        )
+        problems = config.problems(where)
+        if problems:
+            raise join_problems(problems)
+        return config
+
+    def problems(self, where: str = "config") -> list[UserError]:
+        """All that is impossible about this shape, each with its fix."""
+        found = []
+        if self.num_attention_heads % self.num_key_value_heads:
+            found.append(
+                UserError(
+                    f"{where}: {self.num_attention_heads} heads do not divide into {self.num_key_value_heads} "
+                    "key-value heads",
+                    "make num_attention_heads a multiple of num_key_value_heads",
+                )
+            )
+        if self.head_dim % 2:
+            found.append(UserError(f"{where}: head_dim {self.head_dim} is odd", "rotary embedding needs pairs"))
+        if self.rms_norm_eps <= 0 or self.rope_theta <= 0:
+            found.append(UserError(f"{where}: rms_norm_eps and rope_theta must be positive", "use 1e-5 and 10000"))
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """The `config.json` that transformers 4 and 5 read as this shape."""
+        scaling = self.rope_scaling
+        rope: dict[str, Any] = {"rope_type": scaling.rope_type}
+        for key in _ROPE_KEYS[scaling.rope_type]:
+            rope[key] = getattr(scaling, key)
+        old_style = dict(rope) if scaling.rope_type != "default" else None
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": old_style,
+            "rope_parameters": {**rope, "rope_theta": self.rope_theta},
+            "max_position_embeddings": self.max_position_embeddings,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "attention_bias": self.attention_bias,
+            "mlp_bias": self.mlp_bias,
+            "initializer_range": self.initializer_range,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_id,
+        }
+
+    def scaled_to(self, *, hidden_size: int, vocab_size: int | None = None) -> LlamaConfig:
+        """The same depth, heads and options at a smaller width, for checks of a layout (head_dim shrinks with it)."""
+        head_dim = max(2, hidden_size // self.num_attention_heads // 2 * 2)
+        return replace(
+            self,
+            hidden_size=hidden_size,
+            head_dim=head_dim,
+            intermediate_size=max(8, round(self.intermediate_size * hidden_size / self.hidden_size / 8) * 8),
+            vocab_size=vocab_size or self.vocab_size,
+        )
+
+
+def _read_scaling(raw: dict[str, Any], where: str) -> RopeScaling:
+    """Reads `rope_scaling`, whose type key was `type` before transformers 4.43 and `rope_type` since."""
+    kind = raw.get("rope_type") or raw.get("type") or "default"
+    if kind not in ROPE_TYPES:
+        raise UserError(f"{where}: rope_scaling of type {kind!r} is not supported", nearest(str(kind), ROPE_TYPES))
+    missing = [key for key in _ROPE_KEYS[kind] if key not in raw]
+    if missing:
+        raise UserError(f"{where}: rope_scaling of type {kind} lacks {', '.join(missing)}", "add it to config.json")
+    values = {key: raw[key] for key in _ROPE_KEYS[kind]}
+    if kind == "dynamic" and "original_max_position_embeddings" in raw:
+        values["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
+    return RopeScaling(rope_type=kind, **values)
+
+
+def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Parameter shapes of one decoder layer, named as below `model.layers.N.`."""
+    d, f = config.hidden_size, config.intermediate_size
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    linears = {
+        "self_attn.q_proj": (q, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d), "self_attn.o_proj": (d, q),
+        "mlp.gate_proj": (f, d), "mlp.up_proj": (f, d), "mlp.down_proj": (d, f),
+    }  # fmt: skip
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in linears.items():
+        shapes[f"{name}.weight"] = shape
+        if config.attention_bias if name.startswith("self_attn") else config.mlp_bias:
+            shapes[f"{name}.bias"] = shape[:1]
+    shapes["input_layernorm.weight"] = (d,)
+    shapes["post_attention_layernorm.weight"] = (d,)
+    return shapes
+
+
+def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter's Hugging Face name and shape; no `lm_head.weight` when the embeddings are tied."""
+    vocab = (config.vocab_size, config.hidden_size)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": vocab}
+    layer = layer_shapes(config)
+    for i in range(config.num_hidden_layers):
+        shapes.update({f"model.layers.{i}.{name}": shape for name, shape in layer.items()})
+    shapes["model.norm.weight"] = (config.hidden_size,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = vocab
+    return shapes
+
+
+def count_parameters(config: LlamaConfig) -> int:
+    """Number of parameters; 6,738,415,616 for LLaMA-7B with 32,000 tokens."""
+    total = 0
+    for shape in parameter_shapes(config).values():
+        size = 1
+        for n in shape:
+            size *= n
+        total += size
+    return total

@@ -1,0 +1,96 @@
+"""The operators of the model, each a pure function of tensors, with the back end chosen per device.
+
+Shape legend: B batch, L sequence, D hidden, H query heads, G key-value heads, K head_dim, F feed-forward.
+The plain-torch form is the definition; a faster back end must agree with it (tests/model/test_ops.py).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from arriero.model.config import LlamaConfig
+
+
+def rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm (arXiv:1910.07467); the statistics are taken in float32 at least, as transformers does."""
+    x_wide = x_BLD if x_BLD.dtype == torch.float64 else x_BLD.float()
+    scale = torch.rsqrt(x_wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight_D * (x_wide * scale).to(x_BLD.dtype)
+
+
+def rope_frequencies(config: LlamaConfig, length: int) -> Tensor:
+    """Rotary frequencies in radians a position, float64 [K/2] (arXiv:2104.09864), after the config's scaling.
+
+    Args:
+        config: the model's shape.
+        length: number of positions in this forward pass; only `dynamic` scaling looks at it.
+    """
+    K, scaling = config.head_dim, config.rope_scaling
+    exponent = torch.arange(0, K, 2, dtype=torch.float64) / K
+    base = config.rope_theta
+    if scaling.rope_type == "dynamic":  # NTK-aware: a larger base as the sequence outgrows the trained length
+        trained = scaling.original_max_position_embeddings or config.max_position_embeddings
+        stretch = scaling.factor * max(length, trained) / trained - (scaling.factor - 1)
+        base = base * stretch ** (K / (K - 2))
+    frequencies = base**-exponent
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
+    if scaling.rope_type == "llama3":
+        return _llama3_frequencies(frequencies, config)
+    return frequencies
+
+
+def _llama3_frequencies(frequencies: Tensor, config: LlamaConfig) -> Tensor:
+    """Llama 3.1's scaling: long waves are slowed by `factor`, short ones kept, those between interpolated."""
+    scaling = config.rope_scaling
+    original = scaling.original_max_position_embeddings
+    assert original is not None
+    wavelength = 2 * math.pi / frequencies
+    blend = (original / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = blend.clamp(0, 1)  # 0: slow down in full, 1: leave as it is
+    return (1 - blend) * frequencies / scaling.factor + blend * frequencies
+
+
+def rope_table(frequencies: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [..., L, K] for `positions` [..., L].
+
+    The angles are computed in float32, as transformers does, except in a float64 model.
+    """
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    angles = positions.to(wide)[..., None] * frequencies.to(device=positions.device, dtype=wide)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rope(x_BLHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates each head by its position: the first half of K pairs with the second (Hugging Face's order).
+
+    `cos` and `sin` are [L, K], or [B, L, K] where positions differ by row.
+    """
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    first, second = x_BLHK.chunk(2, dim=-1)
+    return x_BLHK * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def causal_attention(q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention over the past, grouped heads included; returns [B, L, H, K].
+
+    Args:
+        q_BLHK: queries.
+        k_BLGK: keys; G divides H.
+        v_BLGK: values.
+        mask: boolean [B, 1, L, S], True where a query may look. None means causal over the whole row.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLGK, v_BLGK))
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+def swiglu(gate_BLF: Tensor, up_BLF: Tensor) -> Tensor:
+    """SiLU(gate) * up (arXiv:2002.05202)."""
+    return F.silu(gate_BLF) * up_BLF
