@@ -27,7 +27,7 @@ class UserError(Exception):
         return (type(self), (self.problem, self.fix))
 
 
-class CheckFailed(Exception):
+class CheckFailed(Exception):  # noqa: N818 - a verdict, not a fault
     """A check that ran to its end and failed: exit code 1."""
 
 
@@ -42,5 +42,5 @@ def join_problems(problems: list[UserError]) -> UserError:
     """Makes one error of many, numbered, so that all are mended in one go."""
     if len(problems) == 1:
         return problems[0]
-    lines = [f"{i}. {str(p)}" for i, p in enumerate(problems, 1)]
+    lines = [f"{i}. {p!s}" for i, p in enumerate(problems, 1)]
     return UserError(f"{len(problems)} problems:\n" + "\n".join(lines))

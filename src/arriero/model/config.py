@@ -1,7 +1,7 @@
 """The model's shape: Hugging Face's `config.json`, read, checked and written.
 
-`config.json` defines the model; a recipe never repeats it. Old files keep `rope_theta` and `rope_scaling` at the top,
-files of transformers 5 keep both in `rope_parameters`: both are read, and `to_json` writes both so that either reads it.
+`config.json` defines the model; a recipe never repeats it. Old files keep `rope_theta` and `rope_scaling` at the
+top, files of transformers 5 keep both in `rope_parameters`: both are read, and `to_json` writes both for either reader.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     """llama3 only: wavelengths shorter than original / high_freq_factor are kept."""
     original_max_position_embeddings: int | None = None
-    """Context length before stretching, in tokens; dynamic falls back to `max_position_embeddings`."""
+    """llama3 only: context length before stretching, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -193,8 +193,6 @@ def _read_scaling(raw: dict[str, Any], where: str) -> RopeScaling:
     if missing:
         raise UserError(f"{where}: rope_scaling of type {kind} lacks {', '.join(missing)}", "add it to config.json")
     values = {key: raw[key] for key in _ROPE_KEYS[kind]}
-    if kind == "dynamic" and "original_max_position_embeddings" in raw:
-        values["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
     return RopeScaling(rope_type=kind, **values)
 
 
@@ -203,8 +201,8 @@ def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     d, f = config.hidden_size, config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     linears = {
-        "self_attn.q_proj": (q, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d), "self_attn.o_proj": (d, q),
-        "mlp.gate_proj": (f, d), "mlp.up_proj": (f, d), "mlp.down_proj": (d, f),
+        "self_attn.q_proj": (q, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d),
+        "self_attn.o_proj": (d, q), "mlp.gate_proj": (f, d), "mlp.up_proj": (f, d), "mlp.down_proj": (d, f),
     }  # fmt: skip
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in linears.items():

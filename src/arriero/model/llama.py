@@ -20,8 +20,8 @@ from arriero.model.config import LlamaConfig
 class KeyValues(NamedTuple):
     """One layer's cached keys and values for generation, [B, S, G, K] each."""
 
-    k_BSGK: Tensor
-    v_BSGK: Tensor
+    keys: Tensor
+    values: Tensor
 
 
 class RMSNorm(nn.Module):
@@ -59,8 +59,8 @@ class Attention(nn.Module):
         k_BSGK = ops.apply_rope(self.k_proj(x_BLD).view(split), cos, sin)
         v_BSGK = self.v_proj(x_BLD).view(split)
         if past is not None:
-            k_BSGK = torch.cat((past.k_BSGK, k_BSGK), dim=1)
-            v_BSGK = torch.cat((past.v_BSGK, v_BSGK), dim=1)
+            k_BSGK = torch.cat((past.keys, k_BSGK), dim=1)
+            v_BSGK = torch.cat((past.values, v_BSGK), dim=1)
         out_BLHK = ops.causal_attention(q_BLHK, k_BSGK, v_BSGK, mask)
         return self.o_proj(out_BLHK.flatten(2)), KeyValues(k_BSGK, v_BSGK)
 
@@ -130,7 +130,8 @@ class Llama(nn.Module):
 
     def rope(self, positions: Tensor, dtype: torch.dtype, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines for `positions` [L] or [B, L]; `length` is the row's, which dynamic scaling needs."""
-        return ops.rope_table(ops.rope_frequencies(self.config, length), positions, dtype)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return ops.rope_table(ops.rope_frequencies(self.config, length, wide), positions, dtype)
 
     def hidden(self, tokens_BL: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """[B, L] -> the normed last hidden state [B, L, D].

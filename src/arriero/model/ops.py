@@ -22,21 +22,21 @@ def rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return weight_D * (x_wide * scale).to(x_BLD.dtype)
 
 
-def rope_frequencies(config: LlamaConfig, length: int) -> Tensor:
-    """Rotary frequencies in radians a position, float64 [K/2] (arXiv:2104.09864), after the config's scaling.
+def rope_frequencies(config: LlamaConfig, length: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rotary frequencies in radians a position, [K/2] (arXiv:2104.09864), after the config's scaling.
 
     Args:
         config: the model's shape.
         length: number of positions in this forward pass; only `dynamic` scaling looks at it.
+        dtype: float32 gives transformers' own frequencies to the bit, which pre-trained weights were made with;
+            float64 is for proofs.
     """
-    K, scaling = config.head_dim, config.rope_scaling
-    exponent = torch.arange(0, K, 2, dtype=torch.float64) / K
-    base = config.rope_theta
+    K, scaling, base = config.head_dim, config.rope_scaling, config.rope_theta
     if scaling.rope_type == "dynamic":  # NTK-aware: a larger base as the sequence outgrows the trained length
-        trained = scaling.original_max_position_embeddings or config.max_position_embeddings
+        trained = config.max_position_embeddings
         stretch = scaling.factor * max(length, trained) / trained - (scaling.factor - 1)
         base = base * stretch ** (K / (K - 2))
-    frequencies = base**-exponent
+    frequencies = 1.0 / (base ** (torch.arange(0, K, 2, dtype=dtype) / K))
     if scaling.rope_type == "linear":
         return frequencies / scaling.factor
     if scaling.rope_type == "llama3":
@@ -58,10 +58,9 @@ def _llama3_frequencies(frequencies: Tensor, config: LlamaConfig) -> Tensor:
 def rope_table(frequencies: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines [..., L, K] for `positions` [..., L].
 
-    The angles are computed in float32, as transformers does, except in a float64 model.
+    The angles are computed in the frequencies' dtype: float32, as in transformers, except in a float64 model.
     """
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    angles = positions.to(wide)[..., None] * frequencies.to(device=positions.device, dtype=wide)
+    angles = positions.to(frequencies.dtype)[..., None] * frequencies.to(positions.device)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 

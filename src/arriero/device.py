@@ -1,0 +1,113 @@
+"""The one place that knows devices: cpu with gloo, cuda with nccl, npu with hccl.
+
+Everything goes through `torch.accelerator`; a vendor's package is imported by torch itself (its autoload entry point).
+torch is imported inside the functions, so that the command line can read this module's names at no cost.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+DEVICE_CHOICES = ("auto", *BACKENDS)
+
+
+def device_type(wanted: str = "auto") -> str:
+    """The device type to train on: `wanted`, or the accelerator that is there, or cpu.
+
+    `check_available` matters: with torch_npu installed and no device, torch still names npu as current.
+
+    Raises:
+        UserError: the wanted device is not there.
+    """
+    import torch
+
+    from arriero.errors import UserError
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if wanted == "auto":
+        return found.type if found else "cpu"
+    if wanted != "cpu" and (found is None or found.type != wanted):
+        have = found.type if found else "no accelerator"
+        raise UserError(f"device {wanted!r} is not available: torch {torch.__version__} sees {have}", "arriero doctor")
+    return wanted
+
+
+def device_count(kind: str) -> int:
+    """Devices of this kind on this machine; 1 for cpu."""
+    import torch
+
+    return 1 if kind == "cpu" else torch.accelerator.device_count()
+
+
+def device_name(kind: str) -> str:
+    """The name that the peak table knows, such as `NVIDIA H100 80GB HBM3`; `cpu` for the CPU."""
+    import torch
+
+    return "cpu" if kind == "cpu" else str(torch.get_device_module(kind).get_device_name())
+
+
+def take_device(kind: str, local_rank: int) -> torch.device:
+    """Makes device number `local_rank` this process's own and returns it."""
+    import torch
+
+    if kind == "cpu":
+        return torch.device("cpu")
+    torch.accelerator.set_device_index(local_rank)
+    return torch.device(kind, local_rank)
+
+
+def process_group_backend(kind: str) -> str:
+    """The backend string for `init_process_group`: CPU tensors always go through gloo beside the device's own."""
+    return "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{BACKENDS[kind]}"
+
+
+def synchronize(kind: str) -> None:
+    """Waits until the device has done all that it was given."""
+    import torch
+
+    if kind != "cpu":
+        torch.accelerator.synchronize()
+
+
+def peak_memory_bytes(kind: str) -> int:
+    """Largest memory held so far by this process: on the device, or resident for the CPU."""
+    if kind == "cpu":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    import torch
+
+    return int(torch.accelerator.max_memory_allocated())
+
+
+def tune_allocator() -> None:
+    """Keeps glibc from giving memory back to the kernel at every step: a quarter of a CPU step's time.
+
+    The settings are those of MALLOC_MMAP_MAX_, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_, made by `mallopt` so that no
+    environment variable is needed; without glibc it does nothing.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+    mallopt(m_mmap_max, 0)
+    mallopt(m_trim_threshold, 2**31 - 1)
+    mallopt(m_top_pad, 256 * 2**20)
+
+
+def share_cores(processes: int) -> None:
+    """Divides this machine's cores between the processes on it, unless OMP_NUM_THREADS says otherwise."""
+    import torch
+
+    if "ARRIERO_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["ARRIERO_THREADS"]))
+        return
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(max(1, cores // processes))
