@@ -1,0 +1,107 @@
+"""The figure of a run: training loss, its running mean, and the validations. Drawing imports matplotlib, no sooner."""
+
+from __future__ import annotations
+
+import math
+import os
+from functools import partial
+from operator import mul
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arriero.errors import UserError
+from arriero.observe.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, BLUE, ORANGE, RED = (
+    "#333333",
+    "#2b6cb0",
+    "#dd6b20",
+    "#c53030",
+)  # told apart by colour-blind eyes, and in grey print
+
+
+def loss_figure(metrics_path: Path, png_path: Path, *, title: str = "") -> None:
+    """Draws `metrics.jsonl` to a PNG: train and validation loss over iterations, tokens on the upper axis.
+
+    Raises:
+        UserError: the metrics hold no step, or cannot be read.
+    """
+    records = read_metrics(metrics_path)
+    steps = [r for r in records if r.get("kind") == "step"]
+    if not steps:
+        raise UserError(f"{metrics_path}: no training step in it", "draw the figure after the first step")
+    figure, (axes,) = new_figure(rows=1, height=4.5)
+    _draw_training(axes, steps)
+    checks = [r for r in records if r.get("kind") == "validation" and math.isfinite(r["lm_loss"])]
+    if checks:
+        last = checks[-1]["lm_loss"]
+        axes.plot(*_xy(checks), "o-", color=ORANGE, markersize=4.5, label=f"validation, last {last:.4g}")
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("loss (nats per token)")
+    axes.legend(frameon=False)
+    if title:
+        axes.set_title(title, loc="left", fontsize=11)
+    per_step = steps[-1]["consumed_tokens"] / steps[-1]["iteration"]
+    if per_step > 0:
+        unit, name = (1e9, "billion") if steps[-1]["consumed_tokens"] >= 1e9 else (1e6, "million")
+        ratio = per_step / unit
+        upper = axes.secondary_xaxis("top", functions=(partial(mul, ratio), partial(mul, 1 / ratio)))
+        upper.set_xlabel(f"tokens ({name})", fontsize=9)
+        upper.spines["top"].set_visible(False)
+    save_figure(figure, png_path)
+
+
+def new_figure(*, rows: int, height: float, ratios: list[float] | None = None) -> tuple[Figure, list[Axes]]:
+    """An empty figure in the house look, rows of axes that share x; drawn off screen (Agg), no global state touched."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, height), dpi=144, layout="constrained")
+    FigureCanvasAgg(figure)
+    column = figure.subplots(rows, 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": ratios})[:, 0]
+    for axes in column:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.tick_params(labelsize=9)
+    return figure, list(column)
+
+
+def save_figure(figure: Figure, png_path: Path) -> None:
+    """Writes the PNG beside its place and renames it, so that a reader never sees half a picture."""
+    png_path.parent.mkdir(parents=True, exist_ok=True)
+    beside = png_path.with_name(png_path.name + ".tmp")
+    figure.savefig(beside, format="png")
+    os.replace(beside, png_path)
+
+
+def _draw_training(axes: Axes, steps: list[dict[str, Any]]) -> None:
+    """The loss of each step thin, its running mean over 2% of the run thick, non-finite steps marked at the foot."""
+    good = [r for r in steps if math.isfinite(r["lm_loss"])]
+    bad = [r["iteration"] for r in steps if not math.isfinite(r["lm_loss"])]
+    if good:
+        x, y = _xy(good)
+        window = max(1, len(y) // 50)
+        last = _running_mean(y, window)[-1]
+        axes.plot(x, y, color=BLUE, linewidth=0.8, alpha=0.4 if window > 1 else 1.0)
+        axes.plot(x, _running_mean(y, window), color=BLUE, linewidth=1.6, label=f"training, last {last:.4g}")
+    if bad:
+        foot = axes.get_xaxis_transform()
+        label = f"non-finite loss ({len(bad)} steps)"
+        axes.plot(bad, [0.02] * len(bad), "x", color=RED, transform=foot, clip_on=False, label=label)
+
+
+def _xy(records: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
+    return [r["iteration"] for r in records], [r["lm_loss"] for r in records]
+
+
+def _running_mean(values: list[float], window: int) -> list[float]:
+    """Mean of the values at most `window` // 2 steps away, so that the curve does not lag behind the loss."""
+    half, sums = window // 2, [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    ends = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
+    return [(sums[end] - sums[start]) / (end - start) for start, end in ends]
