@@ -34,7 +34,7 @@ def loss_figure(metrics_path: Path, png_path: Path, *, title: str = "") -> None:
     steps = [r for r in records if r.get("kind") == "step"]
     if not steps:
         raise UserError(f"{metrics_path}: no training step in it", "draw the figure after the first step")
-    figure, (axes,) = new_figure(rows=1, height=4.5)
+    figure, (axes,) = new_figure(height=4.5)
     _draw_training(axes, steps)
     checks = [r for r in records if r.get("kind") == "validation" and math.isfinite(r["lm_loss"])]
     if checks:
@@ -55,19 +55,19 @@ def loss_figure(metrics_path: Path, png_path: Path, *, title: str = "") -> None:
     save_figure(figure, png_path)
 
 
-def new_figure(*, rows: int, height: float, ratios: list[float] | None = None) -> tuple[Figure, list[Axes]]:
-    """An empty figure in the house look, rows of axes that share x; drawn off screen (Agg), no global state touched."""
+def new_figure(*, rows: int = 1, columns: int = 1, width: float = 8, height: float) -> tuple[Figure, list[Axes]]:
+    """An empty figure in the house look (inches), its axes row by row; drawn off screen, no global state touched."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, height), dpi=144, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=144, layout="constrained")
     FigureCanvasAgg(figure)
-    column = figure.subplots(rows, 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": ratios})[:, 0]
-    for axes in column:
+    grid = list(figure.subplots(rows, columns, sharex=True, squeeze=False).flat)
+    for axes in grid:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.tick_params(labelsize=9)
-    return figure, list(column)
+    return figure, grid
 
 
 def save_figure(figure: Figure, png_path: Path) -> None:
