@@ -1,0 +1,226 @@
+"""Hugging Face directories: safetensors or pytorch_model.bin in, sharded safetensors out.
+
+The names and shapes that the files must hold follow from `config.json` (model/config.py); whatever is missing, extra or
+of another shape is reported in one message.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arriero.errors import UserError, join_problems
+from arriero.model.config import LlamaConfig, parameter_shapes
+from arriero.weights.safetensors_file import SafetensorsFile, build_header
+from arriero.weights.stream import (
+    ITEMSIZE,
+    TORCH_NAMES,
+    Assembly,
+    PieceReader,
+    TensorReader,
+    assemblies,
+    dtype_name,
+    matrix_shape,
+)
+from arriero.weights.torch_file import TorchFile
+from arriero.weights.transfer import OutFile, Put, new_directory, transfer
+
+if TYPE_CHECKING:
+    import torch
+
+TOKENIZER_FILES = (
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja",
+)  # fmt: skip
+_SINGLES = ("model.safetensors", "pytorch_model.bin")
+FIX_SHARD = "fetch the whole directory again"
+
+
+def open_huggingface(directory: Path) -> PieceReader:
+    """Opens a directory for reading any slice of any parameter, under Hugging Face's names.
+
+    Old checkpoints' `rotary_emb.inv_freq`, and the spare `lm_head.weight` of a tied model, are left out.
+
+    Raises:
+        UserError: no weights, a missing or broken shard, or names and shapes that disagree with `config.json`.
+    """
+    directory = Path(directory)
+    config = LlamaConfig.from_json(directory)
+    return checked(open_files(directory), config, where=str(directory))
+
+
+def open_files(directory: Path) -> PieceReader:
+    """All tensors of a directory's weight files, unchecked against the config."""
+    for single in _SINGLES:
+        if (directory / single).is_file():
+            return _open_file(directory / single)
+        if (directory / f"{single}.index.json").is_file():
+            return _open_shards(directory, directory / f"{single}.index.json")
+    raise UserError(
+        f"{directory}: holds no weights",
+        f"it must hold {' or '.join(_SINGLES)}, or shards of either with their index.json",
+    )
+
+
+def _open_file(path: Path) -> PieceReader:
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path).reader()
+
+
+def _open_shards(directory: Path, index: Path) -> PieceReader:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index}: is not an index of shards (no weight_map)", FIX_SHARD) from None
+    for file in files:
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+            raise UserError(f"{index}: names a shard outside its directory: {file!r}", "do not trust this checkpoint")
+    missing = [file for file in files if not (directory / file).is_file()]
+    if missing:
+        raise UserError(f"{directory}: {len(missing)} of {len(files)} shards are missing: {_some(missing)}", FIX_SHARD)
+    tensors: dict[str, Assembly] = {}
+    for file in files:
+        shard = _open_file(directory / file)
+        promised = {name for name, where in weight_map.items() if where == file}
+        absent = sorted(promised - set(shard.tensors))
+        if absent:
+            raise UserError(f"{directory / file}: lacks {_some(absent)}, which {index.name} promises", FIX_SHARD)
+        twice = sorted(tensors.keys() & shard.tensors.keys())
+        if twice:
+            raise UserError(f"{directory / file}: holds {_some(twice)} again", FIX_SHARD)
+        tensors.update(shard.tensors)
+    return PieceReader(tensors, where=str(directory))
+
+
+def checked(reader: PieceReader, config: LlamaConfig, *, where: str) -> PieceReader:
+    """The parameters of `config` in the model's order; a UserError lists all that is missing, extra or misshapen."""
+    expected = parameter_shapes(config)
+    found = {n: t for n, t in reader.tensors.items() if not n.endswith("rotary_emb.inv_freq")}
+    if config.tie_word_embeddings:
+        found.pop("lm_head.weight", None)
+    problems = []
+    missing = [name for name in expected if name not in found]
+    if missing == ["lm_head.weight"]:
+        problems.append(UserError(f"{where}: lacks lm_head.weight", "set tie_word_embeddings to true in config.json"))
+    elif missing:
+        problems.append(UserError(f"{where}: lacks {_some(missing)}", "compare num_hidden_layers, or fetch it again"))
+    extra = sorted(found.keys() - expected.keys())
+    if extra:
+        problems.append(UserError(f"{where}: holds {_some(extra)}, unknown to config.json", "is it a LLaMA?"))
+    for name, shape in expected.items():
+        if name in found and found[name].shape != shape:
+            problem = f"{where}: {name} is {list(found[name].shape)}, config.json says {list(shape)}"
+            problems.append(UserError(problem, "mend config.json, or fetch the matching one"))
+    if problems:
+        raise join_problems(problems[:6])
+    return PieceReader({name: found[name] for name in expected}, where=where)
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def write_huggingface(
+    directory: Path,
+    reader: TensorReader,
+    *,
+    config: LlamaConfig,
+    tokenizer_dir: Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: float = 5e9,
+    advance: Callable[[int], None] | None = None,
+) -> dict[str, int]:
+    """Writes a directory that transformers loads: safetensors, config.json, generation_config.json, the tokenizer.
+
+    Args:
+        directory: must not exist, or be empty; it appears whole or not at all.
+        reader: the model's parameters under Hugging Face's names.
+        config: the model's shape.
+        tokenizer_dir: where the tokenizer's files lie; None leaves them out.
+        dtype: float32, bfloat16 or float16; None keeps each tensor's own.
+        max_shard_bytes: a shard grows no larger, unless one tensor is.
+        advance: told the bytes read so far.
+
+    Returns:
+        Each parameter's fingerprint as written (weights/transfer.py).
+
+    Raises:
+        UserError: names or shapes disagree with the config, a value is not finite, the disk is too small.
+    """
+    name = dtype_name(dtype) if dtype is not None else None
+    hub = checked(PieceReader(assemblies(reader), where="the weights"), config, where="the weights").tensors
+    size = sum(t.nbytes // ITEMSIZE[t.dtype] * ITEMSIZE[name or t.dtype] for t in hub.values())
+    with new_directory(directory, need_bytes=size + (64 << 20)) as partial:
+        files = plan_safetensors(partial, hub, dtype=name, max_shard_bytes=max_shard_bytes)
+        prints = transfer(hub, files, dtype=name, advance=advance)
+        write_config(partial, config, dtype=name or next(iter(hub.values())).dtype)
+        if tokenizer_dir is not None:
+            copy_tokenizer(tokenizer_dir, partial)
+    return prints
+
+
+def plan_safetensors(
+    directory: Path, hub: Mapping[str, Assembly], *, dtype: str | None, max_shard_bytes: float
+) -> list[OutFile]:
+    """Divides the tensors over shards in order, and writes the index if there is more than one."""
+    shards: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
+    filled, total = 0, 0
+    for name, tensor in hub.items():
+        kind = dtype or tensor.dtype
+        size = tensor.nbytes // ITEMSIZE[tensor.dtype] * ITEMSIZE[kind]
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = (kind, tensor.shape)
+        filled, total = filled + size, total + size
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    else:
+        weight_map = {tensor: file for file, shard in zip(names, shards, strict=True) for tensor in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(directory / "model.safetensors.index.json", index)
+    files = []
+    for file, shard in zip(names, shards, strict=True):
+        header, offsets, end = build_header(shard)
+        puts = []
+        for name, (_, shape) in shard.items():
+            rows, columns = matrix_shape(shape)
+            puts.append(Put(name, 0, rows, 0, columns, offsets[name]))
+        files.append(OutFile(directory / file, end, [(0, header)], puts))
+    return files
+
+
+def write_config(directory: Path, config: LlamaConfig, *, dtype: str) -> None:
+    """config.json and generation_config.json; transformers 4 reads `torch_dtype`, 5 reads `dtype`."""
+    kind = TORCH_NAMES[dtype]
+    write_json(directory / "config.json", {**config.to_json(), "torch_dtype": kind, "dtype": kind})
+    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    write_json(directory / "generation_config.json", {"_from_model_config": True, **ids})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON with a final newline."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, directory: Path) -> None:
+    """Copies a tokenizer's files; a bare SentencePiece model gets a tokenizer.json besides, which transformers needs.
+
+    Raises:
+        UserError: there is no tokenizer at `source`.
+    """
+    source = Path(source)
+    folder = source if source.is_dir() else source.parent
+    present = [file for file in TOKENIZER_FILES if (folder / file).is_file()]
+    if "tokenizer.model" not in present and "tokenizer.json" not in present:
+        raise UserError(f"{source}: holds no tokenizer.model or tokenizer.json", "name the tokenizer's directory")
+    for file in present:
+        shutil.copyfile(folder / file, directory / file)
+    if "tokenizer.json" not in present:
+        from arriero.weights.tokenizer_json import write_tokenizer_json
+
+        write_tokenizer_json(folder / "tokenizer.model", directory)

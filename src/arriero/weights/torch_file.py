@@ -1,0 +1,345 @@
+"""torch.save files, read without running them and written without torch.
+
+A .pt file is a zip archive of uncompressed records: `data.pkl` says which objects there are, `data/N` hold the raw
+bytes of each storage. The pickle inside is a program; here its opcodes are followed symbolically: a global becomes
+its name, a call becomes a record of the call, nothing is imported and nothing is called. That is stricter than
+`torch.load(weights_only=True)` and reads more: the `argparse.Namespace` and enums that Megatron saves beside the
+weights are plain data to it. A global outside the few families that checkpoints are made of is refused by name.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import struct
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from arriero.errors import UserError
+from arriero.weights.stream import ITEMSIZE, Assembly, PieceReader, RawFile, Stored, matrix_shape
+
+MAX_PICKLE_BYTES = 256 << 20  # structure only; the weights lie in records of their own
+
+STORAGES = {
+    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
+    "BoolStorage": "BOOL", "Float8_e4m3fnStorage": "F8_E4M3", "Float8_e5m2Storage": "F8_E5M2", "UntypedStorage": "U8",
+}  # fmt: skip
+_FAMILIES = ("torch", "numpy", "megatron", "mindspeed", "ascendspeed", "modellink", "deepspeed", "transformer_engine")
+_INERT = {
+    "argparse.Namespace", "collections.OrderedDict", "collections.defaultdict", "signal.Signals", "_codecs.encode",
+    "builtins.set", "builtins.dict", "builtins.list", "builtins.int", "builtins.slice", "builtins.bytearray",
+    "io.BytesIO", "_io.BytesIO", "types.SimpleNamespace", "pathlib.PosixPath", "copyreg._reconstructor",
+    "builtins.object", "__builtin__.set", "__builtin__.object", "copy_reg._reconstructor",
+    "datetime.timedelta", "functools.partial",
+}  # fmt: skip
+FIX = "do not load this file with other tools either, unless you trust who made it"
+
+
+@dataclass(frozen=True)
+class Global:
+    """A name that the pickle would import."""
+
+    name: str
+
+
+@dataclass
+class Call:
+    """A call that the pickle would make, and the state it would set."""
+
+    function: Any
+    args: Any
+    state: Any = None
+
+
+@dataclass(frozen=True)
+class StorageRef:
+    """A persistent id: a storage in record `data/key`."""
+
+    dtype: str
+    key: str
+    elements: int
+
+
+@dataclass
+class TensorRef:
+    """A tensor as a view of a storage."""
+
+    storage: StorageRef
+    offset: int  # elements
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+_Mark = object()
+
+
+@dataclass
+class _Machine:
+    """The pickle machine over symbols: a stack, a memo, and no imports."""
+
+    where: str
+    stack: list[Any] = field(default_factory=list)
+    memo: dict[int, Any] = field(default_factory=dict)
+
+    def to_mark(self) -> list[Any]:
+        items = []
+        while (top := self.stack.pop()) is not _Mark:
+            items.append(top)
+        return items[::-1]
+
+
+def _named(module: str, name: str, where: str) -> Global:
+    full = f"{module}.{name}"
+    if module.partition(".")[0] not in _FAMILIES and full not in _INERT:
+        raise UserError(f"{where}: the pickle asks for {full}, which no checkpoint needs", FIX)
+    return Global(full)
+
+
+def _call(function: Any, args: Any) -> Any:
+    name = function.name if isinstance(function, Global) else ""
+    if name in ("collections.OrderedDict", "builtins.dict"):
+        return dict(args[0]) if args else {}
+    if name == "torch._utils._rebuild_tensor_v2":
+        return TensorRef(args[0], args[1], tuple(args[2]), tuple(args[3]))
+    if name == "torch._utils._rebuild_parameter":
+        return args[0]
+    if name == "torch.Size":
+        return tuple(args[0])
+    if name.endswith("Path"):
+        return "/".join(map(str, args))
+    return Call(function, args)
+
+
+def _append(target: Any, items: list[Any]) -> None:
+    if isinstance(target, list):
+        target.extend(items)
+    elif isinstance(target, set):
+        target.update(repr(i) for i in items)
+
+
+def _set(target: Any, pairs: list[Any]) -> None:
+    if isinstance(target, dict):
+        target.update(zip(pairs[::2], pairs[1::2], strict=True))
+
+
+def _build(target: Any, state: Any) -> None:
+    if isinstance(target, Call):
+        target.state = state
+
+
+def _storage(pid: Any, where: str) -> StorageRef:
+    match pid:
+        case ("storage", Global(name), str(key), _, int(elements)) if name.rsplit(".", 1)[-1] in STORAGES:
+            return StorageRef(STORAGES[name.rsplit(".", 1)[-1]], key, elements)
+    raise UserError(f"{where}: holds an unknown kind of storage: {str(pid)[:80]}", "save it again with a recent torch")
+
+
+def follow(data: bytes, where: str) -> Any:
+    """The object that a pickle describes, with symbols where it would import or call.
+
+    Raises:
+        UserError: the pickle is broken, too deep, or asks for a global outside the known families.
+    """
+    machine = _Machine(where)
+    try:
+        for opcode, arg, _ in pickletools.genops(data):
+            if opcode.name == "STOP":
+                return machine.stack.pop()
+            _step(machine, opcode.name, arg)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a hostile or broken stream provokes
+        raise UserError(f"{where}: the pickle is broken ({type(error).__name__})", "fetch the file again") from None
+    raise UserError(f"{where}: the pickle ends early", "fetch the file again")
+
+
+_CONSTANTS: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_DICT": dict, "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple, "EMPTY_SET": set, "MARK": lambda: _Mark,
+}  # fmt: skip
+_LITERALS = {
+    "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "INT", "LONG", "BINFLOAT", "FLOAT", "BINUNICODE",
+    "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
+    "BINSTRING", "SHORT_BINSTRING", "STRING", "BYTEARRAY8",
+}  # fmt: skip
+_IGNORED = {"PROTO", "FRAME"}
+
+
+def _step(m: _Machine, op: str, arg: Any) -> None:  # noqa: PLR0912, PLR0915 - one arm an opcode
+    stack, pop = m.stack, m.stack.pop
+    if op in _LITERALS:
+        stack.append(arg)
+    elif op in _CONSTANTS:
+        stack.append(_CONSTANTS[op]())
+    elif op in ("BINGET", "LONG_BINGET", "GET"):
+        stack.append(m.memo[int(arg)])
+    elif op in ("BINPUT", "LONG_BINPUT", "PUT"):
+        m.memo[int(arg)] = stack[-1]
+    elif op == "MEMOIZE":
+        m.memo[len(m.memo)] = stack[-1]
+    elif op == "GLOBAL":
+        module, _, name = arg.partition(" ")
+        stack.append(_named(module, name, m.where))
+    elif op == "STACK_GLOBAL":
+        name, module = pop(), pop()
+        stack.append(_named(str(module), str(name), m.where))
+    elif op in ("REDUCE", "NEWOBJ"):
+        args, function = pop(), pop()
+        stack.append(_call(function, args))
+    elif op == "NEWOBJ_EX":
+        kwargs, args, function = pop(), pop(), pop()
+        stack.append(Call(function, (args, kwargs)))
+    elif op == "BUILD":
+        state = pop()
+        _build(stack[-1], state)
+    elif op == "BINPERSID":
+        stack.append(_storage(pop(), m.where))
+    elif op in ("TUPLE", "LIST", "DICT", "FROZENSET"):
+        items = m.to_mark()
+        if op == "DICT":
+            stack.append(dict(zip(items[::2], items[1::2], strict=True)))
+        else:
+            stack.append(items if op == "LIST" else tuple(items))
+    elif op in ("TUPLE1", "TUPLE2", "TUPLE3"):
+        count = int(op[-1])
+        items = stack[-count:]
+        del stack[-count:]
+        stack.append(tuple(items))
+    elif op in ("APPEND", "SETITEM"):
+        count = 1 if op == "APPEND" else 2
+        items = stack[-count:]
+        del stack[-count:]
+        (_append if op == "APPEND" else _set)(stack[-1], items)
+    elif op in ("APPENDS", "SETITEMS", "ADDITEMS"):
+        items = m.to_mark()
+        (_set if op == "SETITEMS" else _append)(stack[-1], items)
+    elif op == "POP":
+        pop()
+    elif op not in _IGNORED:
+        raise UserError(f"{m.where}: uses the pickle opcode {op}, which torch.save does not", "fetch the file again")
+
+
+class TorchFile:
+    """A torch.save archive: `.root` is its object, with `TensorRef`s where tensors are.
+
+    Args:
+        path: the file.
+        begin: where the archive begins in it, in bytes (DCP packs several into one file).
+        size: the archive's length; None is the rest of the file.
+
+    Raises:
+        UserError: not a torch.save archive, or a dangerous or broken one.
+    """
+
+    def __init__(self, path: Path, *, begin: int = 0, size: int | None = None, file: RawFile | None = None) -> None:
+        self.path, self.begin = path, begin
+        self.file = file or RawFile(path)
+        window = _Window(self.file, begin, self.file.size - begin if size is None else size)
+        try:
+            archive = zipfile.ZipFile(window)
+        except (zipfile.BadZipFile, ValueError, OSError, struct.error, OverflowError):
+            raise UserError(
+                f"{path}: is not a torch.save archive, or is cut short",
+                "fetch it again; a file of torch before 1.6 must be saved again with a newer one",
+            ) from None
+        self.records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+        main = self.records.get("data.pkl")
+        if main is None or main.file_size > MAX_PICKLE_BYTES:
+            raise UserError(f"{path}: holds no data.pkl of a sensible size", "is it a torch.save file?")
+        start = self._start(main)
+        self.root = follow(self.file.read(start, main.file_size), str(path))
+
+    def _start(self, info: zipfile.ZipInfo) -> int:
+        """The byte of the file at which a record's data begin."""
+        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+            raise UserError(f"{self.path}: record {info.filename} is compressed", "save it again with torch.save")
+        at = self.begin + info.header_offset
+        head = self.file.read(at, 30)
+        name, extra = struct.unpack_from("<HH", head, 26)
+        start = at + 30 + name + extra
+        if head[:4] != b"PK\x03\x04" or start + info.file_size > self.file.size:
+            raise UserError(f"{self.path}: record {info.filename} is cut short", "fetch the file again")
+        return int(start)
+
+    def tensor(self, ref: TensorRef, label: str) -> Assembly:
+        """Where a tensor lies.
+
+        Raises:
+            UserError: the view leaves its storage, or is neither row by row nor a window of a wider matrix.
+        """
+        where, storage, size = f"{self.path}: {label}", ref.storage, ITEMSIZE[ref.storage.dtype]
+        info = self.records.get(f"data/{storage.key}")
+        rows, columns = matrix_shape(ref.shape)
+        row_stride = _row_stride(ref)
+        if row_stride is None:
+            raise UserError(f"{where} is a transposed view", "save it again with .contiguous()")
+        last = ref.offset + max(0, rows - 1) * row_stride + columns
+        if info is None or ref.offset < 0 or min(ref.shape, default=1) < 0 or row_stride < 0:
+            raise UserError(f"{where} lies outside its storage", "fetch the file again")
+        if rows * columns and last * size > info.file_size:
+            raise UserError(f"{where} needs {last * size:,} bytes of a record of {info.file_size:,}", "fetch it again")
+        start = self._start(info) + ref.offset * size
+        stored = Stored(self.file, where, start, storage.dtype, rows, columns, row_stride * size)
+        return Assembly.whole(stored, ref.shape)
+
+    def tensors(self, tree: Any, prefix: str = "") -> dict[str, Assembly]:
+        """All tensors below a nested dict, named by their joined keys."""
+        found: dict[str, Assembly] = {}
+        if prefix.count(".") > 64:
+            raise UserError(f"{self.path}: is nested without end", "fetch the file again")
+        for key, value in tree.items() if isinstance(tree, dict) else ():
+            if isinstance(value, dict):
+                found.update(self.tensors(value, f"{prefix}{key}."))
+            elif isinstance(value, TensorRef):
+                found[f"{prefix}{key}"] = self.tensor(value, f"{prefix}{key}")
+        return found
+
+    def reader(self) -> PieceReader:
+        """All tensors of a file that holds one flat state dict."""
+        return PieceReader(self.tensors(self.root), where=str(self.path))
+
+
+def _row_stride(ref: TensorRef) -> int | None:
+    """Elements between rows of the tensor seen as a matrix, or None if it is no such thing."""
+    rows, columns = matrix_shape(ref.shape)
+    if len(ref.stride) != len(ref.shape):
+        return None
+    if len(ref.shape) < 2:
+        return ref.stride[0] if ref.shape and rows > 1 else columns
+    if ref.stride[-1] != 1 and columns > 1:
+        return None
+    expected = ref.stride[-2]
+    for size, stride in zip(ref.shape[-2::-1], ref.stride[-2::-1], strict=True):
+        if size > 1 and stride != expected:
+            return None
+        expected *= size
+    return ref.stride[-2] if rows > 1 else columns
+
+
+class _Window:
+    """A part of a file with the methods that zipfile asks of one."""
+
+    def __init__(self, file: RawFile, begin: int, size: int) -> None:
+        self.file, self.begin, self.size, self.at = file, begin, size, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.at = offset + (0, self.at, self.size)[whence]
+        if self.at < 0:
+            raise OSError("before the start")
+        return self.at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self.size - self.at)
+        count = left if size is None or size < 0 else min(size, left)
+        data = self.file.read(self.begin + self.at, count)
+        self.at += count
+        return data

@@ -1,0 +1,329 @@
+"""The one loop that moves weights: read rows, check, cast, write them wherever they belong.
+
+The hub of every conversion is the model under Hugging Face's names. A chunk of whole rows of one hub tensor is read
+once (gathered from several files where the source is cut by columns), and every file that holds a part of these rows
+receives it before the next chunk is read. Peak memory is the chunks in flight, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from arriero.errors import UserError
+from arriero.weights.stream import ITEMSIZE, Assembly, Bytes, matrix_shape
+
+CHUNK_BYTES = 4 << 20  # per thread; larger gains no speed, and the first touch of memory is dear on virtual machines
+THREADS = 2
+
+
+@dataclass(frozen=True)
+class Put:
+    """A rectangle of hub tensor `name` that goes to byte `offset` of a file, row after row."""
+
+    name: str
+    row: int
+    rows: int
+    column: int
+    columns: int
+    offset: int
+    step: int = 1  # 0 repeats row `row`: vocabulary padding
+
+
+@dataclass
+class OutFile:
+    """A file to write: its size, the bytes known beforehand (headers), and the puts that fill the rest."""
+
+    path: Path
+    size: int
+    blobs: list[tuple[int, bytes]] = field(default_factory=list)
+    puts: list[Put] = field(default_factory=list)
+
+
+def transfer(
+    hub: Mapping[str, Assembly],
+    files: Sequence[OutFile],
+    *,
+    dtype: str | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> dict[str, int]:
+    """Writes `files` from the hub tensors, and syncs them to the disk.
+
+    Args:
+        hub: tensors under Hugging Face names.
+        files: what to write; parents exist.
+        dtype: dtype of everything written; None keeps each tensor's own. Puts count in this dtype's bytes.
+        advance: told the bytes read so far, for a progress bar.
+
+    Returns:
+        The fingerprint of every hub tensor as written (see `fingerprint`).
+
+    Raises:
+        UserError: a value is NaN or infinite, or does not fit `dtype`; a source file ends early.
+    """
+    routes: dict[str, list[tuple[int, Put]]] = {name: [] for name in hub}
+    descriptors = [os.open(file.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666) for file in files]
+    try:
+        for fd, file in zip(descriptors, files, strict=True):
+            os.truncate(fd, file.size)
+            for offset, blob in file.blobs:
+                write_at(fd, memoryview(blob), offset)
+            for put in file.puts:
+                routes[put.name].append((fd, put))
+
+        def work(job: tuple[str, int, int]) -> tuple[str, int]:
+            name, row, rows = job
+            chunk = read_chunk(name, hub[name], row, rows, dtype)
+            for fd, put in routes[name]:
+                _send(chunk, first=row, size=ITEMSIZE[dtype or hub[name].dtype], fd=fd, put=put)
+            if advance:
+                advance(rows * matrix_shape(hub[name].shape)[1] * ITEMSIZE[hub[name].dtype])
+            return name, partial_fingerprint(chunk, row)
+
+        prints = _run(work, list(chunks(hub)), descriptors)
+    finally:
+        for fd in descriptors:
+            os.close(fd)
+    return prints
+
+
+def chunks(hub: Mapping[str, Assembly]) -> Iterator[tuple[str, int, int]]:
+    """(name, first row, rows) of every chunk, in order."""
+    for name, tensor in hub.items():
+        total, columns = matrix_shape(tensor.shape)
+        step = max(1, CHUNK_BYTES // max(1, columns * ITEMSIZE[tensor.dtype]))
+        for row in range(0, total, step):
+            yield name, row, min(step, total - row)
+
+
+def _run(
+    work: Callable[[tuple[str, int, int]], tuple[str, int]], jobs: list[tuple[str, int, int]], sync: Sequence[int] = ()
+) -> dict[str, int]:
+    """Runs the jobs on a few threads that share one queue, syncing `sync` meanwhile; sums what they return by name."""
+    prints: dict[str, int] = dict.fromkeys((name for name, _, _ in jobs), 0)
+    queue, lock, stop = iter(jobs), threading.Lock(), threading.Event()
+
+    def drain() -> None:
+        while not stop.is_set():
+            with lock:
+                job = next(queue, None)
+            if job is None:
+                return
+            name, value = work(job)
+            with lock:
+                prints[name] = (prints[name] + value) % 2**64
+
+    def flush() -> None:  # writes back while the others read: the disk never idles until the final sync
+        while sync and not stop.wait(0.2):
+            for fd in sync:
+                os.fdatasync(fd)
+
+    with ThreadPoolExecutor(THREADS + 1) as pool:
+        flusher = pool.submit(flush)
+        workers = [pool.submit(drain) for _ in range(THREADS)]
+        try:
+            wait(workers, return_when=FIRST_EXCEPTION)
+            if any(w.done() and w.exception() for w in workers):
+                stop.set()
+            for worker in workers:
+                worker.result()
+        finally:
+            stop.set()
+        flusher.result()
+    for fd in sync:
+        os.fsync(fd)
+    return prints
+
+
+def read_chunk(name: str, tensor: Assembly, row: int, rows: int, dtype: str | None = None) -> Bytes:
+    """Rows [row, row + rows) as bytes, cast to `dtype`, checked to be finite."""
+    columns = matrix_shape(tensor.shape)[1]
+    chunk = np.empty((rows, columns * ITEMSIZE[tensor.dtype]), np.uint8)
+    tensor.read_window(row, 0, chunk)
+    if not is_finite(chunk, tensor.dtype):
+        where = tensor.pieces[0].source.label
+        raise UserError(f"{where}: {name} holds NaN or infinity", "take an earlier checkpoint")
+    if dtype and dtype != tensor.dtype:
+        chunk = cast(chunk, tensor.dtype, dtype)
+        if not is_finite(chunk, dtype):
+            raise UserError(f"{name} holds values too large for {dtype}", "keep the dtype, or use float32 or bfloat16")
+    return chunk
+
+
+def _send(chunk: Bytes, *, first: int, size: int, fd: int, put: Put) -> None:
+    """Writes the part of a chunk (rows from `first` on, elements of `size` bytes) that belongs to one put."""
+    left, right = put.column * size, (put.column + put.columns) * size
+    width = right - left
+    if put.step == 0:
+        if first <= put.row < first + chunk.shape[0]:
+            line = chunk[put.row - first, left:right].tobytes()
+            write_at(fd, memoryview(line * put.rows), put.offset)
+        return
+    start, stop = max(first, put.row), min(first + chunk.shape[0], put.row + put.rows)
+    if start < stop:
+        part = np.ascontiguousarray(chunk[start - first : stop - first, left:right])
+        write_at(fd, part.reshape(-1).data, put.offset + (start - put.row) * width)
+
+
+def write_at(fd: int, data: memoryview, offset: int) -> None:
+    """Writes all of `data` at `offset`."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], offset + done)
+
+
+# Values: finiteness and dtypes, on raw bytes, since numpy has no bfloat16.
+
+_WORDS = {"F64": ("8", 0x7FF), "F32": ("4", 0xFF), "F16": ("2", 0x1F), "BF16": ("2", 0xFF)}
+_MANTISSA_BITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7}
+
+
+def is_finite(chunk: Bytes, dtype: str) -> bool:
+    """Whether no element is NaN or infinite (True for integers).
+
+    Read as integers, an exponent of all ones is the largest of its sign: two maxima tell, at memory speed.
+    """
+    if dtype not in _WORDS or not chunk.size:
+        return True
+    width, exponent = _WORDS[dtype]
+    limit = exponent << _MANTISSA_BITS[dtype]
+    sign = 1 << (8 * int(width) - 1)
+    return int(chunk.view(f"i{width}").max()) < limit and int(chunk.view(f"u{width}").max()) < limit + sign
+
+
+def cast(chunk: Bytes, source: str, target: str) -> Bytes:
+    """Converts float bytes between F64, F32, F16 and BF16, rounding to nearest even as torch does."""
+    for dtype in (source, target):
+        if dtype not in _WORDS:
+            raise UserError(f"weights of dtype {dtype} cannot be converted", "convert from a float dtype")
+    if source == "BF16":
+        wide = (chunk.view("u2").astype("u4") << np.uint32(16)).view("f4")
+    else:
+        wide = chunk.view({"F64": "f8", "F32": "f4", "F16": "f2"}[source])
+    with np.errstate(over="ignore"):
+        if target != "BF16":
+            return wide.astype({"F64": "f8", "F32": "f4", "F16": "f2"}[target]).view(np.uint8)
+        bits = wide.astype("f4").view("u4")
+        bits += np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+        return (bits >> np.uint32(16)).astype("u2").view(np.uint8)
+
+
+# The fingerprint: the same for the same weights, whatever files, ranks and order they lie in.
+
+
+def _mix(n: np.ndarray) -> np.ndarray:
+    """splitmix64: a well-spread odd 64-bit weight for each integer."""
+    z = (n.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (z ^ (z >> np.uint64(31))) | np.uint64(1)
+
+
+def partial_fingerprint(chunk: Bytes, row: int) -> int:
+    """Sum over rows and 8-byte words of weight(row) * weight(word) * word, mod 2^64; chunks add up to their tensor."""
+    unit = next(u for u in (8, 4, 2, 1) if chunk.shape[1] % u == 0)
+    words = chunk.view(f"u{unit}")
+    if unit != 8:
+        words = words.astype(np.uint64)
+    columns = _mix(np.arange(words.shape[1]) + 2**32)
+    rows = _mix(np.arange(row, row + words.shape[0]))
+    return int((np.einsum("rc,c->r", words, columns) * rows).sum(dtype=np.uint64))
+
+
+def fingerprint(tensors: Mapping[str, Assembly], dtype: str | None, prints: Mapping[str, int]) -> str:
+    """One SHA-256 over names, shapes, dtypes and tensor fingerprints: equal for equal models, in whatever format."""
+    lines = [
+        f"{name} {dtype or t.dtype} {','.join(map(str, t.shape))} {prints[name]:016x}\n"
+        for name, t in sorted(tensors.items())
+    ]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def read_fingerprints(hub: Mapping[str, Assembly], *, advance: Callable[[int], None] | None = None) -> dict[str, int]:
+    """Reads every tensor once and returns its fingerprint; raises UserError on NaN, infinity or a short file."""
+
+    def work(job: tuple[str, int, int]) -> tuple[str, int]:
+        name, row, rows = job
+        chunk = read_chunk(name, hub[name], row, rows)
+        if advance:
+            advance(chunk.nbytes)
+        return name, partial_fingerprint(chunk, row)
+
+    return _run(work, list(chunks(hub)))
+
+
+# Directories appear whole or not at all.
+
+
+@contextlib.contextmanager
+def new_directory(path: Path, *, need_bytes: int = 0) -> Iterator[Path]:
+    """Yields a temporary directory beside `path` that becomes `path` at the end, or vanishes on any error.
+
+    A leftover of a killed process is recognised by its free lock and removed.
+
+    Raises:
+        UserError: `path` exists and is not empty, or the disk has less than `need_bytes` free.
+    """
+    path = Path(os.path.abspath(path))
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: already exists", "name a new directory, or remove this one first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    if need_bytes > free:
+        raise UserError(
+            f"{path.parent}: {need_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free",
+            "make room, or write to another disk",
+        )
+    partial = path.with_name(path.name + ".partial")
+    partial.mkdir(exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"{partial}: another process is writing there", "wait for it, or name another directory"
+            ) from None
+        _empty(partial)
+        try:
+            yield partial
+            _sync_tree(partial)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if path.exists():
+            path.rmdir()
+        partial.rename(path)
+        _sync(path.parent)
+    finally:
+        os.close(lock)
+
+
+def _empty(directory: Path) -> None:
+    for entry in directory.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sync_tree(directory: Path) -> None:
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            _sync(Path(folder, name))
+        _sync(Path(folder))
