@@ -29,8 +29,8 @@ class InitialWeights:
     | all other matrices            | normal, std = initializer_range (0.02)                       |
 
     The two projections that write to the residual stream are scaled down so that its variance does not grow with depth
-    (GPT-2, section 2.3). With these weights the loss starts near ln V + initializer_range^2 x hidden / 2: the final norm
-    gives D unit entries, so each logit has that variance, twice over.
+    (GPT-2, section 2.3). With these weights the loss starts near ln V + initializer_range^2 x hidden / 2: the final
+    norm gives D unit entries, so that a logit's variance is initializer_range^2 x D.
 
     Args:
         config: the model's shape.

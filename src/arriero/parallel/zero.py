@@ -1,0 +1,45 @@
+"""ZeRO (arXiv:1910.02054) by FSDP2: each data-parallel rank keeps a part of the state.
+
+| stage | parameters | gradients between micro-batches | optimizer state |
+| ----- | ---------- | ------------------------------- | --------------- |
+| 1     | whole      | whole, summed once a step       | cut             |
+| 2     | whole      | cut, summed every micro-batch   | cut             |
+| 3     | cut        | cut, summed every micro-batch   | cut             |
+
+FSDP's own averaging is off: the loss is already divided by the global number of valid tokens, so gradients are summed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from arriero.model.llama import Llama
+
+
+def apply_zero(model: Llama, mesh: DeviceMesh, stage: int, compute_dtype: torch.dtype) -> None:
+    """Shards each layer, then what is left (embedding, norm, head), over `mesh` (one dimension), in place."""
+    low = compute_dtype in (torch.bfloat16, torch.float16)
+    policy = (
+        MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32) if low else MixedPrecisionPolicy()
+    )
+    for module in (*model.model.layers.values(), model):
+        fully_shard(module, mesh=mesh, reshard_after_forward=stage == 3, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+
+
+def sum_gradients_now(model: Llama, stage: int, *, last: bool) -> None:
+    """Tells FSDP whether this micro-batch's backward ends in a gradient sum; without FSDP it does nothing."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last or stage > 1)
+
+
+def cut_again(model: Llama) -> None:
+    """Frees parameters that a forward pass without backward has left whole; without FSDP it does nothing."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

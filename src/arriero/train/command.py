@@ -1,0 +1,171 @@
+"""The verb `pretrain`: read the recipe, check everything, start the processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from arriero.checkpoint.layout import committed
+from arriero.checkpoint.load import find_checkpoint
+from arriero.data.batches import check_data_against  # type: ignore
+from arriero.data.tokenizer import load_tokenizer
+from arriero.device import device_count, device_type
+from arriero.errors import EXIT_OK, UserError, join_problems
+from arriero.launch import LaunchConfig, Place, in_process_group, run_processes, started_by_another
+from arriero.model.config import LlamaConfig
+from arriero.parallel.mesh import Ranks
+from arriero.recipe import (
+    Recipe,
+    Setting,
+    command_line_settings,
+    field_types,
+    file_settings,
+    find_bundled,
+    parse,
+    to_toml,
+)  # fmt: skip
+from arriero.train.loop import open_batches, train
+
+
+@dataclass(frozen=True)
+class Start:
+    """How this start of the run differs from another start of the same run."""
+
+    resume: str = ""
+    """A run directory to continue from its newest checkpoint; its own recipe is used where none is named."""
+    launch: Annotated[LaunchConfig, tyro.conf.arg(name="")] = field(default_factory=LaunchConfig)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process of the run is handed."""
+
+    recipe: Recipe
+    device_kind: str
+    checkpoint: Path | None
+
+
+def run(words: list[str]) -> int:
+    """`arriero pretrain [RECIPE] [--key.sub value ...] [--resume RUN] [--nproc-per-node N]`."""
+    if {"-h", "--help"} & set(words):
+        print_help()
+        return EXIT_OK
+    recipe, start = read_command(words)
+    kind = device_type(recipe.device)
+    processes = process_count(recipe, start.launch, kind)
+    checkpoint = find_checkpoint(Path(start.resume)) if start.resume else None
+    check(recipe, processes, checkpoint)
+    job = Job(recipe, kind, checkpoint)
+    if Place.from_environment().rank == 0:
+        prepare_run_directory(recipe)
+    if processes == 1 or started_by_another():
+        in_process_group(work, job)
+    else:
+        run_processes(work, job, processes)
+    return EXIT_OK
+
+
+def read_command(words: list[str]) -> tuple[Recipe, Start]:
+    """The recipe and how it is started, from the words after `pretrain`."""
+    named, words = (words[0], words[1:]) if words and not words[0].startswith("-") else ("", words)
+    given = command_line_settings(words)
+    start_keys = {"resume", *field_types(LaunchConfig)}
+    start_settings = [s for s in given if s.key in start_keys]
+    launch = parse(LaunchConfig, [s for s in start_settings if s.key != "resume"], prog="arriero pretrain")
+    resume = next((" ".join(s.words) for s in start_settings if s.key == "resume"), "")
+    settings: list[Setting] = []
+    if resume:
+        find_checkpoint(Path(resume))  # a wrong directory is named before its missing recipe is
+    if resume and not named:
+        named = str(Path(resume) / "recipe.toml")
+    if named:
+        settings += file_settings(find_bundled("", named, ".toml"))
+    elif not given:
+        raise UserError(
+            "no recipe named", "arriero pretrain RECIPE, such as: arriero pretrain my.toml --out runs/first"
+        )
+    settings += [s for s in given if s.key not in start_keys]
+    if resume:
+        settings.append(Setting("out", [resume], "--resume"))
+    return parse(Recipe, settings, prog="arriero pretrain"), Start(resume, launch)
+
+
+def process_count(recipe: Recipe, launch: LaunchConfig, kind: str) -> int:
+    """How many processes the run has."""
+    if started_by_another():
+        return Place.from_environment().world
+    if launch.nproc_per_node < 0:
+        raise UserError(f"--nproc-per-node is {launch.nproc_per_node}", "give a whole number from 1")
+    return launch.nproc_per_node or (recipe.parallel.tensor_parallel if kind == "cpu" else device_count(kind))
+
+
+def check(recipe: Recipe, processes: int, checkpoint: Path | None) -> None:
+    """Refuses what cannot work, all problems together, before any process is started.
+
+    Raises:
+        UserError: what is wrong, each with its fix.
+    """
+    problems = recipe.problems(processes)
+    if not problems:
+        problems += _input_problems(recipe, checkpoint)
+    if recipe.out and checkpoint is None and committed(Path(recipe.out) / "checkpoints"):
+        fix = f"continue it with --resume {recipe.out}, or write elsewhere with --out"
+        problems.append(UserError(f"out: {recipe.out} already holds a run", fix))
+    if problems:
+        raise join_problems(problems)
+
+
+def _input_problems(recipe: Recipe, checkpoint: Path | None) -> list[UserError]:
+    """Data, tokenizer and checkpoint against the model."""
+    found: list[UserError] = []
+    model = recipe.model_config()
+    if checkpoint is not None:
+        saved = LlamaConfig.from_json(checkpoint)
+        differing = [f.name for f in dataclasses.fields(model) if getattr(model, f.name) != getattr(saved, f.name)]
+        if differing:
+            fix = "resume with the model that the run began with"
+            found.append(UserError(f"{checkpoint}: its model differs in {', '.join(differing)}", fix))
+    try:
+        tokenizer = load_tokenizer(Path(recipe.tokenizer)) if recipe.tokenizer else None
+        for split in ("train", *(["valid"] if recipe.train.eval_every else [])):
+            open_batches(recipe, split)
+        check_data_against(recipe.data, model.vocab_size, tokenizer.fingerprint if tokenizer else None)
+    except UserError as error:
+        found.append(error)
+    return found
+
+
+def prepare_run_directory(recipe: Recipe) -> None:
+    """Writes the resolved recipe and the tokenizer into the run directory."""
+    out = Path(recipe.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
+    if recipe.tokenizer:
+        load_tokenizer(Path(recipe.tokenizer)).save_to(out / "tokenizer")
+
+
+def work(job: Job) -> None:
+    """What each process does."""
+    local_rank = Place.from_environment().local_rank
+    ranks = Ranks.build(job.recipe.parallel, job.device_kind)
+    train(job.recipe, ranks, local_rank=local_rank, device_kind=job.device_kind, checkpoint=job.checkpoint)
+
+
+def print_help() -> None:
+    """Every key of the recipe with its default and its meaning, as tyro prints it."""
+
+    @dataclass(frozen=True)
+    class Pretrain:
+        start: Annotated[Start, tyro.conf.arg(name="")] = field(default_factory=Start)
+        recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
+
+    print("usage: arriero pretrain [RECIPE] [--key.sub value ...]\n")
+    try:
+        tyro.cli(Pretrain, prog="arriero pretrain [RECIPE]", args=["--help"], config=(tyro.conf.FlagConversionOff,))
+    except SystemExit:
+        sys.stdout.flush()

@@ -1,0 +1,69 @@
+"""What the training loop is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from arriero.errors import UserError
+
+DType = Literal["float32", "bfloat16", "float16", "float64"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how much at a time, in which precision."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run. Raising it on resume changes no earlier sample."""
+    sequence_length: int = 2048
+    """Tokens of a sample."""
+    global_batch: int = 64
+    """Samples a step, over all processes and micro-batches."""
+    micro_batch: int = 8
+    """Samples in one forward pass of one data-parallel rank; the rest of the batch is accumulated."""
+    dtype: DType = "bfloat16"
+    """float32; bfloat16 or float16: parameters in flight, over float32 masters, float16 with a dynamic loss scale;
+    float64 for proofs."""
+    grad_clip: float = 1.0
+    """The gradient's global L2 norm is cut down to this; 0 clips nothing."""
+    on_nonfinite: Literal["skip", "stop"] = "skip"
+    """A non-finite loss or gradient: skip that update on all processes, or stop the run."""
+    initial_loss_scale: float = 65536.0
+    """float16 only: the first loss scale."""
+    loss_scale_window: int = 1000
+    """float16 only: clean steps before the scale doubles."""
+    loss_scale_hysteresis: int = 2
+    """float16 only: overflows before the scale halves."""
+    eval_every: int = 0
+    """Steps between validations; 0 for none. The last step is always validated when this is set."""
+    eval_batches: int = 10
+    """Global batches of the validation split that one validation reads, always the same ones."""
+
+    def problems(self, data_parallel: int) -> list[UserError]:
+        """All that is impossible, `data_parallel` ranks given."""
+        found = []
+        for key in ("steps", "sequence_length", "global_batch", "micro_batch", "eval_batches", "loss_scale_window"):
+            if getattr(self, key) < 1:
+                found.append(UserError(f"train.{key} is {getattr(self, key)}", "give a whole number from 1"))
+        for key in ("grad_clip", "eval_every"):
+            if getattr(self, key) < 0:
+                found.append(UserError(f"train.{key} is {getattr(self, key)}", "give 0 to turn it off"))
+        if found:
+            return found
+        unit = self.micro_batch * data_parallel
+        if self.global_batch % unit:
+            below, above = self.global_batch // unit * unit, -(-self.global_batch // unit) * unit
+            fits = f"{below} or {above}" if below else str(above)
+            found.append(
+                UserError(
+                    f"train.global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch} x "
+                    f"{data_parallel} data-parallel ranks",
+                    f"use train.global_batch {fits}, or another micro_batch",
+                )
+            )
+        return found
+
+    def accumulation(self, data_parallel: int) -> int:
+        """Micro-batches a step on each data-parallel rank."""
+        return self.global_batch // (self.micro_batch * data_parallel)

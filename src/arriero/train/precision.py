@@ -1,0 +1,61 @@
+"""Compute precision: parameters in flight in the compute dtype, masters and gradient sums in float32.
+
+Under ZeRO, FSDP casts. Without it, `forward_in` casts with autograd watching, once a forward pass, which computes the
+same: low-precision weights and activations, gradients cast up and added in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.func import functional_call
+
+from arriero.model.llama import Llama
+
+
+def store_dtype(compute: torch.dtype) -> torch.dtype:
+    """The dtype of parameters at rest: float32, or float64 in a proof."""
+    return torch.float64 if compute == torch.float64 else torch.float32
+
+
+def forward_in(model: Llama, compute: torch.dtype) -> Callable[..., Tensor]:
+    """The model's forward pass with its parameters in `compute`."""
+    if isinstance(model, FSDPModule) or compute == store_dtype(compute):
+        return model
+
+    def forward(*inputs: Tensor | None) -> Tensor:
+        cast = {name: parameter.to(compute) for name, parameter in model.named_parameters()}
+        return functional_call(model, cast, inputs)
+
+    return forward
+
+
+@dataclass
+class LossScale:
+    """float16's dynamic loss scale: doubled after a clean window, halved when overflows exhaust the hysteresis.
+
+    The decision rests on the global gradient norm, which is the same on all ranks, so they need not ask each other.
+    """
+
+    scale: float
+    window: int
+    hysteresis: int
+    clean: int = 0
+    """Finite steps since the last change."""
+    patience: int = 0
+    """Overflows since the last growth."""
+
+    def update(self, *, finite: bool) -> None:
+        """Takes note of one step."""
+        if finite:
+            self.clean += 1
+            if self.clean == self.window:
+                self.scale, self.clean, self.patience = self.scale * 2, 0, 0
+            return
+        self.clean, self.patience = 0, self.patience + 1
+        if self.patience >= self.hysteresis:
+            self.scale = max(1.0, self.scale / 2)

@@ -1,0 +1,166 @@
+"""What one run shows and leaves behind: log lines, log.txt, metrics.jsonl, env.json and the figure.
+
+Only the first process has one that does anything.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal, TextIO
+
+import torch
+
+from arriero import __version__
+from arriero.errors import UserError
+from arriero.model.config import LlamaConfig
+from arriero.observe.figure import loss_figure
+from arriero.observe.logline import arriero_line, megatron_line, validation_line
+from arriero.observe.metrics import MetricsWriter, StepMetrics, ValidationMetrics
+from arriero.observe.throughput import flops_per_token, peak_flops
+from arriero.train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is printed."""
+
+    style: Literal["arriero", "megatron"] = "arriero"
+    """arriero: AscendSpeed's fields and more; megatron: Megatron-LM's exact line, for scripts that read it."""
+    every: int = 1
+    """Steps between printed lines; metrics.jsonl has every step."""
+    peak_tflops: float = 0.0
+    """Matmul peak of one device in TFLOP/s, for MFU; 0 takes the known value of the device, if any."""
+
+    def problems(self) -> list[UserError]:
+        """All that is impossible about it."""
+        if self.every < 1 or self.peak_tflops < 0:
+            return [UserError("log.every must be at least 1 and log.peak_tflops not negative", "mend the value")]
+        return []
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What the loop knows of a step; the rest of a line follows from it."""
+
+    step: int
+    """Steps completed, this one included."""
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    loss_scale: float
+    skipped: bool
+    seconds: float
+    data_seconds: float
+
+
+class Reporter:
+    """Turns step results into lines and files."""
+
+    def __init__(
+        self, out: Path, log: LogConfig, train: TrainConfig, model: LlamaConfig, *, devices: int, device_name: str,
+        first: bool,
+    ) -> None:  # fmt: skip
+        self.log, self.train, self.first, self.out, self.devices = log, train, first, out, devices
+        tokens = train.global_batch * train.sequence_length
+        self._tflop_per_step = flops_per_token(model, train.sequence_length) * tokens / devices / 1e12
+        peak = log.peak_tflops or (peak_flops(device_name, train.dtype) or 0.0) / 1e12
+        self._peak = peak or None
+        self._recent: deque[float] = deque(maxlen=20)
+        self._skipped = self._nan = 0
+        self._text: TextIO | None = None
+        self._metrics: MetricsWriter | None = None
+        if first:
+            out.mkdir(parents=True, exist_ok=True)
+            self._text = (out / "log.txt").open("a", encoding="utf-8")
+            self._metrics = MetricsWriter(out / "metrics.jsonl")
+            environment = {
+                "arriero": __version__, "torch": torch.__version__, "python": platform.python_version(),
+                "devices": devices, "device": device_name, "host": platform.node(), "threads": torch.get_num_threads(),
+                "started": datetime.now().astimezone().isoformat(timespec="seconds"), "command": sys.argv,
+            }  # fmt: skip
+            (out / "env.json").write_text(json.dumps(environment, indent=1) + "\n", encoding="utf-8")
+
+    def say(self, text: str) -> None:
+        """Prints a line, and keeps it in log.txt."""
+        if self._text is not None:
+            print(text, flush=True)
+            self._text.write(text + "\n")
+            self._text.flush()
+
+    def resume_after(self, step: int) -> None:
+        """Drops the metrics of steps that will be run again."""
+        if self._metrics is not None:
+            self._metrics.truncate_after(step)
+
+    def step(self, result: StepResult) -> None:
+        """Takes note of a step: metrics always, a line when it is due."""
+        if self._metrics is None:
+            return
+        train, seconds = self.train, max(result.seconds, 1e-9)
+        self._recent.append(seconds)
+        self._skipped += result.skipped
+        self._nan += not math.isfinite(result.loss)
+        samples = result.step * train.global_batch
+        tflops = self._tflop_per_step / seconds
+        metrics = StepMetrics(
+            iteration=result.step,
+            iterations=train.steps,
+            consumed_samples=samples,
+            consumed_tokens=samples * train.sequence_length,
+            elapsed_ms=seconds * 1000,
+            learning_rate=result.learning_rate,
+            global_batch=train.global_batch,
+            lm_loss=result.loss,
+            loss_scale=result.loss_scale,
+            grad_norm=result.grad_norm,
+            sequence_length=train.sequence_length,
+            skipped_iterations=self._skipped,
+            nan_iterations=self._nan,
+            samples_per_second=train.global_batch / seconds,
+            tokens_per_second_per_device=train.global_batch * train.sequence_length / seconds / self.devices,
+            tflops=tflops,
+            mfu=tflops / self._peak if self._peak else None,
+            data_wait_ms=result.data_seconds * 1000,
+            eta_seconds=(train.steps - result.step) * sum(self._recent) / len(self._recent),
+        )
+        self._metrics.write(metrics)
+        if result.step % self.log.every == 0 or result.step == train.steps:
+            self.say(megatron_line(metrics, datetime.now()) if self.log.style == "megatron" else arriero_line(metrics))
+            self._skipped = self._nan = 0
+
+    def validation(self, step: int, loss: float) -> None:
+        """Takes note of a validation."""
+        if self._metrics is not None:
+            perplexity = math.exp(min(loss, 20.0)) if math.isfinite(loss) else math.nan  # as Megatron caps it
+            metrics = ValidationMetrics(iteration=step, lm_loss=loss, perplexity=perplexity)
+            self._metrics.write(metrics)
+            self.say(validation_line(metrics, framed=self.log.style == "megatron"))
+
+    def finish(self) -> None:
+        """Draws the figure and closes the files."""
+        if self._metrics is not None and self._text is not None:
+            self._metrics.close()
+            loss_figure(self.out / "metrics.jsonl", self.out / "loss.png")
+            self.say(f" figure: {self.out / 'loss.png'}")
+            self._text.close()
+
+
+class Stopwatch:
+    """Seconds since it was made or last read."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def read(self) -> float:
+        """Seconds since the last reading; starts again."""
+        now = time.perf_counter()
+        elapsed, self._last = now - self._last, now
+        return elapsed

@@ -1,0 +1,64 @@
+"""The learning rate: a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from arriero.errors import UserError
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Warm-up, then a shape that ends at `min_lr`."""
+
+    shape: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """After warm-up: cosine or linear down to min_lr; constant; wsd: constant, then linear over the last part."""
+    lr: float = 3e-4
+    """The highest learning rate."""
+    min_lr: float = 3e-5
+    """The lowest, after the decay."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0; excludes warmup_fraction."""
+    warmup_fraction: float = 0.0
+    """Warm-up as a part of decay_steps, 0 to 1; excludes warmup_steps."""
+    decay_steps: int = 0
+    """The step at which min_lr is reached; 0 means the last step of the run."""
+    wsd_decay_fraction: float = 0.1
+    """wsd only: the part of decay_steps that the final decay takes."""
+
+    def problems(self) -> list[UserError]:
+        """All that is impossible about it."""
+        found = []
+        if self.warmup_steps and self.warmup_fraction:
+            found.append(UserError("schedule.warmup_steps and schedule.warmup_fraction are both set", "keep one"))
+        if self.warmup_steps < 0 or self.decay_steps < 0 or not 0 <= self.warmup_fraction < 1:
+            found.append(UserError("schedule: negative steps, or a fraction outside 0 to 1", "mend the value"))
+        if not 0 <= self.min_lr <= self.lr or not math.isfinite(self.lr):
+            fix = "give 0 <= min_lr <= lr"
+            found.append(UserError(f"schedule.min_lr {self.min_lr} and schedule.lr {self.lr} do not fit", fix))
+        if not 0 < self.wsd_decay_fraction <= 1:
+            found.append(UserError(f"schedule.wsd_decay_fraction is {self.wsd_decay_fraction}", "give a part, 0 to 1"))
+        return found
+
+
+def learning_rate(config: ScheduleConfig, step: int, steps: int) -> float:
+    """The rate of update `step` (from 0) in a run of `steps`.
+
+    Warm-up reaches `lr` with its last step and never wastes the first one at rate 0: update i of w has lr (i + 1) / w.
+    """
+    end = config.decay_steps or steps
+    warmup = config.warmup_steps or round(config.warmup_fraction * end)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.shape == "constant":
+        return config.lr
+    start = warmup
+    if config.shape == "wsd":
+        start = max(warmup, end - round(config.wsd_decay_fraction * end))
+    if step < start:
+        return config.lr
+    progress = min(1.0, (step - start) / max(1, end - start))
+    left = 1 - progress if config.shape != "cosine" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + (config.lr - config.min_lr) * left
