@@ -94,10 +94,11 @@ def train_tokenizer(texts: Iterable[str], directory: Path, vocab_size: int) -> P
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size, byte_fallback=True,
-            unk_id=0, bos_id=1, eos_id=2, pad_id=-1, unk_surface=" \u2047 ", split_digits=True, add_dummy_prefix=True,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-            character_coverage=0.9999, max_sentence_length=1 << 16, num_threads=os.cpu_count() or 1, minloglevel=2,
+            sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, unk_surface=" \u2047 ", split_digits=True,
+            add_dummy_prefix=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True, character_coverage=0.9999, max_sentence_length=1 << 16,
+            num_threads=os.cpu_count() or 1, minloglevel=2,
         )  # fmt: skip
     except (RuntimeError, OSError) as error:  # sentencepiece gives its reason as text only
         reason = str(error).rpartition("] ")[2].strip()
