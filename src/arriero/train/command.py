@@ -12,7 +12,7 @@ import tyro
 
 from arriero.checkpoint.layout import committed
 from arriero.checkpoint.load import find_checkpoint
-from arriero.data.batches import check_data_against  # type: ignore
+from arriero.data.check import check_data_against
 from arriero.data.tokenizer import load_tokenizer
 from arriero.device import device_count, device_type
 from arriero.errors import EXIT_OK, UserError, join_problems

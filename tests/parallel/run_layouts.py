@@ -1,0 +1,55 @@
+"""Runs many layouts in one launch: `python run_layouts.py JOB.json`. Starting processes is what costs.
+
+Each case trains five steps from the same weights or from a checkpoint, saves after the third and the fifth, and the
+first process appends a line of JSON with its losses and gradient norms.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from arriero.launch import in_process_group, run_processes
+from arriero.parallel.mesh import Ranks
+from arriero.recipe import Recipe, Setting, parse
+from arriero.train.loop import Trainer
+
+
+def run_case(case: dict[str, Any]) -> dict[str, Any] | None:
+    settings = [Setting(key, list(map(str, value)) if isinstance(value, list) else [str(value)], "case")
+                for key, value in case["settings"].items()]  # fmt: skip
+    recipe: Recipe = parse(Recipe, settings, prog="case")
+    ranks = Ranks.build(recipe.parallel, "cpu")
+    trainer = Trainer(recipe, ranks, local_rank=0, device_kind="cpu")
+    trainer.start(Path(case["resume"]) if case.get("resume") else None)
+    trainer.recipe = replace(trainer.recipe, checkpoint=replace(recipe.checkpoint, keep=0))
+    result: dict[str, Any] = {"name": case["name"], "loss": [], "grad_norm": [], "scale": [], "skipped": []}
+    while trainer.done < 5:
+        step = trainer.step()
+        result["loss"].append(step.loss)
+        result["grad_norm"].append(step.grad_norm)
+        result["scale"].append(step.loss_scale)
+        result["skipped"].append(step.skipped)
+        if trainer.done in (3, 5):
+            trainer.save()
+    result["valid"] = trainer.validate()
+    return result if ranks.first else None
+
+
+def run_job(job: dict[str, Any]) -> None:
+    for case in job["cases"]:
+        result = run_case(case)
+        if result is not None:
+            with open(job["results"], "a", encoding="utf-8") as file:
+                file.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    job = json.loads(Path(sys.argv[1]).read_text())
+    if job["processes"] == 1:
+        in_process_group(run_job, job)
+    else:
+        run_processes(run_job, job, job["processes"])
