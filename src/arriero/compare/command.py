@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from rich.console import Console
 from rich.table import Table
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from arriero.compare.judge import Verdict, judge
 from arriero.compare.read import read_curves
@@ -20,9 +21,9 @@ from arriero.errors import EXIT_CHECK_FAILED, EXIT_OK
 class CompareArgs:
     """Compare two runs step by step: exit code 0 if they agree, 1 if not, 2 if they cannot be compared."""
 
-    a: Positional[Path]
+    a: Annotated[Positional[Path], arg(metavar="A")]
     """The reference: a run directory, a metrics.jsonl, a Megatron, MindSpeed or AscendSpeed log, or a CSV."""
-    b: Positional[Path]
+    b: Annotated[Positional[Path], arg(metavar="B")]
     """The run to judge, in any of the same forms."""
     max_rel: float = 0.02
     """The greatest relative error |b - a| / |a| allowed at any common iteration; 0 asks for equality bit for bit."""
@@ -57,11 +58,12 @@ def _print(verdict: Verdict, args: CompareArgs) -> None:
     for row in body:
         table.add_row(*row)
     console.print(table)
-    console.print()
-    for sentence in sentences(verdict):
+    if found := sentences(verdict):
+        console.print()
+    for sentence in found:
         console.print(f"- {sentence}", soft_wrap=False)
     if args.out is not None:
-        console.print(f"report: {args.out / MARKDOWN}, {args.out / HTML}\nfigure: {args.out / FIGURE}")
+        console.print(f"\nreport: {args.out / MARKDOWN}, {args.out / HTML}\nfigure: {args.out / FIGURE}")
     style = "bold green" if verdict.passed else "bold red"
     console.print(f"\n{'pass' if verdict.passed else 'FAIL'}", style=style, end="")
     hint = "" if args.out is not None else " (--out DIR writes a figure and a report)"

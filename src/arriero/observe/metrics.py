@@ -45,9 +45,9 @@ class StepMetrics:
     sequence_length: int
     """Tokens of a sample."""
     skipped_iterations: int
-    """Updates skipped for a non-finite gradient since the previous line: 0 or 1 when every step is logged."""
+    """Updates skipped for a non-finite gradient since the previous printed line: 0 or 1 when every step is."""
     nan_iterations: int
-    """Steps whose loss was non-finite since the previous line."""
+    """Steps whose loss was non-finite since the previous printed line."""
     samples_per_second: float
     """Samples a second, the whole job."""
     tokens_per_second_per_device: float
