@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from arriero.compare.read import read_curves
 from arriero.errors import UserError
@@ -36,6 +38,10 @@ MINDSPEED_FSDP2 = (
     "iteration: 3 | consumed samples: 768 | elapsed time per iteration (ms): 33818.0 | throughput(samples/s): 7.57 |"
     " learning rate: 1.406000E-07 | global batch size: 256 | lm loss: 12.0082 | grad norm: 9.216\n"
 )
+PIECES = st.sampled_from(
+    ["iteration", ",", "lm_loss", "\n", "1", "nan", " iteration 7/9 |", " elapsed time per iteration (ms): 1 |",
+     " lm loss: ", "|", '{"iteration": 1, "lm_loss": 2}', '"']
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -183,3 +189,16 @@ def test_our_own_log_line_is_read(tmp_path: Path) -> None:
     columns = read_curves(tmp_path / "log.txt").columns
     assert math.isnan(columns["lm_loss"][7])
     assert columns["grad_norm"] == {7: 2.5}
+
+
+@given(st.sampled_from(["log", "csv", "jsonl"]), st.lists(st.one_of(st.text(), PIECES), max_size=12))
+def test_no_text_ends_in_anything_but_curves_or_a_user_error(
+    tmp_path_factory: pytest.TempPathFactory, suffix: str, pieces: list[str]
+) -> None:
+    path = tmp_path_factory.getbasetemp() / f"any.{suffix}"
+    path.write_text("".join(pieces), encoding="utf-8", errors="surrogatepass")
+    try:
+        named = bool(read_curves(path).iterations)
+    except UserError as error:
+        named = str(path) in str(error)
+    assert named
