@@ -1,0 +1,114 @@
+"""Instruction sets: three aligned data sets (ids, attention mask, labels), padded or packed to the sequence length."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from arriero.data.indexed import IndexedDataset
+from arriero.errors import UserError
+
+if TYPE_CHECKING:
+    from arriero.data.batches import Batch
+
+INSTRUCTION_FIELDS = ("input_ids", "attention_mask", "labels")
+PAD_ID = 0  # any id does: padding stands after the text, attention is causal, and no loss falls on it
+
+
+def best_fit(sizes: np.ndarray, capacity: int) -> list[list[int]]:
+    """Packs items into bins by best-fit decreasing: each goes where the least room is left over.
+
+    An integer of `capacity` bits says which amounts of free room exist: each item costs a shift and a lowest set bit.
+
+    Args:
+        sizes: item sizes, none above `capacity`; equal sizes keep their order.
+        capacity: of a bin.
+
+    Returns:
+        the items (positions in `sizes`) of each bin.
+    """
+    bins: list[list[int]] = []
+    rooms: dict[int, list[int]] = {}  # free room -> bins
+    exists = 0
+    for item in np.argsort(-sizes.astype(np.int64), kind="stable").tolist():
+        size = int(sizes[item])
+        fitting = exists >> size
+        if fitting:
+            room = size + (fitting & -fitting).bit_length() - 1
+            chosen = rooms[room].pop()
+            if not rooms[room]:
+                exists &= ~(1 << room)
+            bins[chosen].append(item)
+        else:
+            room, chosen = capacity, len(bins)
+            bins.append([item])
+        left = room - size
+        rooms.setdefault(left, []).append(chosen)
+        exists |= 1 << left
+    return bins
+
+
+class InstructionSet:
+    """Records of an instruction set as samples.
+
+    A record of n tokens fills n - 1 places: tokens are ids[:-1], labels are labels[1:], as AscendSpeed pairs them.
+    Longer records are cut at the sequence length.
+
+    Attributes:
+        samples_per_epoch: records, or bins when packed.
+        truncated: records that were longer than a sample.
+
+    Raises:
+        UserError: the three files do not belong together.
+    """
+
+    def __init__(
+        self, prefix: str, documents: np.ndarray, *, length: int, seed: int, pack: bool, by_document: bool
+    ) -> None:
+        self._ids, mask, self._labels = (
+            IndexedDataset(f"{prefix}_packed_{name}_document") for name in INSTRUCTION_FIELDS
+        )
+        if not (np.array_equal(self._ids.sizes, mask.sizes) and np.array_equal(self._ids.sizes, self._labels.sizes)):
+            raise UserError(f"{prefix}: the three packed files have different lengths", "prepare the data set again")
+        self._length, self._seed, self._by_document = length, seed, by_document
+        places = self._ids.sizes[documents].astype(np.int64) - 1
+        documents = documents[places > 0]
+        places = places[places > 0]
+        self.truncated = int((places > length).sum())
+        # Packed once, not anew in each epoch: the number of samples of an epoch must not depend on the epoch.
+        bins = best_fit(np.minimum(places, length), length) if pack else [[i] for i in range(len(documents))]
+        self._members = np.array([documents[i] for one in bins for i in one], np.int64)
+        self._firsts = np.concatenate([[0], np.cumsum([len(one) for one in bins], dtype=np.int64)]).astype(np.int64)
+        self.samples_per_epoch = len(bins)
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def _shuffle(self, epoch: int) -> np.ndarray:
+        if epoch not in self._epochs:
+            random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([self._seed, epoch])))
+            self._epochs = {epoch: random.permutation(self.samples_per_epoch)}
+        return self._epochs[epoch]
+
+    def fill(self, samples: np.ndarray, rows: np.ndarray, out: Batch) -> None:
+        """Writes the samples into the given rows of `out`."""
+        out.tokens[rows], out.labels[rows] = PAD_ID, -100
+        if out.positions is not None and out.documents is not None:
+            out.positions[rows], out.documents[rows] = 0, 0
+        for sample, row in zip(samples.tolist(), rows.tolist(), strict=True):
+            epoch, within = divmod(sample, self.samples_per_epoch)
+            chosen = int(self._shuffle(epoch)[within])
+            members = self._members[self._firsts[chosen] : self._firsts[chosen + 1]]
+            at = 0
+            for number, member in enumerate(members.tolist()):
+                ids, labels = self._ids[member][:-1], self._labels[member][1:]
+                end = min(at + len(ids), self._length)
+                out.tokens[row, at:end] = ids[: end - at]
+                out.labels[row, at:end] = labels[: end - at]
+                if self._by_document and out.positions is not None and out.documents is not None:
+                    out.positions[row, at:end] = np.arange(end - at)
+                    out.documents[row, at:end] = number
+                at = end
+            if self._by_document and out.documents is not None and out.positions is not None:
+                # Padding is a document of its own, so that every row of an attention mask has something to attend to.
+                out.documents[row, at:] = len(members)
+                out.positions[row, at:] = np.arange(self._length - at)

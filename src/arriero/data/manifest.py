@@ -1,0 +1,91 @@
+"""PREFIX.manifest.json: where a data set came from, how it was made, and the SHA-256 of what was written.
+
+It is renamed into place last, after every .bin and .idx: a set without it is foreign or unfinished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arriero.data.indexed import IndexedDataset, bin_path, idx_path
+from arriero.errors import UserError
+
+VERSION = 1
+
+
+def manifest_path(out: str) -> Path:
+    """PREFIX.manifest.json of `prepare --out PREFIX`."""
+    return Path(f"{out}.manifest.json")
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(out: str, manifest: dict[str, Any]) -> None:
+    """Writes and renames the manifest, flushed to disk."""
+    path = manifest_path(out)
+    scratch = path.with_name(path.name + ".partial")
+    with scratch.open("w", encoding="utf-8") as file:
+        json.dump({"version": VERSION, **manifest}, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+
+
+def read_manifest(out: str) -> dict[str, Any] | None:
+    """The manifest of `prepare --out PREFIX`, or None. Raises UserError for a damaged one."""
+    path = manifest_path(out)
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["version"] != VERSION:
+            raise ValueError(f"version {found['version']}, known: {VERSION}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a manifest ({error})", "prepare the data set again with --overwrite") from error
+    return found
+
+
+def manifest_of(prefix: str) -> tuple[str, dict[str, Any]] | None:
+    """Finds the manifest of a single data set: that of X_text_document is X.manifest.json.
+
+    Returns:
+        the name of the set in the manifest's `outputs` and the manifest, or None for a foreign set.
+    """
+    path = Path(prefix)
+    words = path.name.split("_")
+    for n in range(len(words), 0, -1):
+        out = str(path.with_name("_".join(words[:n])))
+        found = read_manifest(out)
+        name = "_".join(words[n:])
+        if found is not None and (name in found["outputs"] or n == len(words)):
+            return name, found
+    return None
+
+
+def verify(prefix: str, entry: dict[str, Any]) -> list[str]:
+    """Compares both files of a data set with a manifest's entry; returns what differs."""
+    wrong = []
+    for path, key in ((bin_path(prefix), "bin_sha256"), (idx_path(prefix), "idx_sha256")):
+        if not path.is_file():
+            wrong.append(f"{path} is missing")
+        elif sha256_file(path) != entry[key]:
+            wrong.append(f"{path}: SHA-256 differs from the manifest")
+    return wrong
+
+
+def largest_id(prefix: str) -> int:
+    """Largest token id of a data set, by reading all of it (about 1 GB/s); -1 for an empty one."""
+    tokens = IndexedDataset(prefix).tokens
+    step = 1 << 24
+    return max((int(np.max(tokens[i : i + step])) for i in range(0, len(tokens), step)), default=-1)

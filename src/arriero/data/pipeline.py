@@ -1,0 +1,178 @@
+"""Records to token arrays on several threads, in the order of the input, whatever the number of threads.
+
+Threads, not processes: every engine tokenises outside the interpreter's lock, one process holds the vocabulary once,
+and there is no worker that can die alone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from arriero.data.formats import BadRecordError, Document, Format
+from arriero.data.readers import Bad
+from arriero.data.tokenizer import Tokenizer
+
+CHUNK_CHARACTERS = 1 << 18  # of text in one unit of work: long enough to hide the hand-over, short enough for memory
+CHUNK_RECORDS = 1024
+
+
+class Place(NamedTuple):
+    """Where a record came from: input file (its number) and line or record number."""
+
+    file: int
+    number: int
+
+
+class Rejected(NamedTuple):
+    """A record that was not used, and why."""
+
+    place: Place
+    reason: str
+    raw: str
+
+
+Item = tuple[Place, dict[str, Any] | Bad]
+
+
+@dataclass
+class Result:
+    """What became of one unit of work.
+
+    Attributes:
+        columns: for every output file, the tokens of its documents back to back and their sizes.
+        documents: records that became documents.
+        text_bytes: UTF-8 bytes that were tokenised.
+    """
+
+    columns: list[tuple[np.ndarray, np.ndarray]]
+    rejected: list[Rejected] = field(default_factory=list)
+    documents: int = 0
+    text_bytes: int = 0
+    largest: int = -1
+
+
+def units(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """Groups records into units of work; the grouping follows from the input alone."""
+    unit: list[Item] = []
+    size = 0
+    for item in items:
+        unit.append(item)
+        record = item[1]
+        if not isinstance(record, Bad):
+            size += sum(len(v) for v in record.values() if isinstance(v, str))
+        if size >= CHUNK_CHARACTERS or len(unit) >= CHUNK_RECORDS:
+            yield unit
+            unit, size = [], 0
+    if unit:
+        yield unit
+
+
+@dataclass(frozen=True)
+class Work:
+    """Turns a unit of records into arrays. Safe to call from several threads."""
+
+    tokenizer: Tokenizer
+    format: Format
+    bos: int | None
+    eos: int | None
+
+    def __call__(self, unit: list[Item]) -> Result:
+        """Formats, checks and tokenises one unit."""
+        good: list[list[Document]] = []
+        rejected: list[Rejected] = []
+        for place, record in unit:
+            if isinstance(record, Bad):
+                rejected.append(Rejected(place, record.reason, record.raw))
+                continue
+            try:
+                documents = self.format.documents(record)
+                for document in documents:
+                    for part in document:
+                        _check_unicode(part.text)
+            except BadRecordError as error:
+                rejected.append(Rejected(place, str(error), _show(record)))
+            else:
+                good.append(documents)
+        result = Result([], rejected, documents=len(good))
+        for n in range(len(self.format.names)):
+            chosen = [documents[n] for documents in good]
+            result.columns += self._masked(chosen) if self.format.masked else self._plain(chosen)
+            result.text_bytes += sum(len(part.text.encode()) for document in chosen for part in document)
+        ids = result.columns[:1] if self.format.masked else result.columns
+        result.largest = max((int(flat.max()) for flat, _ in ids if len(flat)), default=-1)
+        return result
+
+    def _plain(self, documents: list[Document]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """One part a document: BOS, text, EOS."""
+        encoded = self.tokenizer.encode_arrays([document[0].text for document in documents])
+        before = np.array([] if self.bos is None else [self.bos], np.int32)
+        after = np.array([] if self.eos is None else [self.eos], np.int32)
+        around = len(before) + len(after)
+        sizes = np.array([len(ids) + around for ids in encoded], np.int32)
+        stretches = [stretch for ids in encoded for stretch in (before, ids, after)]
+        flat = np.concatenate(stretches, dtype=np.int32, casting="unsafe") if stretches else np.empty(0, np.int32)
+        return [(flat, sizes)]
+
+    def _masked(self, documents: list[Document]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Three aligned columns: ids, attention mask (ones), labels (-100 where a part is not learned, and on BOS)."""
+        firsts = iter(self.tokenizer.encode_arrays([document[0].text for document in documents]))
+        later = [part.text for document in documents for part in document[1:]]
+        rest = iter(self.tokenizer.encode_continuation(later))
+        ids: list[np.ndarray] = []
+        learned: list[np.ndarray] = []
+        sizes = []
+        for document in documents:
+            before = [] if self.bos is None else [self.bos]
+            ids.append(np.array(before, np.int32))
+            learned.append(np.zeros(len(before), bool))
+            size = len(before)
+            for i, part in enumerate(document):
+                tokens = next(firsts) if i == 0 else next(rest)
+                if part.end and self.eos is not None:
+                    tokens = np.append(tokens, self.eos)
+                ids.append(tokens)
+                learned.append(np.full(len(tokens), part.learn))
+                size += len(tokens)
+            sizes.append(size)
+        flat = np.concatenate(ids, dtype=np.int32, casting="unsafe") if ids else np.empty(0, np.int32)
+        keep = np.concatenate(learned) if learned else np.empty(0, bool)
+        lengths = np.array(sizes, np.int32)
+        labels = np.where(keep, flat, np.int32(-100)).astype(np.int32)
+        return [(flat, lengths), (np.ones_like(flat), lengths), (labels, lengths)]
+
+
+def _check_unicode(text: str) -> None:
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        if 0xDC80 <= code <= 0xDCFF:  # how the CSV reader passes a foreign byte on
+            raise BadRecordError(f"invalid UTF-8 (byte 0x{code - 0xDC00:02x})") from error
+        raise BadRecordError(f"lone surrogate U+{code:04X}") from error
+
+
+def _show(record: dict[str, Any]) -> str:
+    return str(record)[:2000].encode("utf-8", "backslashreplace").decode()
+
+
+def in_order(work: Callable[[list[Item]], Result], todo: Iterable[list[Item]], *, workers: int) -> Iterator[Result]:
+    """Results of the units in their order; at most `workers` + 2 units are in memory."""
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenise")
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for unit in todo:
+            waiting.append(pool.submit(work, unit))
+            if len(waiting) > workers + 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

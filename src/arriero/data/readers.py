@@ -1,0 +1,342 @@
+"""Input files to records, in constant memory.
+
+Every reader yields `(number, record)`: the number counts lines (or records, where a file has no lines) from 1; the
+record is a dictionary, or a `Bad` that says why it is none. What makes the rest of a file unreadable is a UserError.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import csv
+import glob
+import gzip
+import io
+import json
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from arriero.errors import UserError
+
+KINDS = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".txt": "text",
+}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_BLOCK = 1 << 20
+
+
+class Bad(NamedTuple):
+    """A record that could not be read."""
+
+    reason: str
+    raw: str
+
+
+def _no_meter(fraction: Callable[[], float]) -> None:
+    """Takes no notice of how much has been read."""
+
+
+Meter = Callable[[Callable[[], float]], None]
+Numbered = Iterator[tuple[int, dict[str, Any] | Bad]]
+
+
+def kind_of(path: Path) -> str | None:
+    """The kind of a file by its name (a compression's suffix is looked through), or None."""
+    suffixes = [s.lower() for s in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return KINDS.get(suffixes[-1]) if suffixes else None
+
+
+def find_inputs(inputs: tuple[str, ...]) -> tuple[str, list[Path]]:
+    """Expands files, globs and directories; returns their one kind and the files, each argument's sorted by name.
+
+    Raises:
+        UserError: nothing found, an unknown ending, or files of several kinds (which are listed).
+    """
+    files: list[Path] = []
+    for given in inputs:
+        path = Path(given)
+        if path.is_dir():
+            found = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+            files += [p for p in found if kind_of(p)]
+            if not any(kind_of(p) for p in found):
+                raise UserError(
+                    f"no data file in directory {path}", f"known endings: {', '.join(KINDS)} (also .gz, .zst)"
+                )
+        elif path.is_file():
+            files.append(path)
+        elif matched := sorted(p for p in map(Path, glob.glob(given, recursive=True)) if p.is_file()):
+            files += matched
+        else:
+            raise UserError(f"no such file: {given}", "give a file, a directory, or a glob in quotes")
+    kinds: dict[str, list[Path]] = {}
+    for path in files:
+        kind = kind_of(path)
+        if kind is None:
+            raise UserError(f"{path}: unknown ending", f"known endings: {', '.join(KINDS)} (also .gz, .zst)")
+        kinds.setdefault(kind, []).append(path)
+    if len(kinds) > 1:
+        listed = "; ".join(f"{len(paths)} {kind} ({paths[0].name})" for kind, paths in sorted(kinds.items()))
+        raise UserError(f"files of several kinds: {listed}", "prepare each kind on its own, then join with --merge")
+    return next(iter(kinds)), files
+
+
+def _compression(path: Path) -> str | None:
+    return COMPRESSIONS.get(path.suffix.lower())
+
+
+def _open(path: Path, meter: Meter = _no_meter) -> BinaryIO:
+    """A file's bytes, decompressed."""
+    raw = path.open("rb", buffering=_BLOCK)
+    size = max(1, path.stat().st_size)
+    meter(lambda: raw.tell() / size)
+    how = _compression(path)
+    if how == "gzip":
+        return cast(BinaryIO, gzip.open(raw, "rb"))
+    if how == "zstd":
+        import pyarrow
+
+        return cast(BinaryIO, io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), _BLOCK))
+    return raw
+
+
+@contextlib.contextmanager
+def _seekable(path: Path) -> Iterator[Any]:
+    """A file that can be read at any place: a compressed one is unpacked to a scratch file first."""
+    if _compression(path) is None:
+        yield str(path)
+        return
+    with tempfile.NamedTemporaryFile() as scratch:
+        with _open(path) as packed:
+            shutil.copyfileobj(packed, scratch, _BLOCK)
+        scratch.flush()
+        yield scratch.name
+
+
+def _lines(path: Path, meter: Meter) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines without their line ends; a UTF-8 byte order mark at the start is dropped."""
+    with _open(path, meter) as file:
+        first = file.readline()
+        if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise UserError(f"{path} is UTF-16", f"convert it: iconv -f utf-16 -t utf-8 {path}")
+        if first:
+            yield 1, first.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n")
+        for number, line in enumerate(file, 2):
+            yield number, line.rstrip(b"\r\n")
+
+
+def _show(raw: bytes) -> str:
+    return raw[:2000].decode("utf-8", "backslashreplace")
+
+
+def _text(path: Path, per: str, meter: Meter) -> Numbered:
+    """A record {"text": ...} for each line, paragraph (blank lines between) or file. Blank lines are no records."""
+    first, held = 1, list[bytes]()
+
+    def give() -> Iterator[tuple[int, dict[str, Any] | Bad]]:
+        raw = b"\n".join(held)
+        held.clear()
+        if raw.strip():
+            try:
+                yield first, {"text": raw.decode("utf-8")}
+            except UnicodeDecodeError as error:
+                yield first, Bad(f"invalid UTF-8 ({error.reason} at byte {error.start})", _show(raw))
+
+    for number, line in _lines(path, meter):
+        if per != "file" and not line.strip():
+            yield from give()
+            continue
+        if not held:
+            first = number
+        held.append(line)
+        if per == "line":
+            yield from give()
+    yield from give()
+
+
+def _parse(raw: bytes | str) -> dict[str, Any] | Bad:
+    try:
+        record = json.loads(raw)
+    except UnicodeDecodeError as error:
+        return Bad(
+            f"invalid UTF-8 ({error.reason} at byte {error.start})", _show(raw if isinstance(raw, bytes) else b"")
+        )
+    except (ValueError, RecursionError) as error:
+        return Bad(f"broken JSON ({error})", _show(raw if isinstance(raw, bytes) else raw.encode(errors="replace")))
+    return record if isinstance(record, dict) else Bad(f"not an object but {type(record).__name__}", str(record)[:2000])
+
+
+def _jsonl(path: Path, meter: Meter) -> Numbered:
+    for number, line in _lines(path, meter):
+        if line.strip():
+            yield number, _parse(line)
+
+
+def _json(path: Path, meter: Meter) -> Numbered:
+    """A JSON array of records, read piece by piece; a file whose first character is { is taken for JSON lines."""
+    decoder = json.JSONDecoder()
+    with _open(path, meter) as raw:
+        file = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
+        buffer, number, want = file.read(_BLOCK).lstrip(), 0, _BLOCK
+        if buffer.startswith("{"):
+            file.detach()
+            yield from _jsonl(path, meter)
+            return
+        if not buffer.startswith("["):
+            raise UserError(f"{path} is neither a JSON array nor JSON lines", "the first character must be [ or {")
+        buffer, more = buffer[1:], True
+        while True:
+            buffer = buffer.lstrip(" \t\r\n,")
+            if buffer.startswith("]"):
+                return
+            try:
+                record, end = decoder.raw_decode(buffer)
+                # A record is whole only if something follows it: `12` may be the start of `123`.
+                if end == len(buffer) and more:
+                    raise json.JSONDecodeError("needs more", buffer, end)
+            except json.JSONDecodeError as error:
+                # Text that merely ends too early is completed; the step doubles: one huge record costs linear time.
+                if not more or (
+                    len(buffer) - error.pos > 16 and not error.msg.startswith(("Unterminated", "Invalid \\u"))
+                ):
+                    what = "ends within the array" if not more else f"broken JSON after record {number} ({error.msg})"
+                    raise UserError(
+                        f"{path}: {what}", "repair the file; nothing after this place can be read"
+                    ) from error
+                piece = file.read(want)
+                more, want = bool(piece), want * 2
+                buffer += piece
+                continue
+            buffer, number, want = buffer[end:], number + 1, _BLOCK
+            yield (
+                number,
+                record
+                if isinstance(record, dict)
+                else Bad(f"not an object but {type(record).__name__}", str(record)[:2000]),
+            )
+
+
+def _csv(path: Path, meter: Meter) -> Numbered:
+    csv.field_size_limit(1 << 31)
+    with _open(path, meter) as raw:
+        # Bytes that are not UTF-8 come through as lone surrogates, which the next stage refuses record by record.
+        file = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        rows = csv.reader(file, strict=True)
+        header = next(rows, [])
+        line = rows.line_num + 1
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                raise UserError(
+                    f"{path}: line {rows.line_num}: {error}", "repair the quoting; the rest cannot be read"
+                ) from error
+            if row:
+                wrong = Bad(f"{len(row)} columns, not {len(header)}", ",".join(row)[:2000])
+                yield line, dict(zip(header, row, strict=True)) if len(row) == len(header) else wrong
+            line = rows.line_num + 1
+
+
+def _rows(table: Any, first: int) -> Numbered:
+    """Records of an arrow record batch; strings that are not UTF-8 spoil their own record only."""
+    try:
+        for i, record in enumerate(table.to_pylist()):
+            yield first + i, record
+    except UnicodeDecodeError:
+        for i in range(table.num_rows):
+            try:
+                yield first + i, table.slice(i, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:
+                yield first + i, Bad(f"invalid UTF-8 ({error.reason} at byte {error.start})", "")
+
+
+def _parquet(path: Path, columns: tuple[str, ...] | None, meter: Meter) -> Numbered:
+    import pyarrow.parquet
+
+    with _seekable(path) as source, pyarrow.parquet.ParquetFile(source, pre_buffer=False, buffer_size=_BLOCK) as file:
+        known = file.schema_arrow.names
+        number, total = 1, max(1, file.metadata.num_rows)
+        meter(lambda: number / total)
+        wanted = [c for c in columns if c in known] if columns is not None else None
+        for batch in file.iter_batches(batch_size=512, columns=wanted, use_threads=False):
+            yield from _rows(batch, number)
+            number += batch.num_rows
+
+
+def _arrow(path: Path, columns: tuple[str, ...] | None, meter: Meter) -> Numbered:
+    """Arrow's file format (also feather version 2) and its stream format."""
+    import pyarrow.ipc
+
+    with _seekable(path) as source, pyarrow.memory_map(source) as mapped:
+        head = mapped.read(6)
+        mapped.seek(0)
+        reader = pyarrow.ipc.open_file(mapped) if head == b"ARROW1" else pyarrow.ipc.open_stream(mapped)
+        batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if head == b"ARROW1" else reader
+        number, size = 1, max(1, mapped.size())
+        meter(lambda: mapped.tell() / size)
+        for whole in batches:
+            batch = whole.select([c for c in columns if c in whole.schema.names]) if columns is not None else whole
+            for at in range(0, batch.num_rows, 512):
+                yield from _rows(batch.slice(at, 512), number + at)
+            number += whole.num_rows
+
+
+def read_records(
+    path: Path,
+    kind: str,
+    *,
+    columns: tuple[str, ...] | None = None,
+    per: str = "line",
+    meter: Meter = _no_meter,
+) -> Numbered:
+    """Records of one file.
+
+    Args:
+        path: the file.
+        kind: as `find_inputs` found it.
+        columns: the columns that are needed, where a file can be read by column; None for all.
+        per: what a text file's record is: line, paragraph or file.
+        meter: is given a function that says how much of the file has been read, from 0 to 1.
+
+    Raises:
+        UserError: the file, or the rest of it, cannot be read.
+    """
+    try:
+        if kind == "text":
+            yield from _text(path, per, meter)
+        elif kind == "jsonl":
+            yield from _jsonl(path, meter)
+        elif kind == "json":
+            yield from _json(path, meter)
+        elif kind == "csv":
+            yield from _csv(path, meter)
+        elif kind == "parquet":
+            yield from _parquet(path, columns, meter)
+        else:
+            yield from _arrow(path, columns, meter)
+    except UserError:
+        raise
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: the compressed file is damaged or cut short ({error})", "copy it again") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: invalid UTF-8 ({error.reason})", "convert the file to UTF-8") from error
+    except OSError as error:  # pyarrow's I/O errors are OSError too
+        raise UserError(
+            f"{path}: cannot be read ({str(error).splitlines()[0]})", "the file is damaged or cut short"
+        ) from error
+    except ValueError as error:  # pyarrow.lib.ArrowInvalid
+        raise UserError(f"{path}: not a whole {kind} file ({str(error).splitlines()[0]})", "copy it again") from error

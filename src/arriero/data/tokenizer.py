@@ -1,0 +1,270 @@
+"""Tokenizers: SentencePiece through sentencepiece itself, `tokenizer.json` through tokenizers.
+
+Text is text: a literal `<s>` in a document never becomes a special id. Begin and end of document are added by the
+caller (`prepare`), from `bos_id` and `eos_id`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arriero.errors import UserError
+
+# Files that travel with a tokenizer, in the order in which they are looked for.
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+# Names that tokenizers give to the two ids when no configuration file says which they are.
+_KNOWN_BOS = ("<s>", "<|begin_of_text|>", "<bos>")
+_KNOWN_EOS = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
+
+
+class Tokenizer:
+    """What every engine offers. Ids are plain integers; nothing is added at either end.
+
+    Attributes:
+        path: the file that decides the ids.
+        vocab_size: one more than the largest id.
+        bos_id, eos_id: ids that begin and end a document, or None.
+        fingerprint: SHA-256 of the vocabulary in order of ids: the same for a tokenizer.model and its tokenizer.json.
+        file_sha256: of `path`.
+        notices: what was mended on loading, one sentence each; the caller prints them.
+    """
+
+    engine = ""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file_sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.fingerprint = ""
+        self.vocab_size = 0
+        self.bos_id: int | None = None
+        self.eos_id: int | None = None
+        self.notices: list[str] = []
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each text, one integer array a text. Raises UnicodeEncodeError for lone surrogates."""
+        raise NotImplementedError
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of some ids; special ids give nothing."""
+        raise NotImplementedError
+
+    def piece(self, token: int) -> str:
+        """One id as it is written in the vocabulary."""
+        raise NotImplementedError
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of one text."""
+        return self.encode_arrays([text])[0].tolist()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of several texts."""
+        return [ids.tolist() for ids in self.encode_arrays(texts)]
+
+    def encode_continuation(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of texts that go on from earlier text: without the blank that LLaMA puts before a first word.
+
+        The blank is kept away by a newline in front, whose ids are cut off again. Raises UserError if they cannot be.
+        """
+        if not self._adds_blank():
+            return self.encode_arrays(texts)
+        head = self.encode_arrays(["\n"])[0]
+        whole = self.encode_arrays(["\n" + text for text in texts])
+        for ids in whole:
+            if not np.array_equal(ids[: len(head)], head):
+                raise UserError(
+                    f"{self.path}: this tokenizer joins a newline with the text after it, so an answer cannot be "
+                    "tokenized apart from its prompt",
+                    "use a tokenizer with a newline token of its own, as LLaMA's",
+                )
+        return [ids[len(head) :] for ids in whole]
+
+    def _adds_blank(self) -> bool:
+        return True
+
+    def save_to(self, directory: Path) -> None:
+        """Copies the tokenizer's files into `directory`."""
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in TOKENIZER_FILES:
+            source = self.path.parent / name
+            if source.is_file():
+                shutil.copyfile(source, directory / name)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A `tokenizer.model`, through sentencepiece."""
+
+    engine = "sentencepiece"
+
+    def __init__(self, path: Path) -> None:
+        import sentencepiece
+
+        super().__init__(path)
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise UserError(
+                f"{path} is not a SentencePiece model ({str(error).splitlines()[0]})",
+                "give the original tokenizer.model",
+            ) from error
+        self.vocab_size = len(self._processor)
+        self.fingerprint = _hash_pieces(self._processor.id_to_piece(list(range(self.vocab_size))))
+        self.bos_id = _known_id(self._processor.bos_id())
+        self.eos_id = _known_id(self._processor.eos_id())
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """See `Tokenizer`."""
+        # Bytes, not str: sentencepiece's own message for a lone surrogate names a C++ type.
+        return self._processor.encode([text.encode() for text in texts], return_type="numpy", num_threads=1)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """See `Tokenizer`."""
+        return self._processor.decode([int(i) for i in ids])
+
+    def piece(self, token: int) -> str:
+        """See `Tokenizer`."""
+        return self._processor.id_to_piece(int(token))
+
+
+class JsonTokenizer(Tokenizer):
+    """A `tokenizer.json`, through tokenizers."""
+
+    engine = "tokenizers"
+
+    def __init__(self, path: Path) -> None:
+        import tokenizers
+
+        super().__init__(path)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UserError(
+                f"{path} is not a tokenizer.json ({error})", "give the file that tokenizers wrote"
+            ) from error
+        self._tokenizer.encode_special_tokens = True  # a literal <s> stays text
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self.fingerprint = _hash_pieces(sorted(vocabulary, key=vocabulary.__getitem__))
+        config = _special_names(path.parent)
+        self.bos_id = self._find(config.get("bos_token"), _KNOWN_BOS)
+        self.eos_id = self._find(config.get("eos_token"), _KNOWN_EOS)
+
+    def _find(self, named: str | None, known: Sequence[str]) -> int | None:
+        candidates = [named] if named else list(known)
+        return next((i for name in candidates if (i := self._tokenizer.token_to_id(name)) is not None), None)
+
+    def _adds_blank(self) -> bool:
+        raw = json.loads(self._tokenizer.to_str())
+        return _mentions_prefix(raw.get("normalizer")) or _mentions_prefix(raw.get("pre_tokenizer"))
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """See `Tokenizer`."""
+        for text in texts:
+            text.encode()  # the same exception for a lone surrogate from every engine
+        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(one.ids, np.int32) for one in found]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """See `Tokenizer`."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def piece(self, token: int) -> str:
+        """See `Tokenizer`."""
+        return self._tokenizer.id_to_token(int(token)) or f"<{int(token)}>"
+
+
+def _hash_pieces(pieces: list[str]) -> str:
+    return hashlib.sha256("\n".join(pieces).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _known_id(value: int) -> int | None:
+    return value if value >= 0 else None
+
+
+def _mentions_prefix(part: Any) -> bool:
+    """Whether a normalizer or pre-tokenizer of a tokenizer.json puts a blank in front of the text."""
+    if not part:
+        return False
+    if part["type"] == "Sequence":
+        return any(_mentions_prefix(p) for p in part.get("normalizers", part.get("pretokenizers", [])))
+    if part["type"] == "Metaspace":
+        return part.get("prepend_scheme", "always") != "never"
+    return part["type"] == "Prepend" or bool(part.get("add_prefix_space"))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{path} is not valid JSON ({error})", "restore the file from the tokenizer's source"
+        ) from error
+    return found if isinstance(found, dict) else {}
+
+
+def _special_names(directory: Path) -> dict[str, str]:
+    """`bos_token` and `eos_token` as the configuration files beside a tokenizer name them."""
+    names: dict[str, str] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        for key in ("bos_token", "eos_token"):
+            value = _read_json(directory / file).get(key)
+            value = value.get("content") if isinstance(value, dict) else value
+            if isinstance(value, str) and value:
+                names[key] = value
+    return names
+
+
+def _mend(tokenizer: Tokenizer) -> None:
+    """Recognises the configuration files of early LLaMA conversions, which deny the tokenizer its BOS and EOS."""
+    directory = tokenizer.path.parent
+    config = _read_json(directory / "tokenizer_config.json")
+    wrong = []
+    if config.get("tokenizer_class") == "LLaMATokenizer":
+        wrong.append("tokenizer_class LLaMATokenizer")
+    if config.get("bos_token") == "" or config.get("eos_token") == "":
+        wrong.append("empty bos_token or eos_token")
+    for file in ("config.json", "generation_config.json"):
+        ids = _read_json(directory / file)
+        if "bos_token_id" in ids and ids["bos_token_id"] == ids.get("eos_token_id"):
+            wrong.append(f"bos_token_id = eos_token_id = {ids['bos_token_id']} in {file}")
+    if wrong and tokenizer.bos_id is not None and tokenizer.eos_id is not None:
+        bos, eos = tokenizer.bos_id, tokenizer.eos_id
+        tokenizer.notices.append(
+            f"{directory}: mended the configuration of an early LLaMA conversion ({'; '.join(wrong)}): the vocabulary "
+            f"itself says BOS {bos} {tokenizer.piece(bos)}, EOS {eos} {tokenizer.piece(eos)}"
+        )
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Opens a tokenizer: a directory, a `tokenizer.model` or a `tokenizer.json`.
+
+    In a directory that has both, `tokenizer.model` decides: it is the original, and sentencepiece is the faster engine.
+
+    Raises:
+        UserError: nothing there, or a file that is not a tokenizer.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = next((path / n for n in TOKENIZER_FILES[:2] if (path / n).is_file()), None)
+        if found is None:
+            raise UserError(
+                f"{path} holds no tokenizer.model and no tokenizer.json", "give the directory of the model's tokenizer"
+            )
+        path = found
+    if not path.is_file():
+        raise UserError(
+            f"no tokenizer at {path}", "give a directory with tokenizer.model or tokenizer.json, or such a file"
+        )
+    tokenizer: Tokenizer = JsonTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+    _mend(tokenizer)
+    return tokenizer
