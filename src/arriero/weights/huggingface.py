@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,7 +159,9 @@ def write_huggingface(
         prints = transfer(hub, files, dtype=name, advance=advance)
         write_config(partial, config, dtype=name or next(iter(hub.values())).dtype)
         if tokenizer_dir is not None:
-            copy_tokenizer(tokenizer_dir, partial)
+            notice = copy_tokenizer(tokenizer_dir, partial)
+            if notice:
+                warnings.warn(notice, stacklevel=2)
     return prints
 
 
@@ -207,8 +210,11 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def copy_tokenizer(source: Path, directory: Path) -> None:
+def copy_tokenizer(source: Path, directory: Path) -> str:
     """Copies a tokenizer's files; a bare SentencePiece model gets a tokenizer.json besides, which transformers needs.
+
+    Returns:
+        "", or why no tokenizer.json could be made.
 
     Raises:
         UserError: there is no tokenizer at `source`.
@@ -220,7 +226,8 @@ def copy_tokenizer(source: Path, directory: Path) -> None:
         raise UserError(f"{source}: holds no tokenizer.model or tokenizer.json", "name the tokenizer's directory")
     for file in present:
         shutil.copyfile(folder / file, directory / file)
-    if "tokenizer.json" not in present:
-        from arriero.weights.tokenizer_json import write_tokenizer_json
+    if "tokenizer.json" in present:
+        return ""
+    from arriero.weights.tokenizer_json import write_tokenizer_json
 
-        write_tokenizer_json(folder / "tokenizer.model", directory)
+    return write_tokenizer_json(folder / "tokenizer.model", directory)

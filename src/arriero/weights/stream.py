@@ -212,10 +212,15 @@ class Assembly:
         return cls(source.dtype, shape, (Piece(source, 0, 0, source.rows, source.columns),))
 
     @property
+    def numel(self) -> int:
+        """Number of elements."""
+        rows, columns = matrix_shape(self.shape)
+        return rows * columns
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the whole tensor."""
-        rows, columns = matrix_shape(self.shape)
-        return rows * columns * ITEMSIZE[self.dtype]
+        return self.numel * ITEMSIZE[self.dtype]
 
     def window(self, row: int, column: int, rows: int, columns: int) -> Iterator[Piece]:
         """The parts of the pieces that lie in a rectangle, placed relative to its corner."""

@@ -1,14 +1,149 @@
 """tokenizer.json for a bare SentencePiece model.
 
-transformers 5 given only a `tokenizer.model` splits runs of blanks wrongly; a tokenizer.json that states the model's
-merges is read as it stands.
+transformers 5 given only a `tokenizer.model` splits runs of blanks wrongly; a tokenizer.json that states the merges is
+read as it stands. SentencePiece BPE joins the pair whose union has the best score; tokenizers joins the pair with the
+lowest rank: so every way to cut a piece into two pieces becomes a merge, ranked by the piece's score.
 """
 
 from __future__ import annotations
 
+import base64
+import json
 from pathlib import Path
+from typing import Any
+
+PROBES = (
+    "Hello world", "  two  blanks", "a  b   c", "tab\tand\nnewline\n\n", "naïve café — “quotes”", "日本語 и русский 🦙",
+    "x = [1, 2, 3]  # done", "\u200bzero width", "", " ", "aaaaaaaaaaaa", "    def f(x):\n        return x",
+)  # fmt: skip
+"""Texts on which the file must agree with sentencepiece before it is kept."""
+
+_BPE = 2  # sentencepiece's trainer_spec.model_type
+_NORMAL, _UNKNOWN, _CONTROL, _DEFINED, _BYTE = 1, 2, 3, 4, 6  # sentencepiece's piece types
+_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
 
 
-def write_tokenizer_json(model: Path, directory: Path) -> None:
-    """Writes tokenizer.json and, if missing, tokenizer_config.json into `directory`."""
-    raise NotImplementedError
+def write_tokenizer_json(model: Path, directory: Path) -> str:
+    """Writes tokenizer.json and, if there is none, tokenizer_config.json into `directory`.
+
+    Returns:
+        "" if written; else why not, one sentence: the model is no BPE, or the two disagree on some text.
+    """
+    import sentencepiece
+    import tokenizers
+
+    raw = _fields(model.read_bytes())
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    if _number(_fields(raw.get(2, [b""])[0]), 3, 1) != _BPE:
+        return f"{model} is not a BPE model, so no tokenizer.json was written: open it with sentencepiece"
+    kinds = [_number(_fields(piece), 3, 1) for piece in raw[1]]
+    built = _build(processor, kinds, _fields(raw.get(3, [b""])[0]))
+    text = json.dumps(built, ensure_ascii=False)
+    fast = tokenizers.Tokenizer.from_str(text)
+    fast.encode_special_tokens = True
+    defined = [processor.id_to_piece(i) for i, kind in enumerate(kinds) if kind == _DEFINED]
+    for probe in (*PROBES, *(f"a {symbol} b" for symbol in defined)):
+        if fast.encode(probe, add_special_tokens=False).ids != processor.encode(probe):
+            return f"{model}: a tokenizer.json would tokenize {probe!r} differently, so none was written"
+    (directory / "tokenizer.json").write_text(text, encoding="utf-8")
+    config = directory / "tokenizer_config.json"
+    if not config.exists():
+        ids = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
+        names = {key: processor.id_to_piece(i) for key, i in ids.items() if i >= 0}
+        config.write_text(json.dumps({**_CONFIG, **names}, indent=2) + "\n", encoding="utf-8")
+    return ""
+
+
+def _build(processor: Any, kinds: list[int], normalizer: dict[int, list[Any]]) -> dict[str, Any]:
+    size = len(processor)
+    pieces = [processor.id_to_piece(i) for i in range(size)]
+    special = [i for i, kind in enumerate(kinds) if kind in (_UNKNOWN, _CONTROL)]
+    defined = [i for i, kind in enumerate(kinds) if kind == _DEFINED]
+    steps: list[dict[str, Any]] = []
+    charsmap = normalizer.get(2, [b""])[0]
+    if charsmap:
+        steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()})
+    if _number(normalizer, 4, 1):  # remove_extra_whitespaces
+        steps.append({"type": "Strip", "strip_left": True, "strip_right": True})
+        steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
+    prefix = bool(_number(normalizer, 3, 1))  # add_dummy_prefix
+    if prefix:
+        steps.append({"type": "Prepend", "prepend": "▁"})
+    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": "▁"})
+    decoders: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+    ]  # fmt: skip
+    if prefix:
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [_added(i, pieces[i], i in special) for i in sorted(special + defined)],
+        "normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": None,
+        "post_processor": _add_bos(processor), "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": processor.id_to_piece(processor.unk_id()),
+            "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True,
+            "byte_fallback": _BYTE in kinds, "ignore_merges": False,
+            "vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": _merges(processor, pieces, kinds),
+        },
+    }  # fmt: skip
+
+
+def _merges(processor: Any, pieces: list[str], kinds: list[int]) -> list[list[str]]:
+    """Every cut of every piece into two pieces, best score first."""
+    plain = {piece: i for i, piece in enumerate(pieces) if kinds[i] in (_NORMAL, _DEFINED)}
+    ranked = []
+    for piece, i in plain.items():
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in plain and right in plain:
+                ranked.append((-processor.get_score(i), i, plain[left], plain[right], left, right))
+    return [[left, right] for *_, left, right in sorted(ranked)]
+
+
+def _added(i: int, piece: str, special: bool) -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": i, "content": piece, **flags, "special": special}
+
+
+def _add_bos(processor: Any) -> dict[str, Any] | None:
+    """LLaMA's habit: BOS in front of every text, unless the caller asks for none."""
+    i = processor.bos_id()
+    if i < 0:
+        return None
+    name = processor.id_to_piece(i)
+    bos = {"SpecialToken": {"id": name, "type_id": 0}}
+    single = [bos, {"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [*single, {"SpecialToken": {"id": name, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    tokens = {name: {"id": name, "ids": [i], "tokens": [name]}}
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": tokens}
+
+
+def _fields(data: bytes) -> dict[int, list[Any]]:
+    """The fields of one protobuf message: numbers for varints, bytes for the rest."""
+    fields: dict[int, list[Any]] = {}
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        kind = key & 7
+        value: Any
+        if kind == 0:
+            value, at = _varint(data, at)
+        else:
+            size, at = _varint(data, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
+            value, at = data[at : at + size], at + size
+        fields.setdefault(key >> 3, []).append(value)
+    return fields
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        value |= (data[at] & 127) << shift
+        shift, at = shift + 7, at + 1
+        if data[at - 1] < 128:
+            return value, at
+
+
+def _number(fields: dict[int, list[Any]], field: int, default: int) -> int:
+    return int(fields.get(field, [default])[0])

@@ -1,0 +1,76 @@
+"""`arriero export`: a run or checkpoint -> a Hugging Face directory, read back and compared."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from arriero.errors import EXIT_OK, CheckFailed
+from arriero.model.config import LlamaConfig
+from arriero.weights.huggingface import open_huggingface, write_huggingface
+from arriero.weights.progress import Progress
+from arriero.weights.sources import build, open_model
+from arriero.weights.stream import PieceReader, torch_dtype
+from arriero.weights.transfer import fingerprint, read_fingerprints
+
+
+@dataclass(frozen=True)
+class ExportArgs:
+    """Write a trained model as a Hugging Face directory, then load it back and compare the logits."""
+
+    source: Positional[Path]
+    """A run (its newest checkpoint), a checkpoint, or a Hugging Face directory."""
+    destination: Positional[Path]
+    """A new directory; it appears whole or not at all."""
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
+    """What the weights are written as; keep is as stored, which for a run is its float32 master weights."""
+    tokenizer: Path | None = None
+    """The tokenizer's directory, if it does not lie with the source."""
+    max_shard_gb: float = 5.0
+    """Largest size of one safetensors file, in GB."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+def run(args: ExportArgs) -> int:
+    """Writes, reads back, compares; returns 0, or raises CheckFailed if the directory is not what was written."""
+    opened = open_model(args.source)
+    tokenizer = args.tokenizer or opened.tokenizer
+    dtype = torch_dtype(NAMES[args.dtype]) if args.dtype != "keep" else None
+    with Progress("writing", sum(t.nbytes for t in opened.reader.tensors.values())) as progress:
+        prints = write_huggingface(
+            args.destination, opened.reader, config=opened.config, tokenizer_dir=tokenizer, dtype=dtype,
+            max_shard_bytes=args.max_shard_gb * 1e9, advance=progress.advance,
+        )  # fmt: skip
+    reloaded = open_huggingface(args.destination)
+    if read_fingerprints(reloaded.tensors) != prints:
+        raise CheckFailed(f"{args.destination}: reads back other weights than were written")
+    difference = logit_difference(opened.reader, reloaded, opened.config)
+    digest = fingerprint(reloaded.tensors, None, prints)
+    parameters = sum(t.numel for t in reloaded.tensors.values())
+    if args.json:
+        keys = {"source": str(opened.path), "destination": str(args.destination), "parameters": parameters}
+        print(json.dumps({**keys, "fingerprint": digest, "largest_logit_difference": difference}))
+        return EXIT_OK
+    print(f"{args.destination}: {parameters:,} parameters from {opened.path}")
+    print(f"fingerprint {digest[:16]}; largest logit difference after reloading {difference:.3g}")
+    if tokenizer is None:
+        print("no tokenizer was found beside the source: give one with --tokenizer DIR")
+    return EXIT_OK
+
+
+def logit_difference(a: PieceReader, b: PieceReader, config: LlamaConfig, *, tokens: int = 64) -> float:
+    """Largest absolute difference of two models' logits on random tokens; both compute in float32."""
+    import torch
+
+    ids = torch.randint(config.vocab_size, (2, tokens), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        logits = [build(reader, config, torch.float32)(ids) for reader in (a, b)]
+    return float((logits[0] - logits[1]).abs().max())

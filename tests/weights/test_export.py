@@ -1,0 +1,97 @@
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+from weights_helpers import TINY, VARIANTS, assert_same, random_weights, save_hf, unchanged
+
+from arriero.errors import UserError
+from arriero.weights.export import ExportArgs, run
+from arriero.weights.huggingface import open_huggingface
+from arriero.weights.sources import load_model, open_model
+
+
+def save_run(directory, config, weights, *, tensor=2, steps=(50, 100)):
+    """A run whose checkpoints hold each matrix in `tensor` parts, rows or columns, with moments beside them."""
+    for step in steps:
+        home = directory / "checkpoints" / f"step-{step:08d}"
+        home.mkdir(parents=True)
+        (home / "config.json").write_text(json.dumps(config.to_json()))
+        (home / "state.json").write_text(json.dumps({"step": step}))
+        for rank in range(tensor):
+            tensors, parts = {}, {}
+            for name, whole in weights.items():
+                if whole.dim() == 1 and rank:
+                    continue
+                dim = 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
+                pieces = whole.tensor_split(tensor, dim) if whole.dim() == 2 else [whole]
+                offset = [0] * whole.dim()
+                offset[dim] = sum(p.shape[dim] for p in pieces[:rank])
+                for key in (name, f"exp_avg.{name}"):
+                    tensors[key] = pieces[rank].clone().contiguous()
+                    parts[key] = {"shape": list(whole.shape), "offset": offset}
+            save_file(tensors, home / f"rank-{rank:05d}.safetensors")
+            (home / f"rank-{rank:05d}.json").write_text(json.dumps(parts))
+        (home / "COMMITTED").write_text("{}")
+    return directory
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_is_exported_bit_for_bit_and_transformers_agrees(tmp_path, variant, capsys):
+    config = VARIANTS[variant]
+    weights = random_weights(config)
+    save_run(tmp_path / "run", config, weights, tensor=3)
+    assert run(ExportArgs(tmp_path / "run", tmp_path / "out", json=True)) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["largest_logit_difference"] == 0
+    assert answer["source"].endswith("step-00000100")
+    assert_same(open_huggingface(tmp_path / "out"), weights)
+    tokens = torch.randint(100, (2, 20))
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(tokens).logits
+    ours = load_model(tmp_path / "run")[0](tokens)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+
+
+def test_a_cast_is_told_by_the_logits(tmp_path, capsys):
+    weights = random_weights(TINY)
+    save_run(tmp_path / "run", TINY, weights)
+    run(ExportArgs(tmp_path / "run", tmp_path / "out", dtype="bfloat16"))
+    assert_same(open_huggingface(tmp_path / "out"), {name: t.bfloat16() for name, t in weights.items()})
+    text = capsys.readouterr().out
+    assert "largest logit difference" in text
+    assert "no tokenizer was found" in text
+
+
+def test_an_uncommitted_checkpoint_is_refused(tmp_path):
+    save_run(tmp_path / "run", TINY, random_weights(TINY))
+    newest = tmp_path / "run" / "checkpoints" / "step-00000100"
+    (newest / "COMMITTED").unlink()
+    assert open_model(tmp_path / "run").path.name == "step-00000050"
+    with pytest.raises(UserError, match="not committed"):
+        open_model(newest)
+
+
+def test_a_missing_part_is_refused(tmp_path):
+    save_run(tmp_path / "run", TINY, random_weights(TINY), steps=(7,))
+    (tmp_path / "run" / "checkpoints" / "step-00000007" / "rank-00001.json").unlink()
+    with unchanged(tmp_path), pytest.raises(UserError, match=r"of .* elements"):
+        run(ExportArgs(tmp_path / "run", tmp_path / "out"))
+
+
+def test_a_run_without_checkpoints_is_refused(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        open_model(tmp_path)
+
+
+def test_a_path_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="no such"):
+        open_model(tmp_path / "nowhere")
+
+
+def test_a_directory_can_be_exported_in_another_dtype(tmp_path):
+    weights = random_weights(TINY, dtype=torch.bfloat16)
+    save_hf(tmp_path / "m", TINY, weights)
+    run(ExportArgs(tmp_path / "m", tmp_path / "out", dtype="float32"))
+    assert_same(open_huggingface(tmp_path / "out"), {name: t.float() for name, t in weights.items()})
