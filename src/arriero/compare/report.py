@@ -103,18 +103,21 @@ def _figure(verdict: Verdict) -> Any:
     a, b = _labels(verdict)
     for i, x in enumerate(verdict.agreements):
         left, right = axes[2 * i], axes[2 * i + 1]
-        dot = "." if len(x.iterations) < 3 else None
+        dot = "." if len(x.iterations) <= 50 else None
         left.plot(x.iterations, x.a, color=BLUE, linewidth=2.4, alpha=0.55, label=f"A: {a}", marker=dot)
         left.plot(x.iterations, x.b, color=ORANGE, linewidth=1.1, label=f"B: {b}", marker=dot)
         left.set_ylabel(x.quantity)
         shown = [(i, e) for i, e in zip(x.iterations, x.relative, strict=True) if 0 < e < math.inf]
         if shown:
-            right.semilogy([i for i, _ in shown], [e for _, e in shown], color=INK, linewidth=0.9, marker=dot)
+            equal = x.relative.count(0.0)  # a logarithmic axis has no place for them
+            label = f"{equal} equal steps are not drawn" if equal else None
+            right.semilogy(*zip(*shown, strict=True), color=INK, linewidth=0.9, marker=dot, label=label)
         else:
             text = "identical at every step" if x.passed else "no step to compare"
             right.text(0.5, 0.5, text, ha="center", va="center", transform=right.transAxes, fontsize=11, color=INK)
         if x.limit > 0:
             right.axhline(x.limit, color=RED, linewidth=1.2, linestyle="--", label=f"limit {x.limit:g}")
+        if right.get_legend_handles_labels()[0]:
             right.legend(frameon=False, fontsize=9)
         if x.one_sided:
             foot, label = left.get_xaxis_transform(), f"finite in one only ({len(x.one_sided)})"
