@@ -66,6 +66,11 @@ def open_files(directory: Path) -> PieceReader:
     )
 
 
+def has_weights(directory: Path) -> bool:
+    """Whether a directory holds weight files of Hugging Face's names."""
+    return any((directory / f"{single}{tail}").is_file() for single in _SINGLES for tail in ("", ".index.json"))
+
+
 def _open_file(path: Path) -> PieceReader:
     return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path).reader()
 
@@ -153,16 +158,25 @@ def write_huggingface(
     """
     name = dtype_name(dtype) if dtype is not None else None
     hub = checked(PieceReader(assemblies(reader), where="the weights"), config, where="the weights").tensors
-    size = sum(t.nbytes // ITEMSIZE[t.dtype] * ITEMSIZE[name or t.dtype] for t in hub.values())
-    with new_directory(directory, need_bytes=size + (64 << 20)) as partial:
+    with new_directory(directory, need_bytes=bytes_as(hub, name)) as partial:
         files = plan_safetensors(partial, hub, dtype=name, max_shard_bytes=max_shard_bytes)
         prints = transfer(hub, files, dtype=name, advance=advance)
-        write_config(partial, config, dtype=name or next(iter(hub.values())).dtype)
-        if tokenizer_dir is not None:
-            notice = copy_tokenizer(tokenizer_dir, partial)
-            if notice:
-                warnings.warn(notice, stacklevel=2)
+        write_beside(partial, config, dtype=name or next(iter(hub.values())).dtype, tokenizer=tokenizer_dir)
     return prints
+
+
+def bytes_as(hub: Mapping[str, Assembly], dtype: str | None) -> int:
+    """Disk space of the tensors in another dtype, with room for headers."""
+    return sum(t.numel * ITEMSIZE[dtype or t.dtype] for t in hub.values()) + (64 << 20)
+
+
+def write_beside(directory: Path, config: LlamaConfig, *, dtype: str, tokenizer: Path | None) -> None:
+    """What lies beside the weights: config.json, generation_config.json, the tokenizer's files."""
+    write_config(directory, config, dtype=dtype)
+    if tokenizer is not None:
+        notice = copy_tokenizer(tokenizer, directory)
+        if notice:
+            warnings.warn(notice, stacklevel=2)
 
 
 def plan_safetensors(

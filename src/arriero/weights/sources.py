@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from arriero.errors import UserError
 from arriero.model.config import LlamaConfig
-from arriero.weights import run
-from arriero.weights.huggingface import open_huggingface
-from arriero.weights.stream import PieceReader
+from arriero.weights import megatron, meta, run, torch_dist
+from arriero.weights.foreign_config import ConfigHints
+from arriero.weights.huggingface import checked, has_weights, open_files, open_huggingface
+from arriero.weights.stream import Assembly, PieceReader
 
 if TYPE_CHECKING:
     import torch
@@ -32,25 +33,67 @@ class Opened:
     """How the source is cut, in words."""
     notes: list[str] = field(default_factory=list)
     """What was assumed, one sentence each."""
+    twins: list[tuple[str, Assembly]] = field(default_factory=list)
+    """Copies of a parameter that the source holds besides, and that must equal it."""
 
 
-def open_model(path: Path) -> Opened:
-    """Opens a Hugging Face directory, a run (its newest checkpoint) or a checkpoint.
+def detect(path: Path) -> str:
+    """The kind of model that a path is.
+
+    Raises:
+        UserError: nothing is there, or nothing that is known.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file or directory", "name a run, a checkpoint or a model directory")
+    if path.is_dir():
+        if run.is_run(path) or run.is_checkpoint(path):
+            return "run"
+        if torch_dist.is_torch_dist(path):
+            return "torch_dist"
+        if megatron.is_rank_directory(path):
+            return "megatron"
+        if meta.is_meta(path):
+            return "meta"
+        if has_weights(path) or (path / "config.json").is_file():
+            return "hf"
+    known = "a Hugging Face directory, a run, Megatron's, AscendSpeed's or Meta's checkpoint"
+    raise UserError(f"{path}: is no model that arriero knows", f"name {known}")
+
+
+def open_model(path: Path, kind: str | None = None, hints: ConfigHints | None = None) -> Opened:
+    """Opens any model under Hugging Face's names.
+
+    Args:
+        path: a directory.
+        kind: hf, run, megatron, ascendspeed (which share an opener), torch_dist or meta; None detects it.
+        hints: the shape and vocabulary, for checkpoints that do not tell.
 
     Raises:
         UserError: nothing there, or not a whole model; the error names the file.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such file or directory", "name a run, a checkpoint or a Hugging Face directory")
-    if run.is_run(path) or run.is_checkpoint(path):
+    path, hints = Path(path), hints or ConfigHints()
+    kind = kind or detect(path)
+    tokenizer = hints.tokenizer or tokenizer_in(path)
+    if kind == "run":
         reader, config, directory = run.open_run(path)
-        home = directory.parent.parent
-        tokenizer = tokenizer_in(directory) or tokenizer_in(home / "tokenizer")
-        return Opened(
-            "checkpoint", directory, reader, config, tokenizer, layout=f"step {directory.name[5:].lstrip('0')}"
-        )
-    return Opened("huggingface", path, open_huggingface(path), LlamaConfig.from_json(path), tokenizer_in(path))
+        home = directory.parent.parent / "tokenizer"
+        tokenizer = tokenizer or tokenizer_in(directory) or tokenizer_in(home)
+        return Opened("run", directory, reader, config, tokenizer, layout=directory.name)
+    if kind in ("megatron", "ascendspeed"):
+        ranks = megatron.open_ranks(path, hints)
+        kind = "ascendspeed" if ranks.dialect.inv_freq else "megatron"
+        layout = f"{ranks.dialect.name}, {ranks.cut.words()}"
+        return Opened(kind, path, ranks.reader, ranks.config, tokenizer, layout, ranks.notes, ranks.twins)
+    if kind == "torch_dist":
+        reader, config, notes = torch_dist.open_torch_dist(path, hints)
+        return Opened(kind, path, reader, config, tokenizer, "torch_dist", notes)
+    if kind == "meta":
+        reader, config, count, notes = meta.open_meta(path, hints)
+        return Opened(kind, path, reader, config, tokenizer, f"{count} model-parallel ranks", notes)
+    if hints.config is not None:
+        config = LlamaConfig.from_json(hints.config)
+        return Opened("hf", path, checked(open_files(path), config, where=str(path)), config, tokenizer)
+    return Opened("hf", path, open_huggingface(path), LlamaConfig.from_json(path), tokenizer)
 
 
 def tokenizer_in(directory: Path) -> Path | None:

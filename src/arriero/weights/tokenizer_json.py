@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from arriero.errors import UserError
+
 PROBES = (
     "Hello world", "  two  blanks", "a  b   c", "tab\tand\nnewline\n\n", "naïve café — “quotes”", "日本語 и русский 🦙",
     "x = [1, 2, 3]  # done", "\u200bzero width", "", " ", "aaaaaaaaaaaa", "    def f(x):\n        return x",
@@ -52,6 +54,26 @@ def write_tokenizer_json(model: Path, directory: Path) -> str:
         names = {key: processor.id_to_piece(i) for key, i in ids.items() if i >= 0}
         config.write_text(json.dumps({**_CONFIG, **names}, indent=2) + "\n", encoding="utf-8")
     return ""
+
+
+def vocabulary_size(directory: Path) -> int:
+    """How many ids the tokenizer in a directory has, added tokens included.
+
+    Raises:
+        UserError: there is no tokenizer, or a broken one.
+    """
+    model, fast = directory / "tokenizer.model", directory / "tokenizer.json"
+    try:
+        if model.is_file():
+            return len(_fields(model.read_bytes())[1])
+        raw = json.loads(fast.read_text(encoding="utf-8"))
+        vocab = raw["model"]["vocab"]
+        ids = list(vocab.values()) if isinstance(vocab, dict) else [len(vocab) - 1]
+        return int(max(ids + [token["id"] for token in raw.get("added_tokens", [])])) + 1
+    except OSError:
+        raise UserError(f"{directory}: holds no tokenizer", "name the directory of tokenizer.model or .json") from None
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise UserError(f"{directory}: holds a broken tokenizer", "copy it again") from None
 
 
 def _build(processor: Any, kinds: list[int], normalizer: dict[int, list[Any]]) -> dict[str, Any]:

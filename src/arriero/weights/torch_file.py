@@ -45,7 +45,7 @@ class Global:
     name: str
 
 
-@dataclass
+@dataclass(eq=False)  # hashed by identity: some checkpoints use objects as keys
 class Call:
     """A call that the pickle would make, and the state it would set."""
 

@@ -8,6 +8,7 @@ receives it before the next chunk is read. Peak memory is the chunks in flight, 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -298,8 +299,10 @@ def new_directory(path: Path, *, need_bytes: int = 0) -> Iterator[Path]:
         try:
             yield partial
             _sync_tree(partial)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(f"{path.parent}: the disk is full", "make room, or write to another disk") from None
             raise
         if path.exists():
             path.rmdir()

@@ -1,0 +1,198 @@
+"""`arriero convert`: any kind of model -> Hugging Face's, Megatron's or AscendSpeed's files, streamed and proved.
+
+The source is opened under Hugging Face's names, written in one pass, opened again under Hugging Face's names by the
+reader of the other format, and read back: names, shapes, dtypes and fingerprints must be those that went in.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from arriero.errors import EXIT_OK, CheckFailed, UserError, join_problems
+from arriero.weights.dialects import ASCENDSPEED, ASCENDSPEED_FUSED, MCORE
+from arriero.weights.foreign_config import ConfigHints
+from arriero.weights.huggingface import bytes_as, plan_safetensors, write_beside
+from arriero.weights.layout import Cut, check_cut, padded
+from arriero.weights.megatron_write import RankFormat, plan_ranks
+from arriero.weights.progress import Progress
+from arriero.weights.sources import Opened, open_model
+from arriero.weights.transfer import fingerprint, new_directory, read_fingerprints, transfer
+
+DTYPES = {"keep": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True)
+class ConvertArgs:
+    """Convert a model between formats and parallel layouts; the source is read once, in bounded memory."""
+
+    source: Positional[Path]
+    """A Hugging Face directory, a run or checkpoint, Megatron's (torch, torch_dist), AscendSpeed's or Meta's files."""
+    destination: Positional[Path]
+    """A new directory; it appears whole or not at all."""
+    to: Literal["hf", "megatron", "ascendspeed"]
+    """What to write: hf is safetensors with config.json; megatron is megatron-core names in the `torch` layout."""
+    source_kind: Annotated[
+        Literal["auto", "hf", "run", "megatron", "ascendspeed", "torch_dist", "meta"], tyro.conf.arg(name="from")
+    ] = "auto"
+    """What the source is, if it is not recognised."""
+    tp: int = 1
+    """Tensor-parallel degree of the files written."""
+    pp: int = 1
+    """Pipeline-parallel degree of the files written."""
+    vpp: int = 1
+    """Virtual stages (model chunks) of each pipeline rank."""
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
+    """What the weights are written as."""
+    make_vocab_size_divisible_by: int = 128
+    """Pad the vocabulary to a multiple of this times --tp, as Megatron does; 1 pads no further than --tp needs."""
+    fused_mlp: bool = False
+    """AscendSpeed only: gate and up in one matrix, for training with --mlp-layer-fusion."""
+    deepspeed: bool = False
+    """AscendSpeed only: the files of its DeepSpeed flavour."""
+    iteration: int = 0
+    """The iteration that the rank files claim; 0 is `release`, with which training starts at 0."""
+    config: Path | None = None
+    """A Hugging Face config.json, for sources that do not tell their shape."""
+    vocab_size: int | None = None
+    """The true vocabulary size, for sources that tell only the padded one."""
+    tokenizer: Path | None = None
+    """The tokenizer's directory, if it does not lie with the source; it also tells the true vocabulary size."""
+    max_shard_gb: float = 5.0
+    """Largest size of one safetensors file, in GB."""
+    verify: bool = False
+    """Also compute both ends' logits on random tokens and compare them; this loads the model twice."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def run(args: ConvertArgs) -> int:
+    """Converts, proves and reports; returns 0, or raises CheckFailed if the proof fails."""
+    started = time.perf_counter()
+    _check_options(args)
+    kind = None if args.source_kind == "auto" else args.source_kind
+    opened = open_model(args.source, kind, ConfigHints(args.config, args.vocab_size, args.tokenizer))
+    dtype = DTYPES[args.dtype]
+    hub, config = opened.reader.tensors, opened.config
+    cut = Cut(args.tp, args.pp, args.vpp)
+    if args.to != "hf":
+        check_cut(config, cut)
+    cut = replace(cut, padded_vocab=padded(config.vocab_size, args.make_vocab_size_divisible_by, args.tp))
+    with (
+        Progress("converting", sum(t.nbytes for t in hub.values())) as progress,
+        new_directory(args.destination, need_bytes=bytes_as(hub, dtype)) as partial,
+    ):
+        if args.to == "hf":
+            files = plan_safetensors(partial, hub, dtype=dtype, max_shard_bytes=args.max_shard_gb * 1e9)
+        else:
+            dialect = {"megatron": MCORE, "ascendspeed": ASCENDSPEED_FUSED if args.fused_mlp else ASCENDSPEED}[args.to]
+            files = plan_ranks(partial, hub, config, RankFormat(dialect, cut, dtype, args.iteration, args.deepspeed))
+        prints = transfer(hub, files, dtype=dtype, advance=progress.advance)
+        write_beside(partial, config, dtype=dtype or next(iter(hub.values())).dtype, tokenizer=opened.tokenizer)
+        _check_twins(opened)
+        written = prove(opened, open_model(partial, args.to), prints, dtype)
+    report = {
+        "source": str(opened.path), "kind": opened.kind, "layout": opened.layout, "destination": str(args.destination),
+        "to": args.to, "files": len(files), "bytes": sum(file.size for file in files), "parameters": written,
+        "vocab_size": config.vocab_size, "padded_vocab": cut.padded_vocab if args.to != "hf" else config.vocab_size,
+        "fingerprint": fingerprint(hub, dtype, prints), "notes": opened.notes,
+        "seconds": round(time.perf_counter() - started, 2),
+    }  # fmt: skip
+    if args.verify:
+        report["largest_logit_difference"] = _verify(opened, open_model(args.destination, args.to), dtype)
+    _print(report, args.json)
+    return EXIT_OK
+
+
+def _check_options(args: ConvertArgs) -> None:
+    """Options that would have no effect, or contradict each other, are errors."""
+    problems = []
+    if args.to == "hf" and (args.tp, args.pp, args.vpp) != (1, 1, 1):
+        problems.append(UserError("--tp, --pp and --vpp have no effect with --to hf", "leave them out"))
+    if args.to != "ascendspeed" and (args.fused_mlp or args.deepspeed):
+        problems.append(UserError("--fused-mlp and --deepspeed belong to --to ascendspeed", "leave them out"))
+    if args.to == "ascendspeed" and args.vpp > 1:
+        problems.append(UserError("AscendSpeed has no files for virtual stages", "leave --vpp out"))
+    if args.deepspeed and args.pp > 1:
+        problems.append(
+            UserError("in the DeepSpeed flavour all stages have one file name", "use --pp 1, or no --deepspeed")
+        )
+    if args.make_vocab_size_divisible_by < 1 or args.iteration < 0:
+        problems.append(
+            UserError("--make-vocab-size-divisible-by and --iteration cannot be so small", "give 1 or more")
+        )
+    if problems:
+        raise join_problems(problems)
+
+
+def _check_twins(opened: Opened) -> None:
+    """A second copy of tied embeddings must equal the first, or a head that was trained apart would be lost.
+
+    Raises:
+        UserError: they differ.
+    """
+    for name, copy in opened.twins:
+        pair = {name: opened.reader.assembly(name), "copy": copy}
+        prints = read_fingerprints(pair)
+        if prints[name] != prints["copy"]:
+            raise UserError(
+                f"{opened.path}: config.json ties the embeddings, but the checkpoint's head differs from them",
+                "set tie_word_embeddings to false in its config.json",
+            )
+
+
+def prove(source: Opened, written: Opened, prints: dict[str, int], dtype: str | None) -> int:
+    """Reads the destination back through its own reader; returns the number of parameters.
+
+    Raises:
+        CheckFailed: a name, shape, dtype or fingerprint is not what went in.
+    """
+    before, after = source.reader.tensors, written.reader.tensors
+    for name, tensor in before.items():
+        found = after.get(name)
+        expected = (tensor.shape, dtype or tensor.dtype)
+        if found is None or (found.shape, found.dtype) != expected:
+            said = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
+            raise CheckFailed(f"{written.path}: {name} is {said} after writing, not {expected[1]} {list(expected[0])}")
+    if len(after) != len(before) or written.config != source.config:
+        raise CheckFailed(f"{written.path}: reads back as another model than was written")
+    again = read_fingerprints(after)
+    wrong = [name for name in before if again[name] != prints[name]]
+    if wrong:
+        raise CheckFailed(
+            f"{written.path}: {wrong[0]} and {len(wrong) - 1} more read back other values than were written"
+        )
+    return sum(t.numel for t in after.values())
+
+
+def _verify(source: Opened, written: Opened, dtype: str | None) -> float:
+    """Largest logit difference of the two ends, in float32; must be 0 unless the dtype changed."""
+    from arriero.weights.export import logit_difference
+
+    difference = logit_difference(source.reader, written.reader, source.config)
+    changed = dtype is not None and any(t.dtype != dtype for t in source.reader.tensors.values())
+    if difference and not changed:
+        raise CheckFailed(f"{written.path}: logits differ from the source's by {difference:.3g}")
+    return difference
+
+
+def _print(report: dict[str, object], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(report))
+        return
+    print(f"{report['source']} ({report['kind']}, {report['layout']}) -> {report['destination']} ({report['to']})")
+    vocabulary = f"vocabulary {report['vocab_size']:,}"
+    if report["padded_vocab"] != report["vocab_size"]:
+        vocabulary += f" padded to {report['padded_vocab']:,}"
+    print(f"{report['parameters']:,} parameters, {vocabulary}, {report['files']} files, {report['bytes'] / 1e9:.3f} GB")  # type: ignore[operator]
+    print(f"read back and compared: names, shapes, dtypes, fingerprint {str(report['fingerprint'])[:16]}")
+    if "largest_logit_difference" in report:
+        print(f"largest logit difference on random tokens: {report['largest_logit_difference']:.3g}")
+    for note in report["notes"]:  # type: ignore[attr-defined]
+        print(f"note: {note}")

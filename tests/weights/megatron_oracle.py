@@ -1,0 +1,77 @@
+"""megatron-core's GPTModel on the CPU: `python megatron_oracle.py JOB.json` in each of tensor-parallel many processes.
+
+Job: action `logits` loads a rank file a process, writes logits and loss; `torch_dist` saves a distributed checkpoint.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+torch.cuda.current_device = lambda: "cpu"  # Megatron uses it as device= for buffers and collectives
+torch.cuda.synchronize = lambda *a, **k: None
+import torch.distributed as dist  # noqa: E402
+from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
+from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
+from megatron.core.tensor_parallel import random as megatron_random  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+
+megatron_random.CudaRNGStatesTracker.fork = lambda self, name="": contextlib.nullcontext()
+
+
+def build(hf, tensor, vocab):
+    config = TransformerConfig(
+        num_layers=hf["num_hidden_layers"], hidden_size=hf["hidden_size"], ffn_hidden_size=hf["intermediate_size"],
+        num_attention_heads=hf["num_attention_heads"], num_query_groups=hf["num_key_value_heads"],
+        kv_channels=hf["head_dim"], tensor_model_parallel_size=tensor, use_cpu_initialization=True,
+        normalization="RMSNorm", gated_linear_unit=True, activation_func=torch.nn.functional.silu,
+        add_bias_linear=hf["mlp_bias"], add_qkv_bias=hf["attention_bias"], hidden_dropout=0.0, attention_dropout=0.0,
+        layernorm_epsilon=hf["rms_norm_eps"], bias_activation_fusion=False, bias_dropout_fusion=False,
+        masked_softmax_fusion=False, persist_layer_norm=False, gradient_accumulation_fusion=False,
+        apply_rope_fusion=False, params_dtype=torch.float32, pipeline_dtype=torch.float32,
+    )  # fmt: skip
+    return GPTModel(
+        config=config, transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"), vocab_size=vocab,
+        max_sequence_length=64, position_embedding_type="rope", rotary_base=hf["rope_theta"],
+        share_embeddings_and_output_weights=hf["tie_word_embeddings"], parallel_output=True,
+    )  # fmt: skip
+
+
+def main():
+    job = json.loads(Path(sys.argv[1]).read_text())
+    rank, tensor = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
+    model = build(job["config"], tensor, job["padded_vocab"])
+    if job["file"]:
+        state = torch.load(job["file"].format(rank), weights_only=True, mmap=True)["model"]
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        assert not unexpected, unexpected
+        assert all("_extra_state" in name for name in missing), missing
+    if job["action"] == "torch_dist":
+        groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+        dist_checkpointing.save(
+            {"model": model.sharded_state_dict(prefix="", metadata=groups), "iteration": 5}, job["out"]
+        )
+    else:
+        ids = torch.tensor(job["tokens"])
+        mask = torch.triu(torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool), 1)
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        model.eval()
+        with torch.no_grad():
+            part = model(ids, positions, mask).contiguous()
+            parts = [torch.empty_like(part) for _ in range(tensor)]
+            dist.all_gather(parts, part)
+            loss = model(ids, positions, mask, labels=torch.tensor(job["labels"])).mean()
+        if rank == 0:
+            torch.save({"logits": torch.cat(parts, -1), "loss": loss}, job["out"])
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Our files in megatron-core's own GPTModel, and its files in ours: real gloo processes on the CPU."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from weights_helpers import TINY, VARIANTS, assert_same, random_weights, save_hf
+
+from arriero.errors import UserError
+from arriero.weights.convert import ConvertArgs, run
+from arriero.weights.foreign_config import ConfigHints
+from arriero.weights.sources import open_model
+
+ORACLE = Path(__file__).with_name("megatron_oracle.py")
+
+
+def run_oracle(tmp_path, tensor, **job):
+    """Runs the oracle in `tensor` processes, each with a time-out; returns what it wrote."""
+    job_file = tmp_path / "job.json"
+    job_file.write_text(json.dumps({"file": None, **job}))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {
+        **os.environ,
+        "WORLD_SIZE": str(tensor),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    processes = [
+        subprocess.Popen([sys.executable, ORACLE, job_file], env={**common, "RANK": str(r), "LOCAL_RANK": str(r)},
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for r in range(tensor)
+    ]  # fmt: skip
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=120)
+            assert process.returncode == 0, output[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.mark.parametrize(("tensor", "variant"), [(1, "gqa"), (1, "wide-head"), (2, "mha"), (2, "tied")])
+def test_gptmodel_gives_transformers_logits_and_loss(tmp_path, tensor, variant):
+    config = VARIANTS[variant]
+    save_hf(tmp_path / "hf", config, random_weights(config))
+    run(ConvertArgs(tmp_path / "hf", tmp_path / "mg", "megatron", tp=tensor))
+    tokens = torch.randint(config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(1))
+    labels = tokens.roll(-1, 1)
+    run_oracle(
+        tmp_path, tensor, action="logits", config=asdict(config), padded_vocab=128 * tensor,
+        out=str(tmp_path / "answer.pt"), tokens=tokens.tolist(), labels=labels.tolist(),
+        file=str(tmp_path / "mg/release/mp_rank_{:02d}/model_optim_rng.pt"),
+    )  # fmt: skip
+    answer = torch.load(tmp_path / "answer.pt", weights_only=True)
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        expected = model(tokens).logits
+        model.resize_token_embeddings(128 * tensor, mean_resizing=False)  # Megatron's loss has the padding in its sum
+        for table in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
+            table[100:] = table[99]
+        loss = torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(answer["logits"][..., :100], expected, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(answer["loss"], loss, rtol=1e-6, atol=1e-6)
+
+
+def test_a_torch_dist_checkpoint_of_megatron_comes_back(tmp_path):
+    tensor, config = 2, TINY
+    weights = random_weights(config)
+    save_hf(tmp_path / "hf", config, weights)
+    run(ConvertArgs(tmp_path / "hf", tmp_path / "mg", "megatron", tp=tensor, make_vocab_size_divisible_by=4))
+    saved = tmp_path / "dist" / "iter_0000005"
+    saved.mkdir(parents=True)
+    run_oracle(
+        tmp_path, tensor, action="torch_dist", config=asdict(config), padded_vocab=104,
+        out=str(saved), file=str(tmp_path / "mg/release/mp_rank_{:02d}/model_optim_rng.pt"),
+    )  # fmt: skip
+    (tmp_path / "dist" / "latest_checkpointed_iteration.txt").write_text("5")
+    opened = open_model(tmp_path / "dist", hints=ConfigHints(config=tmp_path / "hf"))
+    assert opened.kind == "torch_dist"
+    assert_same(opened.reader, weights)
+    run(ConvertArgs(tmp_path / "dist", tmp_path / "back", "hf", config=tmp_path / "hf"))
+    assert_same(open_model(tmp_path / "back").reader, weights)
+    (next(saved.glob("*.distcp"))).unlink()
+    with pytest.raises(UserError, match="distcp"):
+        open_model(tmp_path / "dist", hints=ConfigHints(config=tmp_path / "hf"))
