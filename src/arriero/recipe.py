@@ -131,12 +131,18 @@ def _tyro(cls: type[T], settings: list[Setting], prog: str) -> T:
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
             return tyro.cli(cls, prog=prog, args=words, config=(tyro.conf.FlagConversionOff,))
     except SystemExit:
-        lines = [re.sub(r"[^\x20-\x7e]", "", line).strip() for line in printed.getvalue().splitlines()]
-        lines = [line for line in lines if line]
-        said = " ".join(lines[1:2]) if len(lines) > 1 else "cannot be read"
+        said = _first_sentence(printed.getvalue())
         where = settings[0].origin if len(settings) == 1 else prog
         wanted = f"give {_describe(field_types(cls).get(settings[0].key))}" if len(settings) == 1 else ""
         raise UserError(f"{where}: {said}", wanted) from None
+
+
+def _first_sentence(box: str) -> str:
+    """What tyro says between the title of its box and the help text, on one line."""
+    lines = [re.sub(r"[^\x20-\x7e]", "", line).strip() for line in box.splitlines()]
+    rules = [i for i, line in enumerate(lines) if line and not line.strip("-")] + [len(lines)]
+    start, end = (rules[0] + 1, rules[1]) if len(rules) > 2 else (1, rules[0])
+    return " ".join(line for line in lines[start:end] if line) or "cannot be read"
 
 
 def _describe(kind: Any) -> str:
@@ -183,7 +189,7 @@ def file_settings(path: Path) -> list[Setting]:
     try:
         text = path.read_text(encoding="utf-8")
         tables = tomllib.loads(text)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such recipe", "name a TOML file, or one that comes with arriero") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: not TOML: {error}", "mend that line") from None
@@ -225,7 +231,7 @@ def find_bundled(folder: str, name: str, suffix: str) -> Path:
     Raises:
         UserError: neither exists.
     """
-    if Path(name).exists():
+    if Path(name).is_file() or (folder and (Path(name) / "config.json").is_file()):
         return Path(name)
     bundled = bundled_directory() / folder
     candidate = bundled / (name if name.endswith(suffix) else name + suffix)
@@ -250,5 +256,5 @@ def to_toml(value: Any) -> str:
             tables.append(f"\n[{f.name}]\n{to_toml(item)}")
         else:
             shown = list(item) if isinstance(item, tuple) else item
-            plain.append(f"{f.name} = {json.dumps(shown)}\n")  # JSON's strings, numbers and lists are TOML's
+            plain.append(f"{f.name} = {json.dumps(shown, ensure_ascii=False)}\n")  # JSON's values are TOML's
     return "".join(plain + tables)

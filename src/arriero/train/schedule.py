@@ -59,6 +59,6 @@ def learning_rate(config: ScheduleConfig, step: int, steps: int) -> float:
         start = max(warmup, end - round(config.wsd_decay_fraction * end))
     if step < start:
         return config.lr
-    progress = min(1.0, (step - start) / max(1, end - start))
+    progress = min(1.0, (step - start) / (end - start)) if end > start else 1.0
     left = 1 - progress if config.shape != "cosine" else 0.5 * (1 + math.cos(math.pi * progress))
     return config.min_lr + (config.lr - config.min_lr) * left

@@ -1,0 +1,71 @@
+"""What a run directory or one of its checkpoints holds, for `arriero inspect`."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import Any
+
+from arriero.checkpoint.layout import MARKER, STATE, TEMPORARY, committed, read_json, verify as verify_files
+from arriero.errors import EXIT_CHECK_FAILED, EXIT_OK
+from arriero.model.config import LlamaConfig, count_parameters
+from arriero.observe.metrics import read_metrics
+
+
+def recognises(path: Path) -> bool:
+    """Whether `path` is a run directory or a checkpoint of one."""
+    return path.is_dir() and ((path / STATE).is_file() or (path / "recipe.toml").is_file())
+
+
+def inspect(path: Path, *, json: bool, verify: bool) -> int:
+    """Prints what it is; returns 1 if something in it is not whole."""
+    facts, wrong = _checkpoint(path, verify) if (path / STATE).is_file() else _run(path, verify)
+    if json:
+        print(json_module.dumps(facts | {"wrong": wrong}, indent=1))
+    else:
+        for key, value in facts.items():
+            print(f"{key:14}{value:,}" if isinstance(value, int) else f"{key:14}{value}")
+        for line in wrong:
+            print(f"WRONG         {line}")
+    return EXIT_CHECK_FAILED if wrong else EXIT_OK
+
+
+def _run(path: Path, verify: bool) -> tuple[dict[str, Any], list[str]]:
+    whole, root = committed(path / "checkpoints"), path / "checkpoints"
+    cut_off = [p for p in sorted(root.glob("step-*")) if p.suffix != TEMPORARY and not (p / MARKER).is_file()]
+    facts: dict[str, Any] = {"kind": "run", "path": str(path)}
+    if (path / "metrics.jsonl").is_file():
+        steps = [m for m in read_metrics(path / "metrics.jsonl") if m["kind"] == "step"]
+        if steps:
+            last = steps[-1]
+            facts |= {"steps": last["iteration"], "of": last["iterations"], "lm loss": f"{last['lm_loss']:.4f}"}
+            facts |= {"tokens": last["consumed_tokens"]}
+    facts["checkpoints"] = ", ".join(p.name for p in whole) or "none"
+    wrong = [f"{p}: not committed, its writing was cut off" for p in cut_off]
+    for checkpoint in whole if verify else []:
+        wrong += verify_files(checkpoint)
+    if verify:
+        facts["verified"] = f"SHA-256 of {len(whole)} checkpoints"
+    return facts, wrong
+
+
+def _checkpoint(path: Path, verify: bool) -> tuple[dict[str, Any], list[str]]:
+    config, parts = LlamaConfig.from_json(path), sorted(path.glob("rank-*.safetensors"))
+    facts: dict[str, Any] = {
+        "kind": "checkpoint",
+        "path": str(path),
+        "step": read_json(path / STATE)["step"],
+        "parameters": count_parameters(config),
+        "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size,
+        "vocabulary": config.vocab_size,
+        "written by": f"{len(parts)} processes",
+        "bytes": sum(p.stat().st_size for p in parts),
+        "committed": "yes" if (path / MARKER).is_file() else "no",
+    }
+    if verify:
+        facts["verified"] = "SHA-256 of every file"
+    wrong = verify_files(path) if verify else []
+    if not verify and not (path / MARKER).is_file():
+        wrong = [f"{path}: not committed, its writing was cut off"]
+    return facts, wrong

@@ -1,0 +1,128 @@
+"""The command line as a user meets it: what works, and what is refused with exit code 2, one message, no traceback."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import toy
+
+from arriero import cli
+
+
+def test_overview_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.dispatch([]) == 0
+    printed = capsys.readouterr().out
+    assert all(verb in printed for verb in cli.VERBS)
+    assert cli.dispatch(["--version"]) == 0
+    assert cli.dispatch(["pretrian"]) == 2
+    assert "did you mean 'pretrain'" in capsys.readouterr().err
+
+
+def test_help_of_every_verb() -> None:
+    for verb in cli.VERBS:
+        assert len(toy.arriero(verb, "--help")) > 200
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on one process, through the command line, with validation."""
+    root = tmp_path_factory.mktemp("cli")
+    recipe = toy.write_recipe(root)
+    printed = toy.arriero(
+        "pretrain", recipe, "--train.eval-every", "3", "--train.eval-batches", "1", "--checkpoint.every", "2"
+    )
+    assert "iteration        6/       6" in printed
+    assert "validation loss at iteration 3" in printed
+    return root
+
+
+def test_run_directory(run: Path) -> None:
+    out = run / "run"
+    assert {p.name for p in out.iterdir()} == {
+        "recipe.toml", "env.json", "metrics.jsonl", "log.txt", "checkpoints", "loss.png"
+    }  # fmt: skip
+    assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["step-00000004", "step-00000006"]  # keep = 2
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["iteration"] for r in records if r["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
+    assert [r["iteration"] for r in records if r["kind"] == "validation"] == [3, 6]
+    assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert "iteration        6/" in (out / "log.txt").read_text()
+
+
+def test_resume_extends_and_equals_a_longer_run(run: Path, tmp_path: Path) -> None:
+    """4 steps more on two processes, from the saved recipe alone; compared with a run that was never stopped."""
+    base = [run / "toy.toml", "--schedule.decay-steps", "10"]
+    toy.arriero("pretrain", *base, "--train.steps", "6", "--out", tmp_path / "a")
+    toy.arriero("pretrain", *base, "--train.steps", "10", "--out", tmp_path / "b")
+    printed = toy.arriero(
+        "pretrain", "--resume", tmp_path / "a", "--train.steps", "10", "--nproc-per-node", "2", "--log.style", "megatron"
+    )
+    assert "resumed from" in printed
+    assert "throughput per GPU (TFLOP/s/GPU)" in printed
+    toy.arriero("compare", tmp_path / "b", tmp_path / "a", "--max-rel", "1e-5")
+    toy.arriero("inspect", tmp_path / "a", "--verify")
+
+
+def test_start_from_hugging_face(run: Path, tmp_path: Path) -> None:
+    """Export, then `--init`: the first loss is the exported model's, not ln V; other weights differ."""
+    toy.arriero("export", run / "run", tmp_path / "hf")
+    toy.arriero("pretrain", run / "toy.toml", "--model", "", "--init", tmp_path / "hf", "--out", tmp_path / "c")
+    first = json.loads((tmp_path / "c" / "metrics.jsonl").read_text().splitlines()[0])
+    last = json.loads((run / "run" / "metrics.jsonl").read_text().splitlines()[-2])
+    assert first["lm_loss"] < 5.3 < 5.55
+    assert first["lm_loss"] == pytest.approx(last["lm_loss"], abs=0.35)
+    refused = toy.arriero("pretrain", run / "toy.toml", "--init", tmp_path / "nowhere", "--out", tmp_path / "d", code=2)
+    assert "nowhere" in refused
+    assert not (tmp_path / "d").exists()
+
+
+REFUSED = {
+    "unknown key": (["--train.stesp", "3"], "did you mean 'train.steps'"),
+    "batch": (["--train.global-batch", "7"], "use train.global_batch 6 or 8"),
+    "tensor parallel": (["--parallel.tensor-parallel", "3"], "use one of 1, 2"),
+    "vocabulary": (["--model", "SMALL"], "100"),
+    "missing data": (["--data.prefix", "nowhere"], "nowhere"),
+    "too short": (["--train.sequence-length", "100000"], "100000"),
+    "resume nothing": (["--resume", "EMPTY"], "holds no checkpoint"),
+    "resume missing": (["--resume", "NOWHERE"], "no such directory"),
+    "device": (["--device", "npu"], "not available"),
+    "stray word": (["stray"], "stray"),
+    "no value": (["--train.steps"], "train.steps"),
+    "processes": (["--nproc-per-node", "-1"], "nproc-per-node"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_one_message_and_nothing_written(run: Path, tmp_path: Path, name: str) -> None:
+    words, message = REFUSED[name]
+    toy.write_config(tmp_path / "small", vocab_size=100)
+    (tmp_path / "EMPTY").mkdir()
+    words = [w.replace("SMALL", str(tmp_path / "small")) for w in words]
+    words = [str(tmp_path / w) if w in ("EMPTY", "NOWHERE") else w for w in words]
+    printed = toy.arriero("pretrain", run / "toy.toml", "--out", tmp_path / "out", *words, code=2)
+    assert message in printed
+    assert "Traceback" not in printed
+    assert printed.count("arriero: ") == 1
+    assert not (tmp_path / "out").exists()
+    assert list((tmp_path / "EMPTY").iterdir()) == []
+
+
+def test_a_finished_run_is_not_overwritten(run: Path) -> None:
+    before = (run / "run" / "metrics.jsonl").read_bytes()
+    printed = toy.arriero("pretrain", run / "toy.toml", code=2)
+    assert "already holds a run" in printed
+    assert f"--resume {run / 'run'}" in printed
+    assert (run / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_no_recipe_and_missing_recipe() -> None:
+    assert "no recipe named" in toy.arriero("pretrain", code=2)
+    assert "no such file" in toy.arriero("pretrain", "nowhere.toml", "--out", "x", code=2)
+
+
+def test_inspect_names_what_it_does_not_know(tmp_path: Path) -> None:
+    assert "no such file" in toy.arriero("inspect", tmp_path / "nothing", code=2)
+    (tmp_path / "empty").mkdir()
+    assert "not of a kind" in toy.arriero("inspect", tmp_path / "empty", code=2)
