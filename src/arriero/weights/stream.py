@@ -10,6 +10,7 @@ the conversions run on numpy alone, in a third of the memory that `import torch`
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -239,11 +240,21 @@ class Assembly:
             read_piece(piece, out[piece.at_row : piece.at_row + piece.rows, left:right])
 
 
-_SCRATCH_BYTES = 8 << 20
+CHUNK_BYTES = 2 << 20  # per thread and buffer; larger gains no speed and leaves the processor's cache
+_buffers = threading.local()
+
+
+def buffer(name: str, rows: int, width: int) -> Bytes:
+    """This thread's buffer of that name: touched once, not once a chunk (first touch is dear on virtual machines)."""
+    held: Bytes | None = getattr(_buffers, name, None)
+    if held is None or held.size < rows * width:
+        held = np.empty(max(CHUNK_BYTES, rows * width), np.uint8)
+        setattr(_buffers, name, held)
+    return held[: rows * width].reshape(rows, width)
 
 
 def read_piece(piece: Piece, out: Bytes) -> None:
-    """Reads one piece into `out` [rows, columns * itemsize], through a scratch of at most 8 MiB where it must."""
+    """Reads one piece into `out` [rows, columns * itemsize], through a scratch of `CHUNK_BYTES` where it must."""
     source, size = piece.source, ITEMSIZE[piece.source.dtype]
     full = piece.columns == source.columns
     if piece.step == 1 and full and out.flags.c_contiguous:
@@ -259,10 +270,10 @@ def read_piece(piece: Piece, out: Bytes) -> None:
         source.read_rows(piece.row, line)
         out[:] = line[:, left:right]
         return
-    block = max(1, _SCRATCH_BYTES // max(1, source.columns * size * piece.step))
+    block = max(1, CHUNK_BYTES // max(1, source.columns * size * piece.step))
     for first in range(0, piece.rows, block):
         count = min(block, piece.rows - first)
-        scratch = np.empty(((count - 1) * piece.step + 1, source.columns * size), np.uint8)
+        scratch = buffer("scratch", (count - 1) * piece.step + 1, source.columns * size)
         source.read_rows(piece.row + first * piece.step, scratch)
         out[first : first + count] = scratch[:: piece.step, left:right]
 

@@ -22,10 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from arriero.errors import UserError
-from arriero.weights.stream import ITEMSIZE, Assembly, Bytes, matrix_shape
+from arriero.weights.stream import CHUNK_BYTES, ITEMSIZE, Assembly, Bytes, buffer, matrix_shape
 
-CHUNK_BYTES = 4 << 20  # per thread; larger gains no speed, and the first touch of memory is dear on virtual machines
-THREADS = 2
+THREADS = 3  # more than the cores would need: some wait for the disk
 
 
 @dataclass(frozen=True)
@@ -147,9 +146,12 @@ def _run(
 
 
 def read_chunk(name: str, tensor: Assembly, row: int, rows: int, dtype: str | None = None) -> Bytes:
-    """Rows [row, row + rows) as bytes, cast to `dtype`, checked to be finite."""
+    """Rows [row, row + rows) as bytes, cast to `dtype`, checked to be finite.
+
+    The bytes lie in a buffer of the calling thread, which its next call fills anew.
+    """
     columns = matrix_shape(tensor.shape)[1]
-    chunk = np.empty((rows, columns * ITEMSIZE[tensor.dtype]), np.uint8)
+    chunk = buffer("chunk", rows, columns * ITEMSIZE[tensor.dtype])
     tensor.read_window(row, 0, chunk)
     if not is_finite(chunk, tensor.dtype):
         where = tensor.pieces[0].source.label
@@ -172,7 +174,11 @@ def _send(chunk: Bytes, *, first: int, size: int, fd: int, put: Put) -> None:
         return
     start, stop = max(first, put.row), min(first + chunk.shape[0], put.row + put.rows)
     if start < stop:
-        part = np.ascontiguousarray(chunk[start - first : stop - first, left:right])
+        part = chunk[start - first : stop - first, left:right]
+        if not part.flags.c_contiguous:
+            stage = buffer("stage", *part.shape)
+            stage[:] = part
+            part = stage
         write_at(fd, part.reshape(-1).data, put.offset + (start - put.row) * width)
 
 
