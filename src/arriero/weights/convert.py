@@ -23,7 +23,7 @@ from arriero.weights.layout import Cut, check_cut, padded
 from arriero.weights.megatron_write import RankFormat, plan_ranks
 from arriero.weights.progress import Progress
 from arriero.weights.sources import Opened, open_model
-from arriero.weights.transfer import fingerprint, new_directory, read_fingerprints, transfer
+from arriero.weights.transfer import fingerprint, new_directory, read_fingerprints, syncing, transfer
 
 DTYPES = {"keep": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -95,8 +95,9 @@ def run(args: ConvertArgs) -> int:
             files = plan_ranks(partial, hub, config, RankFormat(dialect, cut, dtype, args.iteration, args.deepspeed))
         prints = transfer(hub, files, dtype=dtype, advance=progress.advance)
         write_beside(partial, config, dtype=dtype or next(iter(hub.values())).dtype, tokenizer=opened.tokenizer)
-        _check_twins(opened)
-        written = prove(opened, open_model(partial, args.to), prints, dtype)
+        with syncing(partial):
+            _check_twins(opened)
+            written = prove(opened, open_model(partial, args.to), prints, dtype)
     report = {
         "source": str(opened.path), "kind": opened.kind, "layout": opened.layout, "destination": str(args.destination),
         "to": args.to, "files": len(files), "bytes": sum(file.size for file in files), "parameters": written,

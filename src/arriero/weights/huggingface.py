@@ -57,7 +57,7 @@ def open_files(directory: Path) -> PieceReader:
     """All tensors of a directory's weight files, unchecked against the config."""
     for single in _SINGLES:
         if (directory / single).is_file():
-            return _open_file(directory / single)
+            return open_file(directory / single)
         if (directory / f"{single}.index.json").is_file():
             return _open_shards(directory, directory / f"{single}.index.json")
     raise UserError(
@@ -71,7 +71,8 @@ def has_weights(directory: Path) -> bool:
     return any((directory / f"{single}{tail}").is_file() for single in _SINGLES for tail in ("", ".index.json"))
 
 
-def _open_file(path: Path) -> PieceReader:
+def open_file(path: Path) -> PieceReader:
+    """One weight file: safetensors, or torch.save's with a flat dict of tensors."""
     return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path).reader()
 
 
@@ -89,7 +90,7 @@ def _open_shards(directory: Path, index: Path) -> PieceReader:
         raise UserError(f"{directory}: {len(missing)} of {len(files)} shards are missing: {_some(missing)}", FIX_SHARD)
     tensors: dict[str, Assembly] = {}
     for file in files:
-        shard = _open_file(directory / file)
+        shard = open_file(directory / file)
         promised = {name for name, where in weight_map.items() if where == file}
         absent = sorted(promised - set(shard.tensors))
         if absent:

@@ -32,7 +32,8 @@ _INERT = {
     "argparse.Namespace", "collections.OrderedDict", "collections.defaultdict", "signal.Signals", "_codecs.encode",
     "builtins.set", "builtins.dict", "builtins.list", "builtins.int", "builtins.slice", "builtins.bytearray",
     "io.BytesIO", "_io.BytesIO", "types.SimpleNamespace", "pathlib.PosixPath", "copyreg._reconstructor",
-    "builtins.object", "__builtin__.set", "__builtin__.object", "copy_reg._reconstructor",
+    "builtins.object", "builtins.bytes", "__builtin__.bytes", "__builtin__.set", "__builtin__.object",
+    "copy_reg._reconstructor",
     "datetime.timedelta", "functools.partial",
 }  # fmt: skip
 FIX = "do not load this file with other tools either, unless you trust who made it"

@@ -57,7 +57,7 @@ def transfer(
     dtype: str | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> dict[str, int]:
-    """Writes `files` from the hub tensors, and syncs them to the disk.
+    """Writes `files` from the hub tensors; that they reach the disk is `new_directory`'s care.
 
     Args:
         hub: tensors under Hugging Face names.
@@ -140,8 +140,6 @@ def _run(
         finally:
             stop.set()
         flusher.result()
-    for fd in sync:
-        os.fsync(fd)
     return prints
 
 
@@ -316,6 +314,15 @@ def new_directory(path: Path, *, need_bytes: int = 0) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         os.close(lock)
+
+
+@contextlib.contextmanager
+def syncing(directory: Path) -> Iterator[None]:
+    """Waits for the disk in a thread of its own, while the caller reads the files back from memory."""
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(_sync_tree, directory)
+        yield
+        done.result()
 
 
 def _empty(directory: Path) -> None:
