@@ -7,8 +7,11 @@ torch is imported inside the functions, so that the command line can read this m
 from __future__ import annotations
 
 import ctypes
+import functools
+import importlib
+import importlib.util
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +68,14 @@ def take_device(kind: str, local_rank: int) -> torch.device:
 def process_group_backend(kind: str) -> str:
     """The backend string for `init_process_group`: CPU tensors always go through gloo beside the device's own."""
     return "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{BACKENDS[kind]}"
+
+
+@functools.cache
+def fused_operators(kind: str) -> Any:
+    """The vendor's package whose fused operators model/npu.py calls: torch_npu on npu, None elsewhere or without it."""
+    if kind != "npu" or importlib.util.find_spec("torch_npu") is None:
+        return None
+    return importlib.import_module("torch_npu")
 
 
 def synchronize(kind: str) -> None:

@@ -1,22 +1,33 @@
 """The operators of the model, each a pure function of tensors, with the back end chosen per device.
 
 Shape legend: B batch, L sequence, D hidden, H query heads, G key-value heads, K head_dim, F feed-forward.
-The plain-torch form is the definition; a faster back end must agree with it (tests/model/test_ops.py).
+The plain-torch form is the definition; a faster back end must agree with it (tests/model/test_ops.py). The one there is
+is torch_npu's (model/npu.py); CUDA and the CPU have theirs behind torch's own operators.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arriero import device
+from arriero.model import npu
 from arriero.model.config import LlamaConfig
+
+
+def _vendor(x: Tensor) -> Any:
+    """The device's package of fused operators, or None; they have no rules for a DTensor, which stays with torch."""
+    return None if hasattr(x, "to_local") else device.fused_operators(x.device.type)
 
 
 def rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm (arXiv:1910.07467); the statistics are taken in float32 at least, as transformers does."""
+    if (vendor := _vendor(x_BLD)) and (out := npu.rms_norm(vendor, x_BLD, weight_D, eps)) is not None:
+        return out
     x_wide = x_BLD if x_BLD.dtype == torch.float64 else x_BLD.float()
     scale = torch.rsqrt(x_wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight_D * (x_wide * scale).to(x_BLD.dtype)
@@ -70,6 +81,8 @@ def apply_rope(x_BLHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     `cos` and `sin` are [L, K], or [B, L, K] where positions differ by row.
     """
+    if (vendor := _vendor(x_BLHK)) and (out := npu.apply_rope(vendor, x_BLHK, cos, sin)) is not None:
+        return out
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     first, second = x_BLHK.chunk(2, dim=-1)
     return x_BLHK * cos + torch.cat((-second, first), dim=-1) * sin
@@ -84,6 +97,8 @@ def causal_attention(q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, mask: Tenso
         v_BLGK: values.
         mask: boolean [B, 1, L, S], True where a query may look. None means causal over the whole row.
     """
+    if (vendor := _vendor(q_BLHK)) and (out := npu.causal_attention(vendor, q_BLHK, k_BLGK, v_BLGK, mask)) is not None:
+        return out
     q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLGK, v_BLGK))
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
@@ -92,4 +107,6 @@ def causal_attention(q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, mask: Tenso
 
 def swiglu(gate_BLF: Tensor, up_BLF: Tensor) -> Tensor:
     """SiLU(gate) * up (arXiv:2002.05202)."""
+    if vendor := _vendor(gate_BLF):
+        return npu.swiglu(vendor, gate_BLF, up_BLF)
     return F.silu(gate_BLF) * up_BLF
