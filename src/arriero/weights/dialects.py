@@ -90,12 +90,12 @@ ASCENDSPEED_FUSED = replace(ASCENDSPEED, name="ascendspeed (fused MLP)", gate_up
 READABLE = (
     MCORE,
     MCORE_TE,
+    MODELLINK,  # before LEGACY, whose names are among its own
+    replace(LEGACY_2023, name="modellink (November 2023)", gate_up=MODELLINK.gate_up),
+    replace(LEGACY, name="modellink (fused MLP)", gate_up=("mlp.proj",)),
+    replace(LEGACY_2023, name="modellink (November 2023, fused MLP)", gate_up=("mlp.proj",)),
     LEGACY,
     LEGACY_2023,
-    MODELLINK,
-    replace(MODELLINK, name="modellink (fused MLP)", gate_up=("mlp.proj",)),
-    replace(LEGACY_2023, name="modellink (November 2023)", gate_up=("mlp.gate_proj", "mlp.dense_h_to_4h")),
-    replace(LEGACY_2023, name="modellink (November 2023, fused MLP)", gate_up=("mlp.proj",)),
     ASCENDSPEED,
     ASCENDSPEED_FUSED,
 )
