@@ -23,7 +23,8 @@ from arriero.checkpoint.save import CheckpointConfig
 from arriero.data.batches import DataConfig
 from arriero.errors import UserError, join_problems, nearest
 from arriero.model.config import LlamaConfig
-from arriero.parallel.mesh import ParallelConfig
+from arriero.parallel.config import ParallelConfig
+from arriero.parallel.recompute import RecomputeConfig
 from arriero.train.config import TrainConfig
 from arriero.train.optim import OptimConfig
 from arriero.train.reporter import LogConfig
@@ -53,6 +54,7 @@ class Recipe:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -77,14 +79,18 @@ class Recipe:
     def problems(self, processes: int) -> list[UserError]:
         """All that is wrong with the recipe on this many processes, before anything is started."""
         found: list[UserError] = []
+        data = max(1, processes // self.parallel.model_parallel)
         if not self.out:
             found.append(UserError("out: not set", "name the run directory to write, such as --out runs/first"))
         try:
-            found += self.parallel.problems(self.model_config(), processes)
+            found += self.parallel.problems(
+                self.model_config(), processes, sequence_length=self.train.sequence_length,
+                micro_batches=self.train.accumulation(data),
+            )  # fmt: skip
         except UserError as error:
             found.append(error)
-        data_parallel = max(1, processes // max(1, self.parallel.tensor_parallel))
-        found += self.train.problems(data_parallel)
+        found += self.train.problems(data)
+        found += self.recompute.problems(self.parallel)
         for part in (self.optim, self.schedule, self.checkpoint, self.log, self.data):
             found += part.problems()
         return found

@@ -15,7 +15,7 @@ from typing import Any
 from arriero.launch import in_process_group, run_processes
 from arriero.parallel.mesh import Ranks
 from arriero.recipe import Recipe, Setting, parse
-from arriero.train.loop import Trainer
+from arriero.train.trainer import Trainer
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any] | None:

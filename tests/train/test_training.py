@@ -18,9 +18,10 @@ from arriero.checkpoint.load import CheckpointReader
 from arriero.errors import UserError
 from arriero.parallel.mesh import Ranks
 from arriero.recipe import Recipe, file_settings, parse
-from arriero.train.loop import Trainer, train
+from arriero.train.loop import train
 from arriero.train.precision import LossScale
 from arriero.train.schedule import learning_rate
+from arriero.train.trainer import Trainer
 
 
 def recipe_in(directory: Path, **train_changes: Any) -> Recipe:
@@ -40,7 +41,7 @@ def test_five_steps_equal_a_plain_transformers_loop(tmp_path: Path) -> None:
     recipe = replace(recipe, optim=replace(recipe.optim, weight_decay=0.3))
     ours = trainer_of(recipe)
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**ours.config.to_json()))
-    theirs.load_state_dict({k: v.clone() for k, v in ours.model.state_dict().items()}, strict=False)
+    theirs.load_state_dict({k: v.clone() for k, v in ours.parts[0].state_dict().items()}, strict=False)
     matrices = [p for p in theirs.parameters() if p.dim() > 1]
     vectors = [p for p in theirs.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}]
@@ -61,7 +62,7 @@ def test_five_steps_equal_a_plain_transformers_loop(tmp_path: Path) -> None:
         assert result.grad_norm == pytest.approx(norm.item(), rel=1e-5)
         assert norm > 0.5  # clipping is at work
     for name, parameter in theirs.named_parameters():
-        assert torch.allclose(parameter, ours.model.get_parameter(name), rtol=1e-3, atol=1e-4), name
+        assert torch.allclose(parameter, ours.parts[0].get_parameter(name), rtol=1e-3, atol=1e-4), name
 
 
 def test_masked_labels_and_micro_batches_do_not_change_the_mean(tmp_path: Path) -> None:
@@ -77,7 +78,7 @@ def test_masked_labels_and_micro_batches_do_not_change_the_mean(tmp_path: Path) 
                 labels[: 3 * row] = -100  # each row loses more: micro-batches have unequal counts
                 row += 1
         loss = trainer.forward_backward(micro, train=True)
-        gradients.append((loss, [p.grad.clone() for p in trainer.model.parameters()]))
+        gradients.append((loss, [p.grad.clone() for p in trainer.parts[0].parameters()]))
     assert gradients[0][0] == pytest.approx(gradients[1][0], rel=1e-12)
     for a, b in zip(gradients[0][1], gradients[1][1], strict=True):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-15)
@@ -106,10 +107,10 @@ def test_interrupted_equals_uninterrupted_to_the_bit(tmp_path: Path, dtype: str)
 def test_dtypes_at_rest_and_in_flight(tmp_path: Path) -> None:
     trainer = trainer_of(recipe_in(tmp_path, dtype="bfloat16"))
     seen = []
-    trainer.model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    trainer.parts[0].lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     trainer.step()
     assert set(seen) == {torch.bfloat16}
-    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert {p.dtype for p in trainer.parts[0].parameters()} == {torch.float32}
 
 
 def test_loss_scale_grows_and_halves() -> None:
@@ -135,7 +136,7 @@ def test_a_nonfinite_step_is_printed_counted_and_harms_nothing(
     weights: list[torch.Tensor] = []
 
     def poisoned(self: Trainer, batches: Any, step: int) -> Any:
-        weight = self.model.get_parameter("model.norm.weight")
+        weight = self.parts[0].get_parameter("model.norm.weight")
         weights.append(weight.detach().clone())
         if step == 1:
             self.scale.scale = math.nan  # the loss is scaled by it: every gradient becomes nan

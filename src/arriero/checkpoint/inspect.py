@@ -6,7 +6,8 @@ import json as json_module
 from pathlib import Path
 from typing import Any
 
-from arriero.checkpoint.layout import MARKER, STATE, TEMPORARY, committed, read_json, verify as verify_files
+from arriero.checkpoint.layout import MARKER, STATE, TEMPORARY, committed, read_json
+from arriero.checkpoint.layout import verify as verify_files
 from arriero.errors import EXIT_CHECK_FAILED, EXIT_OK
 from arriero.model.config import LlamaConfig, count_parameters
 from arriero.observe.metrics import read_metrics

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from arriero.checkpoint.layout import STATE, TEMPORARY, commit, committed, step_directory, sync_directory, write_json
 from arriero.errors import UserError
+from arriero.model.llama import Llama
 from arriero.parallel.mesh import Ranks
 from arriero.parallel.shards import local, shards
 
@@ -34,7 +35,7 @@ class CheckpointConfig:
 
 
 def save_checkpoint(
-    root: Path, step: int, *, model: nn.Module, moments: dict[str, dict[str, Tensor]], state: dict[str, Any],
+    root: Path, step: int, *, parts: list[Llama], moments: dict[str, dict[str, Tensor]], state: dict[str, Any],
     texts: dict[str, str], ranks: Ranks,
 ) -> Path:  # fmt: skip
     """Writes `checkpoints/step-N`, whole or not at all; every process must call it.
@@ -42,7 +43,7 @@ def save_checkpoint(
     Args:
         root: the run's `checkpoints` directory, seen by all processes.
         step: steps completed.
-        model: the laid-out model.
+        parts: what this process holds of the model.
         moments: the optimizer's, as `Optimizer.moments` gives them.
         state: everything else that a resumed run needs, as JSON.
         texts: further files by name, such as config.json and recipe.toml.
@@ -55,7 +56,7 @@ def save_checkpoint(
             shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir(parents=True)
     ranks.barrier()
-    _write_parts(temporary, model, moments, ranks)
+    _write_parts(temporary, parts, moments, ranks)
     ranks.barrier()
     if ranks.first:
         write_json(temporary / STATE, {"step": step, **state})
@@ -66,22 +67,22 @@ def save_checkpoint(
     return final
 
 
-def _write_parts(directory: Path, model: nn.Module, moments: dict[str, dict[str, Tensor]], ranks: Ranks) -> None:
+def _write_parts(directory: Path, parts: list[Llama], moments: dict[str, dict[str, Tensor]], ranks: Ranks) -> None:
     tensors: dict[str, Tensor] = {}
-    parts: dict[str, Any] = {}
-    for name, (shard, parameter) in shards(model).items():
+    where: dict[str, Any] = {}
+    for path, (shard, parameter) in shards(parts, ranks).items():
         if not shard.written_by(ranks) or 0 in shard.local_shape:
             continue
-        values = {name: local(parameter).detach()} | {f"{m}.{name}": by_name[name] for m, by_name in moments.items()}
+        values = {shard.name: local(parameter).detach()}
+        values |= {f"{moment}.{shard.name}": by_path[path] for moment, by_path in moments.items()}
         for key, value in values.items():
             tensors[key] = value.cpu().contiguous()
-            parts[key] = {"shape": list(shard.shape), "offset": list(shard.offset)}
-    rank = ranks.coordinates["data"] * ranks.tensor + ranks.coordinates["tensor"]
-    file = directory / f"rank-{rank:05d}.safetensors"
+            where[key] = {"shape": list(shard.shape), "offset": list(shard.offset)}
+    file = directory / f"rank-{ranks.rank:05d}.safetensors"
     save_file(tensors, file)
     with open(file, "rb") as handle:
         os.fsync(handle.fileno())
-    write_json(file.with_suffix(".json"), parts)
+    write_json(file.with_suffix(".json"), where)
     sync_directory(directory)
 
 

@@ -8,6 +8,7 @@ Shape legend: B batch, L sequence, D hidden, H query heads, G key-value heads, K
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -49,6 +50,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(d, kv, bias=bias)
         self.v_proj = nn.Linear(d, kv, bias=bias)
         self.o_proj = nn.Linear(q, d, bias=bias)
+        self.attend: Callable[..., Tensor] = ops.causal_attention  # context parallelism puts its own here
 
     def forward(
         self, x_BLD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, past: KeyValues | None = None
@@ -61,7 +63,7 @@ class Attention(nn.Module):
         if past is not None:
             k_BSGK = torch.cat((past.keys, k_BSGK), dim=1)
             v_BSGK = torch.cat((past.values, v_BSGK), dim=1)
-        out_BLHK = ops.causal_attention(q_BLHK, k_BSGK, v_BSGK, mask)
+        out_BLHK = self.attend(q_BLHK, k_BSGK, v_BSGK, mask)
         return self.o_proj(out_BLHK.flatten(2)), KeyValues(k_BSGK, v_BSGK)
 
 
@@ -116,8 +118,8 @@ class Decoder(nn.Module):
 class Llama(nn.Module):
     """The whole model: tokens in, logits out.
 
-    Layers live in a dict under their global number, so that a pipeline stage can drop those it does not own and every
-    parameter keeps its name.
+    Layers live in a dict under their global number, so that a pipeline stage can drop those it does not own, and the
+    embedding, norm or head with them (they become None), and every parameter keeps its name.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -133,23 +135,23 @@ class Llama(nn.Module):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return ops.rope_table(ops.rope_frequencies(self.config, length, wide), positions, dtype)
 
-    def hidden(self, tokens_BL: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """[B, L] -> the normed last hidden state [B, L, D].
+    def hidden(self, inputs: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """[B, L] -> the normed last hidden state [B, L, D]; what of it this stage has.
 
         Args:
-            tokens_BL: token ids.
+            inputs: token ids [B, L], or, without an embedding, the stream of the stage before, [B, L, D].
             positions: [L] or [B, L]; None counts from 0.
             mask: boolean [B, 1, L, L], True where a query may look; None is causal over the row.
         """
-        x_BLD = self.model.embed_tokens(tokens_BL)
-        length = tokens_BL.shape[1]
+        x_BLD = inputs if self.model.embed_tokens is None else self.model.embed_tokens(inputs)
         if positions is None:
-            positions = torch.arange(length, device=tokens_BL.device)
-        cos, sin = self.rope(positions, x_BLD.dtype, length)
+            positions = torch.arange(inputs.shape[1], device=inputs.device)
+        cos, sin = self.rope(positions, x_BLD.dtype, positions.shape[-1])
         for layer in self.model.layers.values():
             x_BLD = layer(x_BLD, cos, sin, mask)
-        return self.model.norm(x_BLD)
+        return x_BLD if self.model.norm is None else self.model.norm(x_BLD)
 
-    def forward(self, tokens_BL: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """[B, L] -> logits [B, L, V] in the model's dtype."""
-        return self.lm_head(self.hidden(tokens_BL, positions, mask))
+    def forward(self, inputs: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """[B, L] -> logits [B, L, V] in the model's dtype; a stage without head returns the stream [B, L, D]."""
+        x_BLD = self.hidden(inputs, positions, mask)
+        return x_BLD if self.lm_head is None else self.lm_head(x_BLD)

@@ -1,4 +1,4 @@
-"""Applies a layout to the plain model, in the fixed order: tensor -> activation checkpointing -> compile -> ZeRO.
+"""Applies a layout to the plain model, in the fixed order: pipeline -> context -> tensor -> recompute -> ZeRO.
 
 The model is laid out while it has no memory (on the meta device); then each process makes room for its own parts and
 reads just those from a source: initial weights, a Hugging Face directory or a checkpoint.
@@ -13,7 +13,11 @@ import torch
 from arriero.errors import UserError
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
-from arriero.parallel.mesh import ParallelConfig, Ranks
+from arriero.parallel.config import ParallelConfig
+from arriero.parallel.context import apply_context_parallel
+from arriero.parallel.mesh import Ranks
+from arriero.parallel.pipeline import cut_stage, stages_of
+from arriero.parallel.recompute import RecomputeConfig, apply_recompute
 from arriero.parallel.shards import local, shards
 from arriero.parallel.tensor import apply_tensor_parallel
 from arriero.parallel.zero import apply_zero
@@ -27,51 +31,62 @@ class WeightSource(Protocol):
         ...
 
 
-def build_model(
-    config: LlamaConfig, parallel: ParallelConfig, ranks: Ranks, *, device: torch.device, store: torch.dtype,
-    compute: torch.dtype,
-) -> Llama:  # fmt: skip
-    """The model in its layout, with memory of its own and arbitrary values: call `load_weights` next.
+def build_parts(
+    config: LlamaConfig, parallel: ParallelConfig, recompute: RecomputeConfig, ranks: Ranks, *, length: int,
+    device: torch.device, store: torch.dtype, compute: torch.dtype,
+) -> list[Llama]:  # fmt: skip
+    """What this process holds of the model, one part a pipeline stage, with arbitrary values: `load_weights` is next.
 
     Args:
         config: the model's shape.
         parallel: the layout.
-        ranks: this process's place in it.
+        recompute: activation checkpointing.
+        ranks: this process's place in the layout.
+        length: tokens of a sequence, all context ranks together.
         device: where the parts live.
         store: dtype of the parameters at rest, which the optimizer updates.
         compute: dtype of the parameters in flight.
     """
-    with torch.device("meta"):
-        model = Llama(config).to(store)
-    if ranks.mesh is not None:
-        if ranks.tensor > 1:
-            apply_tensor_parallel(model, ranks.mesh["tensor"])
+    parts = []
+    for stage in stages_of(parallel, ranks.coordinates["pipeline"]):
+        with torch.device("meta"):
+            model = Llama(config).to(store)
+        if parallel.pipeline_parallel > 1:
+            cut_stage(model, stage, parallel)
+        if ranks.context > 1:
+            apply_context_parallel(model, parallel, ranks, length)
+        if ranks.mesh is not None and ranks.sizes["tensor"] > 1:
+            apply_tensor_parallel(model, ranks.mesh["tensor"], sequence=parallel.sequence_parallel)
             tie(model)
-        if ranks.data > 1:
-            apply_zero(model, ranks.mesh["data"], parallel.zero_stage, compute)
-    model.to_empty(device=device)
-    tie(model)
-    return model
+        apply_recompute(model, recompute, stage)
+        if ranks.mesh is not None and ranks.sizes["replica"] > 1:
+            apply_zero(model, ranks.mesh["replica", "zero"], parallel.zero_stage, compute)
+        elif ranks.mesh is not None and ranks.sizes["zero"] > 1:
+            apply_zero(model, ranks.mesh["zero"], parallel.zero_stage, compute)
+        model.to_empty(device=device)
+        tie(model)
+        parts.append(model)
+    return parts
 
 
 def tie(model: Llama) -> None:
     """Makes the head the embedding again, where the config says so: laying out and `to_empty` part them."""
-    if model.config.tie_word_embeddings:
+    if model.config.tie_word_embeddings and model.lm_head is not None and model.model.embed_tokens is not None:
         model.lm_head.weight = model.model.embed_tokens.weight
 
 
-def load_weights(model: Llama, source: WeightSource) -> None:
+def load_weights(parts: list[Llama], source: WeightSource, ranks: Ranks) -> None:
     """Fills this process's part of every parameter from `source`, reading no other part.
 
     Raises:
         UserError: a tensor of the wrong shape.
     """
     with torch.no_grad():
-        for name, (shard, parameter) in shards(model).items():
-            target, value = local(parameter), source.read(name, shard.index)
+        for shard, parameter in shards(parts, ranks).values():
+            target, value = local(parameter), source.read(shard.name, shard.index)
             if target.shape != value.shape:
                 raise UserError(
-                    f"{name}: the source gives {tuple(value.shape)}, the model needs {tuple(target.shape)}",
+                    f"{shard.name}: the source gives {tuple(value.shape)}, the model needs {tuple(target.shape)}",
                     "use the config.json that belongs to these weights",
                 )
             target.copy_(value)

@@ -1,103 +1,108 @@
-"""Who holds what: the layout of a run's processes, and the device mesh made of it.
+"""This process's place in the layout, the device mesh made of it, and sums over parts of it.
 
-Tensor-parallel degree is stated, data-parallel degree is derived from the number of processes. Neighbouring ranks are
-of one tensor-parallel group, since that group talks most.
+Ranks are ordered pipeline, replica, zero, tensor, the last one fastest: neighbours are of one tensor-parallel group,
+which talks most, and the pipeline, which talks least, spans the farthest. `zero` holds the data-parallel ranks of one
+ZeRO group and the context-parallel ranks, which hold the same parameters: context is its fastest part.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from arriero.errors import UserError
-from arriero.model.config import LlamaConfig
+from arriero.parallel.config import ParallelConfig
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-DIMENSIONS = ("data", "tensor")
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """How the model is spread over the processes."""
-
-    tensor_parallel: int = 1
-    """Processes that share each matrix; it must divide the heads, the key-value heads and the feed-forward width."""
-    zero_stage: Literal[1, 2, 3] = 2
-    """What data-parallel ranks share: 1 optimizer state, 2 gradients too, 3 parameters too. One rank shares nothing."""
-
-    def problems(self, model: LlamaConfig, processes: int) -> list[UserError]:
-        """All that is impossible about this layout of `model` on `processes`."""
-        found, tensor = [], self.tensor_parallel
-        if tensor < 1:
-            return [UserError(f"parallel.tensor_parallel is {tensor}", "give a whole number from 1")]
-        widths = {
-            "attention heads": model.num_attention_heads,
-            "key-value heads": model.num_key_value_heads,
-            "feed-forward columns": model.intermediate_size,
-        }
-        possible = [n for n in range(1, model.num_key_value_heads + 1) if not any(w % n for w in widths.values())]
-        for what, width in widths.items():
-            if width % tensor:
-                fix = f"use one of {', '.join(map(str, possible))}"
-                found.append(UserError(f"parallel.tensor_parallel {tensor} does not divide the {width} {what}", fix))
-        if processes % tensor:
-            nearest = max(tensor, processes // tensor * tensor)
-            found.append(
-                UserError(
-                    f"{processes} processes do not divide into tensor-parallel groups of {tensor}",
-                    f"start a multiple of {tensor}, such as --nproc-per-node {nearest}",
-                )
-            )
-        return found
+DIMENSIONS = ("pipeline", "replica", "zero", "tensor")
+BATCH = ("replica", "zero")  # the dimensions over which loss and gradients are summed
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place in the layout, and the sums over parts of it.
+    """Sizes, coordinates and groups. With one process there is no group, and every sum is the value itself."""
 
-    With one process there is no process group, and every sum is the value itself.
-    """
-
-    data: int = 1
-    """Data-parallel degree."""
-    tensor: int = 1
-    """Tensor-parallel degree."""
-    mesh: DeviceMesh | None = None
-    """The mesh with dimensions `data` and `tensor`; None for one process."""
+    sizes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(DIMENSIONS, 1))
+    """Degree of each mesh dimension."""
     coordinates: dict[str, int] = field(default_factory=lambda: dict.fromkeys(DIMENSIONS, 0))
-    """This process's index in each dimension."""
+    """This process's index in each."""
+    mesh: DeviceMesh | None = None
+    """The mesh over DIMENSIONS; None for one process."""
+    context: int = 1
+    """Context-parallel degree, a part of `zero`."""
+    context_group: ProcessGroup | None = None
+    """The processes that share this one's sequences."""
+    ends_group: ProcessGroup | None = None
+    """The first and last stage's processes of this one's column, which share a tied embedding; None elsewhere."""
 
     @classmethod
     def build(cls, config: ParallelConfig, device_type: str) -> Ranks:
-        """Makes the mesh over the initialised process group; without one, the place of a lone process."""
+        """Makes the meshes over the initialised process group; without one, the place of a lone process."""
         import torch.distributed as dist
         from torch.distributed.device_mesh import init_device_mesh
 
         if not dist.is_initialized():
             return cls()
-        data, tensor = dist.get_world_size() // config.tensor_parallel, config.tensor_parallel
-        mesh = init_device_mesh(device_type, (data, tensor), mesh_dim_names=DIMENSIONS)
-        return cls(data, tensor, mesh, {name: mesh.get_local_rank(name) for name in DIMENSIONS})
+        data = dist.get_world_size() // config.model_parallel
+        shard = config.zero_group or data
+        context, tensor, pipeline = config.context_parallel, config.tensor_parallel, config.pipeline_parallel
+        sizes = dict(zip(DIMENSIONS, (pipeline, data // shard, shard * context, tensor), strict=True))
+        mesh = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=DIMENSIONS)
+        coordinates = {name: mesh.get_local_rank(name) for name in DIMENSIONS}
+        context_group = None
+        if context > 1:
+            inner = init_device_mesh(
+                device_type, (pipeline * data, context, tensor), mesh_dim_names=("outer", "context", "inner")
+            )
+            context_group = inner.get_group("context")
+        ends = _ends_group(sizes, coordinates) if pipeline > 1 else None
+        return cls(sizes, coordinates, mesh, context, context_group, ends)
 
     @property
     def world(self) -> int:
         """Number of processes."""
-        return self.data * self.tensor
+        product = 1
+        for size in self.sizes.values():
+            product *= size
+        return product
+
+    @property
+    def rank(self) -> int:
+        """This process's number."""
+        number = 0
+        for name in DIMENSIONS:
+            number = number * self.sizes[name] + self.coordinates[name]
+        return number
 
     @property
     def first(self) -> bool:
         """Whether this process speaks for all: it logs, and writes what is not cut."""
-        return not any(self.coordinates.values())
+        return self.rank == 0
+
+    @property
+    def data(self) -> int:
+        """Data-parallel degree."""
+        return self.sizes["replica"] * self.sizes["zero"] // self.context
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of a global batch is this process's."""
+        return (self.coordinates["replica"] * self.sizes["zero"] + self.coordinates["zero"]) // self.context
+
+    @property
+    def context_rank(self) -> int:
+        """Which part of a sequence is this process's."""
+        return self.coordinates["zero"] % self.context
 
     def sum(self, value: torch.Tensor, *dimensions: str) -> torch.Tensor:
         """Sums `value` over the named mesh dimensions, in place, and returns it."""
         import torch.distributed as dist
 
         for name in dimensions:
-            if self.mesh is not None and self.mesh[name].size() > 1:
+            if self.mesh is not None and self.sizes[name] > 1:
                 dist.all_reduce(value, group=self.mesh.get_group(name))
         return value
 
@@ -107,3 +112,16 @@ class Ranks:
 
         if self.mesh is not None:
             dist.barrier()
+
+
+def _ends_group(sizes: dict[str, int], coordinates: dict[str, int]) -> ProcessGroup | None:
+    """The group of first and last stage in this process's column; every process makes every group, as torch asks."""
+    import torch.distributed as dist
+
+    column = sizes["replica"] * sizes["zero"] * sizes["tensor"]
+    last, mine = (sizes["pipeline"] - 1) * column, None
+    for i in range(column):
+        group = dist.new_group([i, last + i])
+        if dist.get_rank() in (i, last + i):
+            mine = group
+    return mine

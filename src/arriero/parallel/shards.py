@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from arriero.model.llama import Llama
 from arriero.parallel.mesh import DIMENSIONS, Ranks
 
 
@@ -25,6 +27,8 @@ class Shard:
     """The local part's shape; may hold no element."""
     cut_over: tuple[str, ...]
     """Mesh dimensions over which the parameter is cut; over the others every rank holds the same."""
+    copy: bool = False
+    """Whether this is the head's copy of a tied embedding that another stage holds: neither written nor counted."""
 
     @property
     def index(self) -> tuple[slice, ...]:
@@ -33,7 +37,7 @@ class Shard:
 
     def written_by(self, ranks: Ranks) -> bool:
         """Whether this process is the one that writes the part: the first of those that hold the same."""
-        return all(ranks.coordinates[name] == 0 for name in DIMENSIONS if name not in self.cut_over)
+        return not self.copy and all(ranks.coordinates[name] == 0 for name in DIMENSIONS if name not in self.cut_over)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -52,17 +56,25 @@ def local_gradient(parameter: nn.Parameter) -> Tensor | None:
     return None if gradient is None else local(gradient)
 
 
-def shards(model: nn.Module) -> dict[str, tuple[Shard, nn.Parameter]]:
-    """Every parameter that this process holds a part of, by global name."""
+def shards(parts: Iterable[Llama], ranks: Ranks) -> dict[str, tuple[Shard, nn.Parameter]]:
+    """Every parameter that this process holds a part of, under its path in the model."""
     found: dict[str, tuple[Shard, nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        shape = tuple(parameter.shape)
-        if isinstance(parameter, DTensor):
-            mesh = parameter.device_mesh
-            part, offset = compute_local_shape_and_global_offset(shape, mesh, parameter.placements)
-            names = mesh.mesh_dim_names or ()
-            cut = tuple(n for n, p in zip(names, parameter.placements, strict=True) if not p.is_replicate())
-            found[name] = (Shard(name, shape, tuple(offset), tuple(part), cut), parameter)
-        else:
-            found[name] = (Shard(name, shape, (0,) * len(shape), shape, ()), parameter)
+    for model in parts:
+        for path, parameter in model.named_parameters():
+            copy = path == "lm_head.weight" and model.config.tie_word_embeddings
+            name = "model.embed_tokens.weight" if copy else path
+            found[path] = (_shard(name, parameter, ranks, copy=copy), parameter)
     return found
+
+
+def _shard(name: str, parameter: nn.Parameter, ranks: Ranks, *, copy: bool) -> Shard:
+    shape = tuple(parameter.shape)
+    part, offset, cut = shape, (0,) * len(shape), []
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        part, offset = compute_local_shape_and_global_offset(shape, mesh, parameter.placements)
+        names = mesh.mesh_dim_names or ()
+        cut = [n for n, p in zip(names, parameter.placements, strict=True) if not p.is_replicate()]
+    if ranks.sizes["pipeline"] > 1:
+        cut.append("pipeline")
+    return Shard(name, shape, tuple(offset), tuple(part), tuple(cut), copy)

@@ -1,13 +1,13 @@
-"""Tensor parallelism as a table: which module is cut how (Megatron-LM, arXiv:1909.08053).
+"""Tensor parallelism as a table: which module is cut how (Megatron-LM, arXiv:1909.08053 and arXiv:2205.05198).
 
 A column-parallel matrix is cut by output rows, a row-parallel one by input columns; each pair needs one sum forward and
 one backward. The embedding is cut by vocabulary rows, and so is the head: its logits stay cut, and the loss is computed
-on the cut vocabulary.
+on the cut vocabulary. Under sequence parallelism the stream between the blocks is cut by position, too: the sum after a
+block becomes a reduce-scatter, and an all-gather stands before the next.
 """
 
 from __future__ import annotations
 
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -15,34 +15,44 @@ from torch.distributed.tensor.parallel import (
     ParallelStyle,
     PrepareModuleInput,
     RowwiseParallel,
+    SequenceParallel,
     parallelize_module,
 )
 
+from arriero.model.llama import Llama
 
-def plan() -> dict[str, ParallelStyle]:
+
+def plan(*, sequence: bool) -> dict[str, ParallelStyle]:
     """Module path -> style. `*` stands for every layer.
 
     The block's input becomes one replicated DTensor before its column-parallel matrices, so that their input gradients
     are added locally and summed over ranks once, not once a matrix.
     """
-    whole, other = Replicate(), None
-    return {
-        "model.embed_tokens": RowwiseParallel(input_layouts=whole, output_layouts=whole),
+    whole, none = Replicate(), None
+    stream = Shard(1) if sequence else Replicate()
+    table: dict[str, ParallelStyle] = {
+        "model.embed_tokens": RowwiseParallel(input_layouts=whole, output_layouts=stream),
         "model.layers.*.self_attn": PrepareModuleInput(
-            input_layouts=(whole, other, other, other, other), desired_input_layouts=(whole, other, other, other, other)
+            input_layouts=(stream, none, none, none, none), desired_input_layouts=(whole, none, none, none, none)
         ),
         "model.layers.*.self_attn.q_proj": ColwiseParallel(),
         "model.layers.*.self_attn.k_proj": ColwiseParallel(),
         "model.layers.*.self_attn.v_proj": ColwiseParallel(),
-        "model.layers.*.self_attn.o_proj": RowwiseParallel(),
-        "model.layers.*.mlp": PrepareModuleInput(input_layouts=whole, desired_input_layouts=whole),
+        "model.layers.*.self_attn.o_proj": RowwiseParallel(output_layouts=stream),
+        "model.layers.*.mlp": PrepareModuleInput(input_layouts=stream, desired_input_layouts=whole),
         "model.layers.*.mlp.gate_proj": ColwiseParallel(),
         "model.layers.*.mlp.up_proj": ColwiseParallel(),
-        "model.layers.*.mlp.down_proj": RowwiseParallel(),
-        "lm_head": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False),
+        "model.layers.*.mlp.down_proj": RowwiseParallel(output_layouts=stream),
+        "lm_head": ColwiseParallel(input_layouts=stream, output_layouts=Shard(-1), use_local_output=False),
     }
+    if sequence:
+        for norm in ("model.layers.*.input_layernorm", "model.layers.*.post_attention_layernorm", "model.norm"):
+            table[norm] = SequenceParallel(use_local_output=True)
+    return table
 
 
-def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Cuts the model's parameters over `mesh` (one dimension), in place."""
-    parallelize_module(model, mesh, plan())
+def apply_tensor_parallel(model: Llama, mesh: DeviceMesh, *, sequence: bool) -> None:
+    """Cuts the parameters of what is there of the model over `mesh` (one dimension), in place."""
+    absent = {"model.embed_tokens": model.model.embed_tokens, "model.norm": model.model.norm, "lm_head": model.lm_head}
+    table = {path: style for path, style in plan(sequence=sequence).items() if absent.get(path, model) is not None}
+    parallelize_module(model, mesh, table)

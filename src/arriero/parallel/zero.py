@@ -19,7 +19,14 @@ from arriero.model.llama import Llama
 
 
 def apply_zero(model: Llama, mesh: DeviceMesh, stage: int, compute_dtype: torch.dtype) -> None:
-    """Shards each layer, then what is left (embedding, norm, head), over `mesh` (one dimension), in place."""
+    """Shards each layer, then what is left (embedding, norm, head), in place.
+
+    Args:
+        model: what this process has of the model.
+        mesh: one dimension to cut over; or two, the first of which holds copies (hybrid sharding).
+        stage: ZeRO's.
+        compute_dtype: of parameters in flight.
+    """
     low = compute_dtype in (torch.bfloat16, torch.float16)
     policy = (
         MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32) if low else MixedPrecisionPolicy()

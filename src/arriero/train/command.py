@@ -29,7 +29,8 @@ from arriero.recipe import (
     parse,
     to_toml,
 )  # fmt: skip
-from arriero.train.loop import open_batches, train
+from arriero.train.loop import train
+from arriero.train.trainer import open_batches
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def process_count(recipe: Recipe, launch: LaunchConfig, kind: str) -> int:
         return Place.from_environment().world
     if launch.nproc_per_node < 0:
         raise UserError(f"--nproc-per-node is {launch.nproc_per_node}", "give a whole number from 1")
-    return launch.nproc_per_node or (recipe.parallel.tensor_parallel if kind == "cpu" else device_count(kind))
+    return launch.nproc_per_node or (recipe.parallel.model_parallel if kind == "cpu" else device_count(kind))
 
 
 def check(recipe: Recipe, processes: int, checkpoint: Path | None) -> None:

@@ -66,4 +66,4 @@ class TrainConfig:
 
     def accumulation(self, data_parallel: int) -> int:
         """Micro-batches a step on each data-parallel rank."""
-        return self.global_batch // (self.micro_batch * data_parallel)
+        return self.global_batch // max(1, self.micro_batch * data_parallel)

@@ -33,4 +33,4 @@ def summed_loss(logits_BLV: Tensor, labels_BL: Tensor) -> Tensor:
 
 def loss_context(ranks: Ranks) -> contextlib.AbstractContextManager[None]:
     """Vocabulary-parallel cross-entropy where the head is cut, nothing otherwise."""
-    return loss_parallel() if ranks.tensor > 1 else contextlib.nullcontext()
+    return loss_parallel() if ranks.sizes["tensor"] > 1 else contextlib.nullcontext()

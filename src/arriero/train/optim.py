@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from arriero.errors import UserError
+from arriero.model.llama import Llama
 from arriero.parallel.mesh import Ranks
 from arriero.parallel.shards import Shard, local, local_gradient, shards
 
@@ -40,19 +41,20 @@ class OptimConfig:
 
 
 class Optimizer:
-    """AdamW over what this process holds of `model`."""
+    """AdamW over what this process holds of the model, keyed by path in it."""
 
-    def __init__(self, model: nn.Module, config: OptimConfig, ranks: Ranks) -> None:
+    def __init__(self, parts: list[Llama], config: OptimConfig, ranks: Ranks) -> None:
         self.ranks = ranks
         self.shards: dict[str, Shard] = {}
         self._parameters: dict[str, nn.Parameter] = {}
         self._locals: dict[str, nn.Parameter] = {}
-        for name, (shard, parameter) in shards(model).items():
+        for name, (shard, parameter) in shards(parts, ranks).items():
             if 0 in shard.local_shape:
                 continue  # an uneven cut left this process nothing of it
             self.shards[name] = shard
             self._parameters[name] = parameter
             self._locals[name] = nn.Parameter(local(parameter).detach())
+        self.device = next(iter(self._locals.values())).device
         decayed = [p for n, p in self._locals.items() if len(self.shards[n].shape) > 1]
         exempt = [p for n, p in self._locals.items() if len(self.shards[n].shape) == 1]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
@@ -69,18 +71,11 @@ class Optimizer:
 
     def gradient_norm(self) -> Tensor:
         """The L2 norm of the whole gradient, a float64 scalar on every process, each element counted once."""
-        by_cut: dict[tuple[str, ...], list[Tensor]] = {(): [], ("data",): [], ("tensor",): [], ("data", "tensor"): []}
-        for name, parameter in self._locals.items():
-            if parameter.grad is not None:
-                by_cut[self.shards[name].cut_over].append(parameter.grad)
-        device = next(iter(self._locals.values())).device
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        for cut, gradients in by_cut.items():  # in the same order on every process: the sums are collective
-            part = torch.zeros((), dtype=torch.float64, device=device)
-            if gradients:
-                part += torch.stack(torch._foreach_norm(gradients)).double().square().sum()
-            total += self.ranks.sum(part, *cut) if cut else part
-        return total.sqrt()
+        counted = [(p.grad, self.shards[n]) for n, p in self._locals.items() if not self.shards[n].copy]
+        by_tensor = _sum_of_squares([g for g, s in counted if g is not None and "tensor" in s.cut_over], self.device)
+        others = _sum_of_squares([g for g, s in counted if g is not None and "tensor" not in s.cut_over], self.device)
+        # ZeRO cuts every parameter and the pipeline every model: these sums are over all of them.
+        return self.ranks.sum(others + self.ranks.sum(by_tensor, "tensor"), "zero", "pipeline").sqrt()
 
     def step(self, *, lr: float, gradient_scale: float) -> None:
         """Multiplies the gradients by `gradient_scale` and updates the parameters at rate `lr`."""
@@ -111,3 +106,8 @@ class Optimizer:
             step = torch.tensor(float(updates), device=parameter.device)
             values = {m: moments[m][name].to(parameter.dtype).to(parameter.device) for m in MOMENTS}
             self.adamw.state[parameter] = {"step": step, **values}
+
+
+def _sum_of_squares(gradients: list[Tensor], device: torch.device) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    return total + torch.stack(torch._foreach_norm(gradients)).double().square().sum() if gradients else total

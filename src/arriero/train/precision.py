@@ -6,11 +6,10 @@ same: low-precision weights and activations, gradients cast up and added in floa
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 
@@ -22,16 +21,25 @@ def store_dtype(compute: torch.dtype) -> torch.dtype:
     return torch.float64 if compute == torch.float64 else torch.float32
 
 
-def forward_in(model: Llama, compute: torch.dtype) -> Callable[..., Tensor]:
-    """The model's forward pass with its parameters in `compute`."""
+class InPrecision(nn.Module):
+    """A model called with its parameters cast, under autograd's eyes."""
+
+    def __init__(self, model: Llama, compute: torch.dtype) -> None:
+        super().__init__()
+        self.inner, self.compute = model, compute
+
+    def forward(self, inputs: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """As the model's own forward."""
+        cast = {name: parameter.to(self.compute) for name, parameter in self.inner.named_parameters()}
+        out: Tensor = functional_call(self.inner, cast, (inputs, positions, mask))
+        return out
+
+
+def forward_in(model: Llama, compute: torch.dtype) -> nn.Module:
+    """The module to call for the model's forward pass with its parameters in `compute`."""
     if isinstance(model, FSDPModule) or compute == store_dtype(compute):
         return model
-
-    def forward(*inputs: Tensor | None) -> Tensor:
-        cast = {name: parameter.to(compute) for name, parameter in model.named_parameters()}
-        return functional_call(model, cast, inputs)
-
-    return forward
+    return InPrecision(model, compute)
 
 
 @dataclass

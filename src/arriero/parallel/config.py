@@ -1,0 +1,163 @@
+"""How a run's model and batches are spread over processes, and what is impossible about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from arriero.errors import UserError
+from arriero.model.config import LlamaConfig
+
+Schedule = Literal[
+    "1F1B", "GPipe", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
+]
+LOOPED = ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble")  # several stages a rank, rank r has r, r + P, ...
+V_SHAPED = ("ZBVZeroBubble", "DualPipeV")  # two stages a rank, rank r has r and 2P - 1 - r
+ZERO_BUBBLE = ("InterleavedZeroBubble", *V_SHAPED)  # the backward pass is split: inputs first, weights later
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model is spread over the processes. The data-parallel degree is what remains of their number."""
+
+    tensor_parallel: int = 1
+    """Processes that share each matrix; it must divide the heads, the key-value heads and the feed-forward width."""
+    sequence_parallel: bool = False
+    """Tensor-parallel processes also share the positions between the matrices: less memory, the same traffic."""
+    pipeline_parallel: int = 1
+    """Groups of processes that hold consecutive layers; micro-batches flow through them."""
+    pipeline_schedule: Schedule = "1F1B"
+    """The order of forward and backward passes. 1F1B and GPipe have one stage a rank; Interleaved1F1B, LoopedBFS and
+    InterleavedZeroBubble `virtual_stages`; ZBVZeroBubble and DualPipeV two."""
+    virtual_stages: int = 1
+    """Stages that each pipeline rank holds, for the schedules that interleave."""
+    pipeline_layers: tuple[int, ...] = ()
+    """Layers of each stage in order; empty divides them as evenly as possible, more to the earlier stages."""
+    context_parallel: int = 1
+    """Processes that share each sequence's positions."""
+    context_method: Literal["all-gather", "ulysses"] = "all-gather"
+    """all-gather: keys and values are gathered, positions balanced in a zigzag; ulysses: heads are exchanged for
+    positions, so the degree must divide the key-value heads of a tensor-parallel rank."""
+    zero_stage: Literal[1, 2, 3] = 2
+    """What data-parallel ranks share: 1 optimizer state, 2 gradients too, 3 parameters too. One rank shares nothing."""
+    zero_group: int = 0
+    """Data-parallel ranks that share one copy (hybrid sharding); 0 means all of them."""
+
+    @property
+    def model_parallel(self) -> int:
+        """Processes that together hold one copy of the model and work on one micro-batch."""
+        return max(1, self.tensor_parallel * self.pipeline_parallel * self.context_parallel)
+
+    @property
+    def stages_per_rank(self) -> int:
+        """Pipeline stages that each rank holds."""
+        return 2 if self.pipeline_schedule in V_SHAPED else self.virtual_stages
+
+    @property
+    def stages(self) -> int:
+        """Pipeline stages in all."""
+        return self.pipeline_parallel * self.stages_per_rank
+
+    def problems(
+        self, model: LlamaConfig, processes: int, *, sequence_length: int, micro_batches: int
+    ) -> list[UserError]:
+        """All that is impossible about this layout of `model` on `processes`, with `micro_batches` a step and rank."""
+        degrees = ("tensor_parallel", "pipeline_parallel", "context_parallel", "virtual_stages")
+        found = [
+            UserError(f"parallel.{key} is {getattr(self, key)}", "give a whole number from 1")
+            for key in degrees
+            if getattr(self, key) < 1
+        ]
+        if found:
+            return found
+        found = _tensor_problems(self, model) + _pipeline_problems(self, model, processes, micro_batches)
+        found += _context_problems(self, model, sequence_length)
+        unit = self.model_parallel
+        if processes % unit:
+            near = max(unit, processes // unit * unit)
+            parts = (
+                f"tensor {self.tensor_parallel} x pipeline {self.pipeline_parallel} x context {self.context_parallel}"
+            )
+            fix = f"start a multiple of {unit}, such as --nproc-per-node {near}"
+            found.append(UserError(f"{processes} processes do not divide into groups of {unit} ({parts})", fix))
+        elif self.zero_group < 0 or (self.zero_group and (processes // unit) % self.zero_group):
+            data = processes // unit
+            fix = f"use one of {', '.join(str(n) for n in range(1, data + 1) if data % n == 0)}, or 0 for all"
+            found.append(UserError(f"parallel.zero_group {self.zero_group} does not divide {data} data ranks", fix))
+        return found
+
+
+def _tensor_problems(config: ParallelConfig, model: LlamaConfig) -> list[UserError]:
+    widths = {
+        "attention heads": model.num_attention_heads,
+        "key-value heads": model.num_key_value_heads,
+        "feed-forward columns": model.intermediate_size,
+    }
+    possible = [n for n in range(1, model.num_key_value_heads + 1) if not any(w % n for w in widths.values())]
+    fix = f"use one of {', '.join(map(str, possible))}"
+    found = [
+        UserError(f"parallel.tensor_parallel {config.tensor_parallel} does not divide the {width} {what}", fix)
+        for what, width in widths.items()
+        if width % config.tensor_parallel
+    ]
+    if config.sequence_parallel and config.tensor_parallel == 1:
+        fix = "set parallel.tensor_parallel above 1, or leave sequence_parallel out"
+        found.append(UserError("parallel.sequence_parallel has no effect without tensor parallelism", fix))
+    return found
+
+
+def _pipeline_problems(
+    config: ParallelConfig, model: LlamaConfig, processes: int, micro_batches: int
+) -> list[UserError]:
+    schedule, ranks, found = config.pipeline_schedule, config.pipeline_parallel, []
+    if ranks == 1:
+        if config.virtual_stages > 1 or config.pipeline_layers or schedule != "1F1B":
+            fix = "set parallel.pipeline_parallel above 1, or leave the others out"
+            what = "parallel.pipeline_schedule, virtual_stages and pipeline_layers"
+            found.append(UserError(f"{what} have no effect without a pipeline", fix))
+        return found
+    if config.virtual_stages > 1 and schedule not in LOOPED:
+        fix = f"leave virtual_stages out, or use one of {', '.join(LOOPED)}"
+        found.append(UserError(f"parallel.virtual_stages has no effect with the schedule {schedule}", fix))
+    if schedule in LOOPED and config.virtual_stages == 1:
+        fix = "set parallel.virtual_stages to 2 or more, or use 1F1B"
+        found.append(UserError(f"the schedule {schedule} needs several stages a rank", fix))
+    if config.stages > model.num_hidden_layers:
+        fix = f"use at most {model.num_hidden_layers} stages"
+        found.append(UserError(f"{config.stages} stages for {model.num_hidden_layers} layers", fix))
+    layers = config.pipeline_layers
+    if layers and (len(layers) != config.stages or sum(layers) != model.num_hidden_layers or min(layers) < 1):
+        fix = f"give {config.stages} positive numbers that sum to {model.num_hidden_layers}"
+        found.append(UserError(f"parallel.pipeline_layers {list(layers)} does not fit", fix))
+    if schedule in ZERO_BUBBLE and config.zero_stage == 3 and processes > config.model_parallel:
+        # torch frees the parameters between the two halves of the backward pass: gradients come out wrong, silently
+        found.append(UserError(f"{schedule} with parallel.zero_stage 3 loses gradients", "use zero_stage 1 or 2"))
+    least = config.stages if schedule in ("1F1B", "DualPipeV") else 1
+    rounds = max(1, micro_batches // ranks) if schedule in ("Interleaved1F1B", "InterleavedZeroBubble") else 1
+    if micro_batches < least or micro_batches % rounds:
+        need = f"at least {least}" if micro_batches < least else f"a multiple of {rounds}"
+        fix = f"make global_batch / (micro_batch x data ranks) {need}"
+        found.append(UserError(f"the schedule {schedule} cannot run {micro_batches} micro-batches", fix))
+    return found
+
+
+def _context_problems(config: ParallelConfig, model: LlamaConfig, length: int) -> list[UserError]:
+    found, degree = [], config.context_parallel
+    if degree == 1 and config.context_method != "all-gather":
+        fix = "set parallel.context_parallel above 1, or leave context_method out"
+        found.append(UserError("parallel.context_method has no effect without context parallelism", fix))
+    pieces = 2 * degree if config.context_method == "all-gather" else degree
+    if degree > 1 and length % pieces:
+        fix = f"use {length // pieces * pieces or pieces}"
+        found.append(UserError(f"train.sequence_length {length} does not divide into {pieces} pieces", fix))
+    if config.sequence_parallel and (length // degree) % config.tensor_parallel:
+        fix = f"make it a multiple of {config.tensor_parallel * degree}"
+        found.append(UserError(f"train.sequence_length {length} does not divide for sequence_parallel", fix))
+    if degree > 1 and config.context_method == "ulysses":
+        heads = model.num_key_value_heads // config.tensor_parallel
+        if heads % degree:
+            fix = 'use context_method "all-gather", or a degree that divides them'
+            found.append(UserError(f"parallel.context_parallel {degree} does not divide {heads} key-value heads", fix))
+    if degree > 1 and model.rope_scaling.rope_type == "dynamic":
+        found.append(UserError("context parallelism with dynamic rope_scaling is not supported", "use another layout"))
+    return found

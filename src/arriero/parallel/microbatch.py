@@ -1,0 +1,52 @@
+"""What one forward pass takes: a micro-batch on the device, cut for this process's part of each sequence."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arriero.parallel.config import ParallelConfig
+from arriero.parallel.context import positions_of
+from arriero.parallel.mesh import Ranks
+
+
+class MicroBatch(NamedTuple):
+    """B samples of which this process holds P positions (all L of them without context parallelism).
+
+    Attributes:
+        tokens, labels: int64 [B, P].
+        positions: int64 [B, P], or None where they count from 0 in every row.
+        mask: boolean [B, 1, Q, L], True where a query may look, or None where attention is causal over the row.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor | None
+    mask: Tensor | None
+
+
+def micro_batch(
+    tokens: np.ndarray, labels: np.ndarray, positions: np.ndarray | None, documents: np.ndarray | None, *,
+    config: ParallelConfig, ranks: Ranks, device: torch.device,
+) -> MicroBatch:  # fmt: skip
+    """Copies rows [B, L] to the device; where attention stays within documents, the mask is made there."""
+    rows = [torch.from_numpy(a).to(device) for a in (tokens, labels)]
+    place = None if positions is None else torch.from_numpy(positions).to(device)
+    mask = None if documents is None else document_mask(torch.from_numpy(documents).to(device))
+    if ranks.context == 1:
+        return MicroBatch(rows[0], rows[1], place, mask)
+    mine = positions_of(ranks.context_rank, config, tokens.shape[1]).to(device)
+    place = mine.expand(len(tokens), -1) if place is None else place[:, mine]
+    if mask is not None and config.context_method == "all-gather":
+        mask = mask[:, :, mine]  # this process's queries against all keys; Ulysses sees all queries
+    return MicroBatch(rows[0][:, mine], rows[1][:, mine], place, mask)
+
+
+def document_mask(documents_BL: Tensor) -> Tensor:
+    """Boolean [B, 1, L, L]: causal, and within the same document."""
+    length = documents_BL.shape[1]
+    same = documents_BL[:, None, :, None] == documents_BL[:, None, None, :]
+    return same & torch.ones(length, length, dtype=torch.bool, device=documents_BL.device).tril()

@@ -1,0 +1,120 @@
+"""Pipeline parallelism by torch.distributed.pipelining: stages of consecutive layers, fed with micro-batches.
+
+The schedules are torch's, by torch's names. Which of them pass the proof of equality is in tests/parallel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
+
+from arriero.model.config import LlamaConfig
+from arriero.model.llama import Llama
+from arriero.parallel.config import V_SHAPED, ParallelConfig
+from arriero.parallel.mesh import Ranks
+from arriero.parallel.microbatch import MicroBatch
+from arriero.parallel.shards import local_gradient
+
+
+def stage_layers(config: ParallelConfig, layers: int) -> list[range]:
+    """The layers of each stage, in order."""
+    counts = list(config.pipeline_layers)
+    if not counts:
+        each, more = divmod(layers, config.stages)
+        counts = [each + (i < more) for i in range(config.stages)]
+    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+    return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+
+def stages_of(config: ParallelConfig, rank: int) -> list[int]:
+    """The stages that pipeline rank `rank` holds."""
+    if config.pipeline_schedule in V_SHAPED:
+        return [rank, config.stages - 1 - rank]
+    return list(range(rank, config.stages, config.pipeline_parallel))
+
+
+def cut_stage(model: Llama, stage: int, config: ParallelConfig) -> None:
+    """Drops from the whole model what stage `stage` does not hold, in place."""
+    own = stage_layers(config, model.config.num_hidden_layers)[stage]
+    for name in list(model.model.layers):
+        if int(name) not in own:
+            del model.model.layers[name]
+    if stage > 0:
+        model.model.embed_tokens = None  # type: ignore[assignment]
+    if stage < config.stages - 1:
+        model.model.norm = None  # type: ignore[assignment]
+        model.lm_head = None  # type: ignore[assignment]
+
+
+class Pipeline:
+    """This process's stages and their schedule.
+
+    Args:
+        parts: the stages' models, laid out.
+        forwards: for each, the module to call: itself, or itself in the compute dtype.
+        loss: (logits, labels) -> the summed loss of a micro-batch; called on the last stage.
+        micro_batches: how many a step has.
+    """
+
+    def __init__(
+        self, parts: list[Llama], forwards: list[nn.Module], *, config: ParallelConfig, ranks: Ranks,
+        device: torch.device, loss: Callable[[Tensor, Tensor], Tensor], micro_batches: int,
+    ) -> None:  # fmt: skip
+        assert ranks.mesh is not None
+        self.device, self.weight = device, 1.0
+        own = stages_of(config, ranks.coordinates["pipeline"])
+        group = ranks.mesh.get_group("pipeline")
+        stages = [
+            PipelineStage(forward, number, config.stages, device, group=group)
+            for forward, number in zip(forwards, own, strict=True)
+        ]
+        self.holds_first, self.holds_last = 0 in own, config.stages - 1 in own
+        kind = get_schedule_class(config.pipeline_schedule)
+        one = issubclass(kind, PipelineScheduleSingle)
+        self.schedule: Any = kind(
+            stages[0] if one else stages, n_microbatches=micro_batches, scale_grads=False,
+            loss_fn=lambda logits, labels: loss(logits, labels) * self.weight,
+        )  # fmt: skip
+
+    def run(self, micro: list[MicroBatch], *, weight: float, train: bool) -> Tensor:
+        """The summed loss over all micro-batches, float64; zero but on the last stage.
+
+        With `train` the gradient of weight x loss is added to the parameters.
+        """
+        self.weight = weight
+        keywords = {
+            name: torch.cat([getattr(m, name) for m in micro])
+            for name in ("positions", "mask")
+            if getattr(micro[0], name) is not None
+        }
+        inputs = (torch.cat([m.tokens for m in micro]),) if self.holds_first else ()
+        target = torch.cat([m.labels for m in micro]) if self.holds_last else None
+        losses: list[Tensor] = []
+        go = self.schedule.step if train else self.schedule.eval
+        go(*inputs, target=target, losses=losses if self.holds_last else None, **keywords)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for loss in losses:
+            total += loss.detach().double()
+        return total / weight
+
+
+def sum_tied_gradients(parts: list[Llama], config: LlamaConfig, ranks: Ranks) -> None:
+    """Where embedding and head are one matrix on two stages, gives both the sum of their gradients."""
+    if not config.tie_word_embeddings or ranks.sizes["pipeline"] == 1:
+        return
+    weights = [p.model.embed_tokens.weight for p in parts if p.model.embed_tokens is not None]
+    weights += [p.lm_head.weight for p in parts if p.lm_head is not None]
+    gradients = [local_gradient(w) for w in weights]  # type: ignore[arg-type]
+    found = [g for g in gradients if g is not None]
+    if len(found) == 2:  # a schedule whose first rank holds the first and the last stage
+        total = found[0] + found[1]
+        for gradient in found:
+            gradient.copy_(total)
+    elif found and ranks.ends_group is not None:
+        dist.all_reduce(found[0], group=ranks.ends_group)

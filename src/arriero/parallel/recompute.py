@@ -1,0 +1,82 @@
+"""Activation checkpointing (arXiv:1604.06174): what a layer forgets after its forward pass and computes again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from arriero.errors import UserError
+from arriero.model.llama import Llama
+from arriero.parallel.config import ZERO_BUBBLE, ParallelConfig
+
+# Selective mode keeps the results of the operators that are named, and recomputes all others.
+OPERATORS: dict[str, tuple[Any, ...]] = {
+    "matmul": (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default),
+    "attention": (
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class RecomputeConfig:
+    """Which layers compute their activations twice to save memory."""
+
+    mode: Literal["none", "selective", "full", "first"] = "none"
+    """none; full: every layer; first: the first layers of each stage, see first_layers; selective: in every layer all
+    but the operators in `keep`."""
+    first_layers: tuple[int, ...] = ()
+    """first only: recomputed layers of each stage in order, such as 3 2 1 0; one number holds for every stage."""
+    keep: tuple[Literal["matmul", "attention"], ...] = ("matmul", "attention")
+    """selective only: operators whose results are kept."""
+
+    def problems(self, parallel: ParallelConfig) -> list[UserError]:
+        """All that is impossible, or without effect, under this layout."""
+        found = []
+        if (self.mode == "first") != bool(self.first_layers):
+            fix = 'set both: mode = "first" and first_layers = [3, 2, 1, 0]'
+            found.append(UserError("recompute.first_layers and recompute.mode do not fit", fix))
+        elif self.first_layers and len(self.first_layers) not in (1, parallel.stages):
+            fix = f"give one number, or {parallel.stages}"
+            found.append(UserError(f"recompute.first_layers has {len(self.first_layers)} numbers", fix))
+        if self.mode == "selective" and not self.keep:
+            found.append(UserError("recompute.keep is empty", 'name operators to keep, or use mode = "full"'))
+        if self.mode == "selective" and parallel.pipeline_parallel > 1 and parallel.pipeline_schedule in ZERO_BUBBLE:
+            what = f"selective recomputation does not work with {parallel.pipeline_schedule}"
+            found.append(UserError(what, 'use recompute.mode "full" or another schedule'))
+        return found
+
+
+def apply_recompute(model: Llama, config: RecomputeConfig, stage: int = 0) -> None:
+    """Makes layers of `model`, which is pipeline stage `stage`, forget and recompute, in place.
+
+    The layer's forward is replaced rather than wrapped in a module: parameter names stay what they are.
+    """
+    if config.mode == "none":
+        return
+    layers = list(model.model.layers.values())
+    if config.mode == "first":
+        count = config.first_layers[stage if len(config.first_layers) > 1 else 0]
+        layers = layers[:count]
+    for layer in layers:
+        layer.forward = _forgetful(layer.forward, config)
+
+
+def _forgetful(forward: Callable[..., Any], config: RecomputeConfig) -> Callable[..., Any]:
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # no dropout, no random state
+    if config.mode == "selective":
+        kept = {op for name in config.keep for op in OPERATORS[name]}
+
+        def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+            return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
+    return lambda *inputs: checkpoint(forward, *inputs, **options)

@@ -1,0 +1,174 @@
+"""The state of a run on one process, and what a step does to it.
+
+Nothing in it depends on the layout: a rank takes its part of the batch, the loss is divided by the global number of
+valid tokens, gradients are summed, and the norm is that of the whole gradient.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from arriero.checkpoint.load import CheckpointReader, load_state
+from arriero.checkpoint.save import forget_old, save_checkpoint
+from arriero.data.batches import Batches
+from arriero.device import synchronize, take_device
+from arriero.model.init import InitialWeights
+from arriero.parallel.apply import build_parts, load_weights
+from arriero.parallel.mesh import BATCH, Ranks
+from arriero.parallel.microbatch import MicroBatch, micro_batch
+from arriero.parallel.pipeline import Pipeline, sum_tied_gradients
+from arriero.parallel.zero import cut_again, sum_gradients_now
+from arriero.recipe import Recipe, to_toml
+from arriero.train.loss import IGNORED, loss_context, summed_loss
+from arriero.train.optim import MOMENTS, Optimizer
+from arriero.train.precision import LossScale, forward_in, store_dtype
+from arriero.train.reporter import StepResult, Stopwatch
+from arriero.train.schedule import learning_rate
+from arriero.weights.huggingface import open_huggingface
+
+
+def open_batches(recipe: Recipe, split: str) -> Batches:
+    """The batches of one split; the validation split is read from its start at every validation."""
+    train = recipe.train
+    count = train.steps if split == "train" else train.eval_batches
+    return Batches(
+        recipe.data, sequence_length=train.sequence_length, global_batch=train.global_batch, seed=recipe.seed,
+        split=split, samples=count * train.global_batch,
+    )  # fmt: skip
+
+
+class Trainer:
+    """Model, optimizer, loss scale and step of one process."""
+
+    def __init__(self, recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str) -> None:
+        self.recipe, self.ranks, self.kind = recipe, ranks, device_kind
+        self.device = take_device(device_kind, local_rank)
+        self.config = recipe.model_config()
+        self.compute = getattr(torch, recipe.train.dtype)
+        train = recipe.train
+        self.parts = build_parts(
+            self.config, recipe.parallel, recipe.recompute, ranks, length=train.sequence_length, device=self.device,
+            store=store_dtype(self.compute), compute=self.compute,
+        )  # fmt: skip
+        forwards = [forward_in(part, self.compute) for part in self.parts]
+        self.forward = forwards[0]
+        self.pipeline = None
+        if recipe.parallel.pipeline_parallel > 1:
+            self.pipeline = Pipeline(
+                self.parts, forwards, config=recipe.parallel, ranks=ranks, device=self.device, loss=summed_loss,
+                micro_batches=train.accumulation(ranks.data),
+            )  # fmt: skip
+        self.optimizer = Optimizer(self.parts, recipe.optim, ranks)
+        self.fp16 = self.compute == torch.float16
+        scale = train.initial_loss_scale if self.fp16 else 1.0
+        self.scale = LossScale(scale, train.loss_scale_window, train.loss_scale_hysteresis)
+        self.done = 0
+        """Steps completed."""
+        self.updates = 0
+        """Steps whose update was not skipped."""
+        self.batches = open_batches(recipe, "train")
+
+    def start(self, checkpoint: Path | None) -> None:
+        """Takes weights and state from a checkpoint, or weights from `init`, or draws them."""
+        if checkpoint is None:
+            init = self.recipe.init
+            source = open_huggingface(Path(init)) if init else InitialWeights(self.config, self.recipe.seed)
+            load_weights(self.parts, source, self.ranks)
+            return
+        state, reader = load_state(checkpoint), CheckpointReader(checkpoint)
+        load_weights(self.parts, reader, self.ranks)
+        held = self.optimizer.shards.items()
+        moments = {m: {path: reader.read(f"{m}.{s.name}", s.index) for path, s in held} for m in MOMENTS}
+        self.done, self.updates = state["step"], state["updates"]
+        self.optimizer.load_moments(moments, self.updates)
+        self.scale = LossScale(**state["loss_scale"])
+
+    def save(self) -> Path:
+        """Writes a checkpoint of the present step."""
+        root = Path(self.recipe.out) / "checkpoints"
+        texts = {"config.json": json.dumps(self.config.to_json(), indent=1), "recipe.toml": to_toml(self.recipe)}
+        state = {"updates": self.updates, "loss_scale": asdict(self.scale)}
+        path = save_checkpoint(
+            root, self.done, parts=self.parts, moments=self.optimizer.moments(), state=state, texts=texts,
+            ranks=self.ranks,
+        )  # fmt: skip
+        if self.ranks.first:
+            forget_old(root, self.recipe.checkpoint.keep)
+        return path
+
+    def micro_batches(self, batches: Batches, step: int) -> list[MicroBatch]:
+        """This rank's samples of global batch `step`, cut into micro-batches."""
+        train = self.recipe.train
+        share = train.global_batch // self.ranks.data
+        first = self.ranks.data_rank * share
+        return [
+            micro_batch(
+                *batches.batch(step, start, train.micro_batch), config=self.recipe.parallel, ranks=self.ranks,
+                device=self.device,
+            )
+            for start in range(first, first + share, train.micro_batch)
+        ]  # fmt: skip
+
+    def forward_backward(self, micro: list[MicroBatch], *, train: bool) -> float:
+        """The mean loss over the global batch; with `train`, its gradient is left in the parameters."""
+        valid = torch.stack([(m.labels != IGNORED).sum() for m in micro]).sum().double()
+        valid = self.ranks.sum(valid, *BATCH)
+        weight = self.scale.scale / valid.item()
+        with loss_context(self.ranks):
+            if self.pipeline is not None:
+                total = self.pipeline.run(micro, weight=weight, train=train)
+            else:
+                total = self._accumulate(micro, weight, train=train)
+        if train:
+            sum_tied_gradients(self.parts, self.config, self.ranks)
+        return (self.ranks.sum(total, "pipeline", *BATCH) / valid).item()
+
+    def _accumulate(self, micro: list[MicroBatch], weight: float, *, train: bool) -> torch.Tensor:
+        """The summed loss of this rank's micro-batches, float64; with `train`, gradients of weight x loss are added."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for i, m in enumerate(micro):
+            loss = summed_loss(self.forward(m.tokens, m.positions, m.mask), m.labels)
+            if train:
+                sum_gradients_now(self.parts[0], self.recipe.parallel.zero_stage, last=i == len(micro) - 1)
+                (loss * weight).backward()
+            total += loss.detach()
+        return total
+
+    def step(self) -> StepResult:
+        """One optimizer step: batch, loss, gradient, norm, update."""
+        train, watch = self.recipe.train, Stopwatch()
+        micro = self.micro_batches(self.batches, self.done)
+        data_seconds = watch.read()
+        loss = self.forward_backward(micro, train=True)
+        self.optimizer.take_gradients()
+        scale = self.scale.scale
+        norm = self.optimizer.gradient_norm().item() / scale
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        rate = learning_rate(self.recipe.schedule, self.done, train.steps)
+        if finite:
+            clip = min(1.0, train.grad_clip / (norm + 1e-6)) if train.grad_clip else 1.0
+            self.optimizer.step(lr=rate, gradient_scale=clip / scale)
+            self.updates += 1
+        self.optimizer.clear()
+        if self.fp16:
+            self.scale.update(finite=finite)
+        self.done += 1
+        synchronize(self.kind)
+        return StepResult(
+            step=self.done, loss=loss, grad_norm=norm, learning_rate=rate, loss_scale=scale, skipped=not finite,
+            seconds=data_seconds + watch.read(), data_seconds=data_seconds,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """The mean loss over the first batches of the validation split, the same ones every time."""
+        batches, count = open_batches(self.recipe, "valid"), self.recipe.train.eval_batches
+        losses = [self.forward_backward(self.micro_batches(batches, i), train=False) for i in range(count)]
+        for part in self.parts:
+            cut_again(part)
+        return sum(losses) / count
