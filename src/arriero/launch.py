@@ -1,22 +1,33 @@
 """Starting the processes of a run: one a device, by torch's own elastic agent, forked after torch is imported.
 
-Under torchrun or srun the processes are there already, and nothing is started.
+Under torchrun, or as tasks of srun, the processes are there already and nothing is started. In every case they first
+agree on what they run (agreement.py), and a process that fails says so before the others are ended.
 """
 
 from __future__ import annotations
 
-import json
+import ctypes
 import os
+import signal
+import socket
 import sys
-import time
-import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any
+import threading
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from arriero.device import process_group_backend, share_cores, tune_allocator
-from arriero.errors import EXIT_USAGE, UserError
+from arriero import slurm
+from arriero.errors import EXIT_USAGE, UserError, join_problems
+from arriero.process import Place, in_process_group, leave, start_number, started_by_another, stop_wanted
+
+if TYPE_CHECKING:
+    from arriero.rendezvous import Meeting
+
+__all__ = ["LaunchConfig", "Place", "ProcessFailed", "in_process_group", "leave", "run_processes", "start_number",
+           "started_by_another", "stop_wanted", "take_place"]  # fmt: skip
+
+STOPPED_AFTER = 10
+"""Seconds that a stopped process (SIGSTOP) is waited for before it counts as failed."""
 
 
 @dataclass(frozen=True)
@@ -24,88 +35,254 @@ class LaunchConfig:
     """Where the processes of this run are started; it says nothing about what they compute."""
 
     nproc_per_node: int = 0
-    """Processes on this machine; 0 means one a device, and on the CPU one a tensor-parallel rank."""
+    """Processes on this machine; 0 means one a device, and on the CPU one a model-parallel rank."""
+    nodes: int = 0
+    """Machines; 0 takes NNODES, or 1."""
+    node_rank: int = -1
+    """This machine's number, from 0; -1 takes NODE_RANK. Node 0 is where --master-addr leads."""
+    master_addr: str = ""
+    """Address of node 0; empty takes MASTER_ADDR."""
+    master_port: int = 0
+    """Port on node 0; 0 takes MASTER_PORT, or 29500."""
+    max_restarts: int = 0
+    """How often the job starts again from its newest checkpoint after a process or a machine was lost."""
+    join_timeout: float = 30.0
+    """Seconds in which all machines and processes must have come, at the start and after a restart."""
+    collective_timeout: float = 600.0
+    """Seconds that a process waits for the others in a collective before the job ends."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a process stands among all, as torchrun tells it."""
-
-    rank: int = 0
-    local_rank: int = 0
-    world: int = 1
-    local_world: int = 1
-
-    @classmethod
-    def from_environment(cls) -> Place:
-        """Reads RANK and its kin; a lone process without them."""
-        get = os.environ.get
-        world = int(get("WORLD_SIZE", "1"))
-        return cls(int(get("RANK", "0")), int(get("LOCAL_RANK", "0")), world, int(get("LOCAL_WORLD_SIZE", str(world))))
+class ProcessFailed(RuntimeError):  # noqa: N818 - what happened, not a fault of the caller
+    """A process of the run failed; the text names it and holds its traceback."""
 
 
-def started_by_another() -> bool:
-    """Whether torchrun or its like has started this process as one of several."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def run_processes(function: Callable[[Any], None], argument: Any, processes: int) -> None:
-    """Calls `function(argument)` in each of `processes` new processes and waits for all.
-
-    The first failure ends the others. A UserError in a process is raised here as itself.
+def resolve(config: LaunchConfig, environment: Mapping[str, str]) -> LaunchConfig:
+    """Fills what was not given from MASTER_ADDR, MASTER_PORT, NNODES and NODE_RANK, or from srun.
 
     Raises:
-        UserError: a process raised one.
-        RuntimeError: a process failed otherwise; the text names it and holds its traceback.
+        UserError: all impossible values, each with its fix.
     """
+    problems: list[UserError] = []
+
+    def number(name: str, default: int) -> int:
+        text = environment.get(name, "")
+        if text and not text.isdigit():
+            problems.append(UserError(f"{name} is {text!r} in the environment", "a whole number is wanted"))
+        return int(text) if text.isdigit() else default
+
+    if slurm.in_step(environment):  # one task a node, each of which starts processes: --nproc-per-node says so
+        address, port = slurm.master(environment)
+        given = {"NNODES": environment["SLURM_STEP_NUM_TASKS"], "NODE_RANK": environment["SLURM_PROCID"]}
+        environment = {"MASTER_ADDR": address, "MASTER_PORT": str(port), **given, **environment}
+    counted = config.nodes or number("NNODES", 0)
+    nodes = counted or 1
+    rank = config.node_rank if config.node_rank >= 0 else number("NODE_RANK", -1)
+    found = replace(
+        config, nodes=nodes, node_rank=max(rank, 0) if nodes == 1 and not config.node_rank > 0 else rank,
+        master_addr=config.master_addr or (environment.get("MASTER_ADDR", "") if nodes > 1 else "127.0.0.1"),
+        master_port=config.master_port or (number("MASTER_PORT", 29500) if nodes > 1 else 0),
+    )  # fmt: skip
+    problems += launch_problems(found, counted=bool(counted), given=config)
+    if problems:
+        raise join_problems(problems)
+    return found if nodes > 1 else replace(found, node_rank=0, master_addr="127.0.0.1", master_port=0)
+
+
+def launch_problems(config: LaunchConfig, *, counted: bool, given: LaunchConfig) -> list[UserError]:
+    """All that is impossible about a resolved configuration; `given` is what stood on the command line."""
+    found: list[UserError] = []
+    idle = [f for f in ("node_rank", "master_addr", "master_port") if getattr(given, f) != getattr(LaunchConfig(), f)]
+    if idle and not counted:
+        flags = ", ".join("--" + f.replace("_", "-") for f in idle)
+        found.append(UserError(f"{flags} without --nodes has no effect", "give --nodes N, the number of machines"))
+    elif config.nodes < 1:
+        found.append(UserError(f"--nodes is {config.nodes}", "give a whole number from 1"))
+    elif config.nodes > 1 and config.node_rank < 0:
+        found.append(UserError(f"--nodes {config.nodes} without --node-rank", "number the machines from 0"))
+    elif config.node_rank >= config.nodes:
+        fix = f"number the {config.nodes} machines from 0 to {config.nodes - 1}"
+        found.append(UserError(f"--node-rank is {config.node_rank} of --nodes {config.nodes}", fix))
+    if config.nodes > 1 and not config.master_addr:
+        fix = "give every machine the address of node 0: --master-addr HOST, or MASTER_ADDR"
+        found.append(UserError(f"--nodes {config.nodes} without --master-addr", fix))
+    if not 0 <= config.master_port < 2**16 or 0 < config.master_port < 1024:
+        found.append(UserError(f"--master-port is {config.master_port}", "give a port from 1024 to 65535"))
+    for name in ("nproc_per_node", "max_restarts"):
+        if getattr(config, name) < 0:
+            flag = "--" + name.replace("_", "-")
+            found.append(UserError(f"{flag} is {getattr(config, name)}", "give a whole number from 0"))
+    for name in ("join_timeout", "collective_timeout"):
+        if not 0 < getattr(config, name) < 1e6:
+            flag = "--" + name.replace("_", "-")
+            found.append(UserError(f"{flag} is {getattr(config, name):g}", "give seconds, more than 0"))
+    return found
+
+
+def take_place(config: LaunchConfig, environment: MutableMapping[str, str]) -> LaunchConfig:
+    """Finds out who starts the processes. Called once, first of all; a task of srun gets RANK and its kin here.
+
+    Raises:
+        UserError: impossible values, or flags that have no effect because the processes are there already.
+    """
+    if "RANK" not in environment and slurm.in_step(environment) and not config.nproc_per_node:
+        environment.update(slurm.task_environment(environment))
+    if not ("RANK" in environment and "WORLD_SIZE" in environment):
+        return resolve(config, environment)
+    names = ("nproc_per_node", "nodes", "node_rank", "master_addr", "master_port", "max_restarts")
+    idle = [f for f in names if getattr(config, f) != getattr(LaunchConfig(), f)]
+    if idle:
+        flags = ", ".join("--" + f.replace("_", "-") for f in idle)
+        fix = "leave them out, or start arriero without torchrun, once on each machine"
+        raise UserError(f"{flags}: no effect, RANK says that the processes are started already", fix)
+    return config
+
+
+def run_processes(
+    function: Callable[[Any], None], argument: Any, processes: int, *, launch: LaunchConfig | None = None,
+    facts: Callable[[Any], dict[str, str]] | None = None,
+) -> None:  # fmt: skip
+    """Calls `function(argument)` in each of `processes` new processes of this machine and waits for all.
+
+    The first failure ends the others, or starts them all again where `launch.max_restarts` allows. A UserError in a
+    process is raised here as itself.
+
+    Args:
+        function: what each process does, within the group of all.
+        argument: handed to it.
+        processes: how many on this machine.
+        launch: resolved; by default one machine.
+        facts: of `argument`, what all processes must agree on.
+
+    Raises:
+        UserError: a process raised one, or the machines did not come together.
+        ProcessFailed: a process failed otherwise; the text names it and holds its traceback.
+    """
+    os.environ.setdefault("LOGLEVEL", "CRITICAL")  # the agent's own log says again, at length, what is said below
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
     from torch.distributed.launcher.api import LaunchConfig as ElasticConfig
     from torch.distributed.launcher.api import elastic_launch
 
-    config = ElasticConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id="arriero", rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1, start_method="fork",
+    from arriero.rendezvous import JobEnded, Meeting
+
+    launch = launch or resolve(LaunchConfig(), {})
+    meeting = Meeting(
+        nodes=launch.nodes, node_rank=launch.node_rank, address=launch.master_addr, port=launch.master_port,
+        processes=processes, join_seconds=launch.join_timeout, restarts=launch.max_restarts,
     )  # fmt: skip
+    rendezvous_handler_registry.register(meeting.name, lambda _: meeting)
+    config = ElasticConfig(
+        min_nodes=launch.nodes, max_nodes=launch.nodes, nproc_per_node=processes, run_id="arriero",
+        rdzv_backend=meeting.name, max_restarts=launch.max_restarts, monitor_interval=0.1, start_method="fork",
+    )  # fmt: skip
+    children = Children()
     try:
-        elastic_launch(config, _entry)(function, argument)
+        elastic_launch(config, _entry)(function, argument, launch, facts)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        message = failure.message
-        if failure.exitcode == EXIT_USAGE:
-            raise UserError(message) from None
-        signal = f", killed by {failure.signal_name()}" if failure.exitcode < 0 else ""
-        raise RuntimeError(f"process {rank} failed (exit {failure.exitcode}{signal}):\n{message}") from None
-
-
-def _entry(function: Callable[[Any], None], argument: Any) -> None:
-    """What a started process runs: `function`, its error written where the agent finds it."""
-    try:
-        in_process_group(function, argument)
-    except BaseException as error:
-        user = isinstance(error, UserError)
-        message = str(error) if user else traceback.format_exc()
-        reply = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
-        file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-        if file:
-            with open(file, "w", encoding="utf-8") as handle:
-                json.dump({"message": reply}, handle)
-        os._exit(EXIT_USAGE if user else 1)  # not sys.exit: the others may hang in a collective at clean-up
-
-
-def in_process_group(function: Callable[[Any], None], argument: Any) -> None:
-    """Calls `function(argument)` as the process that the environment says, within the group of all."""
-    import torch.distributed as dist
-
-    place = Place.from_environment()
-    tune_allocator()
-    share_cores(place.local_world)
-    if place.world == 1:
-        function(argument)
-        return
-    kind = getattr(argument, "device_kind", "cpu")
-    dist.init_process_group(process_group_backend(kind), timeout=timedelta(minutes=10))
-    try:
-        function(argument)
-        sys.stdout.flush()
+        raise _failure(error, children, meeting) from None
+    except JobEnded as error:
+        meeting.end(str(error))
+        raise ProcessFailed(str(error)) from None
+    except SignalException as error:
+        meeting.end(f"node {launch.node_rank} ({socket.gethostname()}) was ended by {error.sigval.name}")
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        print(f"arriero: ended by {error.sigval.name}", file=sys.stderr)
+        sys.exit(128 + error.sigval)
+    except UserError as error:
+        meeting.end(str(error), user=True)
+        raise
     finally:
-        dist.destroy_process_group()
+        children.stop()
+
+
+class Children:
+    """A thread in the starting process that ends children which stand still, and hands on SIGUSR1.
+
+    SIGTERM does not end a stopped process, and the others would wait for it until their collective times out. When the
+    terminal stops the whole job (Ctrl-Z), this thread is stopped with it and counts nothing.
+    """
+
+    def __init__(self) -> None:
+        self.ended: set[int] = set()
+        self._done = threading.Event()
+        self._before: Any = None
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGUSR1, lambda *_: self.tell(signal.SIGUSR1))
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _pids(self) -> list[int]:
+        import torch.multiprocessing as mp
+
+        return [child.pid for child in mp.active_children() if child.pid is not None]
+
+    def tell(self, what: signal.Signals) -> None:
+        """Sends a signal to all of them."""
+        for pid in self._pids():
+            os.kill(pid, what)
+
+    def _watch(self) -> None:
+        still: dict[int, int] = {}
+        while not self._done.wait(1.0):
+            still = {pid: still.get(pid, 0) + 1 for pid in self._stopped()}
+            for pid, seconds in still.items():
+                if seconds >= STOPPED_AFTER:
+                    self.ended.add(pid)
+                    os.kill(pid, signal.SIGKILL)
+
+    def _stopped(self) -> list[int]:
+        return [pid for pid in self._pids() if process_state(pid) == "T"]
+
+    def stop(self) -> None:
+        """Ends the thread."""
+        self._done.set()
+        if self._before is not None:
+            signal.signal(signal.SIGUSR1, self._before)
+
+
+def process_state(pid: int) -> str:
+    """The kernel's letter for what a process does: R, S, D, T for stopped, Z; empty where it cannot be told."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+            return file.read().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+def _failure(error: Any, children: Children, meeting: Meeting) -> Exception:
+    """What failed first, in this node or in another, as an exception for the user."""
+    rank, failure = error.get_first_failure()
+    data = failure.error_file_data or {}
+    extra = data.get("message", {}).get("extraInfo", {}) if isinstance(data.get("message"), dict) else {}
+    if extra.get("lost_touch") and (reason := meeting.reason(5.0)):
+        return reason  # the cause is elsewhere, and it was told
+    where = f"process {rank}" + (f" on {socket.gethostname()}, node {meeting.node_rank}," if meeting.nodes > 1 else "")
+    if failure.exitcode == EXIT_USAGE:
+        meeting.end(failure.message, user=True)
+        return UserError(failure.message)
+    if failure.pid in children.ended:
+        text = f"{where} stood still (stopped by a signal) for {STOPPED_AFTER} s and was ended"
+    elif failure.exitcode < 0:
+        hint = "; the kernel does that when memory runs out" if failure.exitcode == -signal.SIGKILL else ""
+        text = f"{where} was killed by {failure.signal_name()}{hint}"
+    else:
+        text = f"{where} failed (exit {failure.exitcode}):\n{failure.message}"
+    meeting.end(text)
+    return ProcessFailed(text)
+
+
+def _entry(
+    function: Callable[[Any], None], argument: Any, launch: LaunchConfig, facts: Callable[[Any], dict[str, str]] | None
+) -> None:
+    """What a started process runs."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan trains on when the agent is killed
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_DFL)  # a Python handler would wait for the collective that it interrupts
+    try:
+        in_process_group(
+            function, argument, facts=facts, join_seconds=launch.join_timeout,
+            collective_seconds=launch.collective_timeout,
+        )  # fmt: skip
+    except BaseException as error:
+        leave(error)

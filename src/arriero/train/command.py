@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,13 +11,24 @@ from typing import Annotated
 
 import tyro
 
-from arriero.checkpoint.layout import committed
+from arriero.agreement import file_sample, run_facts
+from arriero.checkpoint.layout import MANIFEST, committed
 from arriero.checkpoint.load import find_checkpoint
 from arriero.data.check import check_data_against
 from arriero.data.tokenizer import load_tokenizer
 from arriero.device import device_count, device_type
-from arriero.errors import EXIT_OK, UserError, join_problems
-from arriero.launch import LaunchConfig, Place, in_process_group, run_processes, started_by_another
+from arriero.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError, join_problems
+from arriero.launch import (
+    LaunchConfig,
+    Place,
+    ProcessFailed,
+    in_process_group,
+    leave,
+    run_processes,
+    start_number,
+    started_by_another,
+    take_place,
+)  # fmt: skip
 from arriero.model.config import LlamaConfig
 from arriero.parallel.mesh import Ranks
 from arriero.recipe import (
@@ -49,6 +61,8 @@ class Job:
     recipe: Recipe
     device_kind: str
     checkpoint: Path | None
+    facts: dict[str, str]
+    """What all processes must agree on; see agreement.py."""
 
 
 def run(words: list[str]) -> int:
@@ -57,17 +71,27 @@ def run(words: list[str]) -> int:
         print_help()
         return EXIT_OK
     recipe, start = read_command(words)
+    launch = take_place(start.launch, os.environ)
     kind = device_type(recipe.device)
-    processes = process_count(recipe, start.launch, kind)
+    here = process_count(recipe, launch, kind)
+    world = here * max(1, launch.nodes)
     checkpoint = find_checkpoint(Path(start.resume)) if start.resume else None
-    check(recipe, processes, checkpoint)
-    job = Job(recipe, kind, checkpoint)
-    if Place.from_environment().rank == 0:
-        prepare_run_directory(recipe)
-    if processes == 1 or started_by_another():
+    check(recipe, world, checkpoint, joining=launch.node_rank > 0 or Place.from_environment().rank > 0)
+    job = Job(recipe, kind, checkpoint, run_facts(recipe) if world > 1 else {})
+    seconds = {"join_seconds": launch.join_timeout, "collective_seconds": launch.collective_timeout}
+    if world == 1 and not launch.max_restarts:
         in_process_group(work, job)
+    elif started_by_another():
+        try:
+            in_process_group(work, job, facts=facts, **seconds)
+        except BaseException as error:
+            leave(error)
     else:
-        run_processes(work, job, processes)
+        try:
+            run_processes(work, job, here, launch=launch, facts=facts)
+        except ProcessFailed as error:
+            print(f"arriero: {error}", file=sys.stderr)
+            return EXIT_CHECK_FAILED
     return EXIT_OK
 
 
@@ -97,16 +121,24 @@ def read_command(words: list[str]) -> tuple[Recipe, Start]:
 
 
 def process_count(recipe: Recipe, launch: LaunchConfig, kind: str) -> int:
-    """How many processes the run has."""
+    """How many processes run here, or in all where another has started them.
+
+    Raises:
+        UserError: more than there are devices.
+    """
     if started_by_another():
         return Place.from_environment().world
-    if launch.nproc_per_node < 0:
-        raise UserError(f"--nproc-per-node is {launch.nproc_per_node}", "give a whole number from 1")
-    return launch.nproc_per_node or (recipe.parallel.model_parallel if kind == "cpu" else device_count(kind))
+    wanted, devices = launch.nproc_per_node, device_count(kind)
+    if kind != "cpu" and wanted > devices:
+        raise UserError(f"--nproc-per-node is {wanted}, and this machine has {devices} {kind} devices", "give fewer")
+    share = -(-recipe.parallel.model_parallel // max(1, launch.nodes))
+    return wanted or (share if kind == "cpu" else devices)
 
 
-def check(recipe: Recipe, processes: int, checkpoint: Path | None) -> None:
+def check(recipe: Recipe, processes: int, checkpoint: Path | None, *, joining: bool = False) -> None:
     """Refuses what cannot work, all problems together, before any process is started.
+
+    `joining`: this is not the machine of rank 0, so it may come back to a run that has begun.
 
     Raises:
         UserError: what is wrong, each with its fix.
@@ -114,7 +146,7 @@ def check(recipe: Recipe, processes: int, checkpoint: Path | None) -> None:
     problems = recipe.problems(processes)
     if not problems:
         problems += _input_problems(recipe, checkpoint)
-    if recipe.out and checkpoint is None and committed(Path(recipe.out) / "checkpoints"):
+    if recipe.out and not joining and checkpoint is None and committed(Path(recipe.out) / "checkpoints"):
         fix = f"continue it with --resume {recipe.out}, or write elsewhere with --out"
         problems.append(UserError(f"out: {recipe.out} already holds a run", fix))
     if problems:
@@ -150,11 +182,25 @@ def prepare_run_directory(recipe: Recipe) -> None:
         load_tokenizer(Path(recipe.tokenizer)).save_to(out / "tokenizer")
 
 
+def present_checkpoint(job: Job) -> Path | None:
+    """Where this start begins: after a loss, from the newest checkpoint that the run has written."""
+    newest = committed(Path(job.recipe.out) / "checkpoints") if start_number() > 0 else []
+    return newest[-1] if newest else job.checkpoint
+
+
+def facts(job: Job) -> dict[str, str]:
+    """What all processes must agree on at this start."""
+    path = present_checkpoint(job)
+    return job.facts | {"checkpoint": f"{path.name}, {file_sample(path / MANIFEST)}" if path else "none"}
+
+
 def work(job: Job) -> None:
     """What each process does."""
-    local_rank = Place.from_environment().local_rank
+    place, checkpoint = Place.from_environment(), present_checkpoint(job)
+    if place.rank == 0:
+        prepare_run_directory(job.recipe)
     ranks = Ranks.build(job.recipe.parallel, job.device_kind)
-    train(job.recipe, ranks, local_rank=local_rank, device_kind=job.device_kind, checkpoint=job.checkpoint)
+    train(job.recipe, ranks, local_rank=place.local_rank, device_kind=job.device_kind, checkpoint=checkpoint)
 
 
 def print_help() -> None:

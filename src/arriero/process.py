@@ -1,0 +1,199 @@
+"""One process of several: its place, the store and the group it joins, and how it leaves when something fails."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from arriero.agreement import Disagreement, agree, ranges
+from arriero.device import process_group_backend, share_cores, tune_allocator
+from arriero.errors import EXIT_USAGE, UserError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+ROUND = "ARRIERO_ROUND"
+"""Environment of a process that arriero's own agent started: 0 at first, more after each restart of the job."""
+TELL_FIRST = 3.0
+"""Seconds that a process which only lost touch with another waits, so that the one which failed is heard first."""
+LOST_TOUCH = re.compile(r"(?i)gloo|timed out|connection (closed|reset|refused)|broken pipe|nccl|hccl|socket")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands among all, as torchrun tells it."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world: int = 1
+    local_world: int = 1
+
+    @classmethod
+    def from_environment(cls) -> Place:
+        """Reads RANK and its kin; a lone process without them."""
+        get = os.environ.get
+        world = int(get("WORLD_SIZE", "1"))
+        return cls(int(get("RANK", "0")), int(get("LOCAL_RANK", "0")), world, int(get("LOCAL_WORLD_SIZE", str(world))))
+
+
+def started_by_another() -> bool:
+    """Whether torchrun or its like has started this process as one of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def leave(error: BaseException) -> NoReturn:
+    """Ends this process of several with its error told: to the agent's file, or on stderr where there is no agent."""
+    place, user, agent = Place.from_environment(), isinstance(error, UserError), ROUND in os.environ
+    code = EXIT_USAGE if user else 1
+    message = str(error) if user else "".join(traceback.format_exception(error))
+    lost_touch = isinstance(error, RuntimeError) and bool(LOST_TOUCH.search(str(error)))
+    if lost_touch:
+        message = silent_ranks(place) + message
+        time.sleep(TELL_FIRST)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"timestamp": str(int(time.time())), "lost_touch": lost_touch}
+        with open(file, "w", encoding="utf-8") as handle:
+            json.dump({"message": {"message": message, "extraInfo": extra}}, handle)
+    if agent and user:
+        end_job(message, user=True)  # the same error would come again: no restart
+    restarts = [int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS")]
+    if not agent or (restarts[0] < restarts[1] and not user and not lost_touch):  # the agent tells of the last failure
+        where = "" if isinstance(error, Disagreement) else f"process {place.rank} on {socket.gethostname()}: "
+        if where or place.rank == 0:
+            print(f"arriero: {where}{message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)  # not sys.exit: the others may hang in a collective at clean-up
+
+
+def end_job(reason: str, *, user: bool) -> None:
+    """Writes into the store of the agents why the whole job ends; the first reason stays."""
+    try:
+        if _stores:
+            _stores[0].compare_set("end", "-", json.dumps([reason, user]))
+    except RuntimeError:
+        pass  # node 0 has gone first
+
+
+_stores: list[Store] = []
+"""The job's store as it is, and with the prefix of this start: the last thing that a failing process can talk to."""
+
+
+def silent_ranks(place: Place) -> str:
+    """After a collective that did not end: which processes have not noticed, as the first line of the error."""
+    if not _stores:
+        return ""
+    store = _stores[1]
+    try:
+        store.set_timeout(timedelta(seconds=2))
+        store.set(f"lost-touch/{place.rank}", "")
+        first = store.add("lost-touch", 1) == 1
+        time.sleep(1)
+        silent = [r for r in range(place.world) if first and not store.check([f"lost-touch/{r}"])]
+        return f"{ranges(silent)} did not answer\n" if silent else ""
+    except RuntimeError:
+        return "rank 0, which holds the store, did not answer\n"
+
+
+def in_process_group(
+    function: Callable[[Any], None], argument: Any, *, facts: Callable[[Any], dict[str, str]] | None = None,
+    join_seconds: float = 30.0, collective_seconds: float = 600.0,
+) -> None:  # fmt: skip
+    """Calls `function(argument)` as the process that the environment says, within the group of all.
+
+    Args:
+        function: what this process does.
+        argument: handed to it; its `device_kind`, where it has one, chooses the back end.
+        facts: of `argument`, what all processes must agree on before they form the group.
+        join_seconds: in which all must have come.
+        collective_seconds: that one waits for the others in a collective.
+
+    Raises:
+        UserError: the processes do not find each other or do not agree.
+    """
+    import torch.distributed as dist
+
+    place = Place.from_environment()
+    tune_allocator()
+    share_cores(place.local_world)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGUSR1, lambda *_: _stop.set())
+    if place.world == 1:
+        function(argument)
+        return
+    store = open_job_store(place, join_seconds)
+    if facts is not None:
+        agree(store, place.rank, place.world, facts(argument), seconds=join_seconds)
+    use_interface_towards(os.environ["MASTER_ADDR"])
+    kind = getattr(argument, "device_kind", "cpu")
+    dist.init_process_group(
+        process_group_backend(kind), store=store, rank=place.rank, world_size=place.world,
+        timeout=timedelta(seconds=collective_seconds),
+    )  # fmt: skip
+    function(argument)
+    sys.stdout.flush()
+    dist.destroy_process_group()
+
+
+def open_job_store(place: Place, seconds: float) -> Store:
+    """The store through which the processes of this start find each other.
+
+    Raises:
+        UserError: the port is taken, or the address does not lead to it.
+    """
+    from torch.distributed import PrefixStore, TCPStore
+
+    from arriero.rendezvous import host_store, knock
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and place.rank == 0:
+        store: Store = host_store(address, port, seconds)[0]
+    else:
+        knock(address, port, seconds, who=f"rank {place.rank}")
+        store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=seconds))
+    _stores[:] = [store, PrefixStore(f"start-{start_number()}", store)]
+    return _stores[1]
+
+
+def use_interface_towards(address: str) -> None:
+    """Binds gloo to the network interface that leads to node 0; by itself it takes whatever the host name means."""
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))  # sends nothing
+            mine = socket.inet_aton(probe.getsockname()[0])
+            for _, name in socket.if_nameindex():
+                try:
+                    found = fcntl.ioctl(probe, 0x8915, struct.pack("256s", name.encode()[:15]))  # SIOCGIFADDR
+                except OSError:  # an interface without an address
+                    continue
+                if found[20:24] == mine:
+                    os.environ["GLOO_SOCKET_IFNAME"] = name
+    except OSError:
+        return
+
+
+_stop = threading.Event()
+
+
+def stop_wanted() -> bool:
+    """Whether SIGUSR1 asked this process to save and stop, as SLURM does before it takes the machine away."""
+    return _stop.is_set()
+
+
+def start_number() -> int:
+    """0 in the first start of a job, more after each restart that a loss made necessary."""
+    return int(os.environ.get(ROUND) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
