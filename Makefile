@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint clean
+NPU := build/npu
+
+.PHONY: demo test lint npu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/arriero demo --overwrite
@@ -33,5 +35,17 @@ $(VENV)/.test: $(VENV)/.python pyproject.toml constraints.txt
 	$(PIP) -c constraints.txt --no-deps megatron-core
 	@touch $@ $(VENV)/.demo
 
+# Optional: our calls against the real torch_npu, which needs torch's CPU build, an environment of its own, and gcc for a
+# stub of the libraries that it loads. No NPU is needed; docs/npu.md says what it shows.
+npu: $(NPU)/.ready
+	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(NPU)/bin/python tests/npu/cann_stub.py $(NPU)/cann
+	LD_LIBRARY_PATH=$(NPU)/cann $(NPU)/bin/python -m pytest tests/npu
+
+$(NPU)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(NPU)
+	$(NPU)/bin/pip --disable-pip-version-check install --quiet -c constraints.txt -e . hypothesis pytest pytest-timeout pyyaml
+	$(NPU)/bin/pip --disable-pip-version-check install --quiet --no-deps torch-npu==2.13.0
+	@touch $@
+
 clean:
-	rm -rf $(VENV) runs/demo
+	rm -rf $(VENV) $(NPU) runs/demo

@@ -1,4 +1,4 @@
-"""Every recipe and shape that comes with arriero: it parses, it fits its devices, and the docs say what the files say."""
+"""Every recipe and shape that comes with arriero: it parses, fits its devices, and the docs say what the files say."""
 
 from __future__ import annotations
 
