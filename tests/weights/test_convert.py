@@ -198,20 +198,20 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch, stop):
         run(ConvertArgs(tmp_path / "hf", tmp_path / "out", "megatron", tp=2))
 
 
-def test_a_wrong_byte_fails_the_proof_and_leaves_nothing(tmp_path, monkeypatch):
+def test_rows_in_the_wrong_place_fail_the_proof_and_leave_nothing(tmp_path, monkeypatch):
     save_hf(tmp_path / "hf", TINY, random_weights(TINY))
-    real = convert.transfer
+    real = convert.plan_ranks
 
-    def damaging(hub, files, **options):
-        prints = real(hub, files, **options)
-        path, put = files[1].path, files[1].puts[5]
-        with open(path, "r+b") as file:
-            file.seek(put.offset)
-            byte = file.read(1)
-            file.seek(put.offset)
-            file.write(bytes([byte[0] ^ 1]))
-        return prints
+    def swapped(*args):
+        files = real(*args)
+        gate, up = (next(i for i, p in enumerate(files[1].puts) if n in p.name) for n in ("gate_proj", "up_proj"))
+        puts = files[1].puts
+        puts[gate], puts[up] = (
+            replace(puts[gate], offset=puts[up].offset),
+            replace(puts[up], offset=puts[gate].offset),
+        )
+        return files
 
-    monkeypatch.setattr(convert, "transfer", damaging)
-    with unchanged(tmp_path), pytest.raises(CheckFailed, match="read back other values"):
+    monkeypatch.setattr(convert, "plan_ranks", swapped)
+    with unchanged(tmp_path), pytest.raises(CheckFailed, match=r"gate_proj.weight and 1 more read back other values"):
         run(ConvertArgs(tmp_path / "hf", tmp_path / "out", "megatron", tp=2))

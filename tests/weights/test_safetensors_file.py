@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from arriero.errors import UserError
 from arriero.weights.safetensors_file import SafetensorsFile, build_header
+from arriero.weights.stream import RawFile
 
 GOOD = {
     "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
@@ -164,3 +165,17 @@ def test_our_header_is_the_librarys(shapes, tmp_path_factory):
     path.write_bytes(header + b"\0" * (size - len(header)))
     assert accepts(path) == sorted(shapes)
     assert SafetensorsFile(path).names() == list(shapes) == list(offsets)
+
+
+def test_a_slice_reads_its_own_bytes_and_no_more(tmp_path, monkeypatch):
+    tensor = torch.randn(64, 8192)
+    save_file({"x": tensor}, tmp_path / "x.safetensors")
+    file = SafetensorsFile(tmp_path / "x.safetensors")
+    read = []
+    real = RawFile.read_into
+    monkeypatch.setattr(RawFile, "read_into", lambda self, at, out: (read.append(len(out)), real(self, at, out))[1])
+    for index in [(slice(16, 32),), (slice(0, 64), slice(4096, 8192)), (slice(60, 64), slice(0, 2048))]:
+        read.clear()
+        part = file.read("x", index)
+        assert torch.equal(part, tensor[index])
+        assert sum(read) == 4 * part.numel()

@@ -23,7 +23,7 @@ from arriero.weights.layout import Cut, check_cut, padded
 from arriero.weights.megatron_write import RankFormat, plan_ranks
 from arriero.weights.progress import Progress
 from arriero.weights.sources import Opened, open_model
-from arriero.weights.transfer import fingerprint, new_directory, read_fingerprints, syncing, transfer
+from arriero.weights.transfer import fingerprint, new_directory, read_fingerprints, transfer
 
 DTYPES = {"keep": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -93,14 +93,20 @@ def run(args: ConvertArgs) -> int:
         else:
             dialect = {"megatron": MCORE, "ascendspeed": ASCENDSPEED_FUSED if args.fused_mlp else ASCENDSPEED}[args.to]
             files = plan_ranks(partial, hub, config, RankFormat(dialect, cut, dtype, args.iteration, args.deepspeed))
-        prints = transfer(hub, files, dtype=dtype, advance=progress.advance)
         write_beside(partial, config, dtype=dtype or next(iter(hub.values())).dtype, tokenizer=opened.tokenizer)
-        with syncing(partial):
-            _check_twins(opened)
-            written = prove(opened, open_model(partial, args.to), prints, dtype)
+        _check_twins(opened)
+        prints, again = transfer(
+            hub,
+            files,
+            dtype=dtype,
+            advance=progress.advance,
+            reopen=lambda: open_model(partial, args.to).reader.tensors,
+        )
+        prove(opened, open_model(partial, args.to), prints=prints, again=again, dtype=dtype)
     report = {
         "source": str(opened.path), "kind": opened.kind, "layout": opened.layout, "destination": str(args.destination),
-        "to": args.to, "files": len(files), "bytes": sum(file.size for file in files), "parameters": written,
+        "to": args.to, "files": len(files), "bytes": sum(file.size for file in files),
+        "parameters": sum(t.numel for t in hub.values()),
         "vocab_size": config.vocab_size, "padded_vocab": cut.padded_vocab if args.to != "hf" else config.vocab_size,
         "fingerprint": fingerprint(hub, dtype, prints), "notes": opened.notes,
         "seconds": round(time.perf_counter() - started, 2),
@@ -148,8 +154,15 @@ def _check_twins(opened: Opened) -> None:
             )
 
 
-def prove(source: Opened, written: Opened, prints: dict[str, int], dtype: str | None) -> int:
-    """Reads the destination back through its own reader; returns the number of parameters.
+def prove(source: Opened, written: Opened, *, prints: dict[str, int], again: dict[str, int], dtype: str | None) -> None:
+    """Compares what the destination's own reader found with what went in.
+
+    Args:
+        source: what was converted.
+        written: the destination, opened when all was written: replicas are compared on opening.
+        prints: fingerprints as written.
+        again: fingerprints as read back.
+        dtype: what the weights were cast to.
 
     Raises:
         CheckFailed: a name, shape, dtype or fingerprint is not what went in.
@@ -163,13 +176,12 @@ def prove(source: Opened, written: Opened, prints: dict[str, int], dtype: str | 
             raise CheckFailed(f"{written.path}: {name} is {said} after writing, not {expected[1]} {list(expected[0])}")
     if len(after) != len(before) or written.config != source.config:
         raise CheckFailed(f"{written.path}: reads back as another model than was written")
-    again = read_fingerprints(after)
+    _check_twins(written)
     wrong = [name for name in before if again[name] != prints[name]]
     if wrong:
         raise CheckFailed(
             f"{written.path}: {wrong[0]} and {len(wrong) - 1} more read back other values than were written"
         )
-    return sum(t.numel for t in after.values())
 
 
 def _verify(source: Opened, written: Opened, dtype: str | None) -> float:

@@ -161,7 +161,7 @@ def write_huggingface(
     hub = checked(PieceReader(assemblies(reader), where="the weights"), config, where="the weights").tensors
     with new_directory(directory, need_bytes=bytes_as(hub, name)) as partial:
         files = plan_safetensors(partial, hub, dtype=name, max_shard_bytes=max_shard_bytes)
-        prints = transfer(hub, files, dtype=name, advance=advance)
+        prints, _ = transfer(hub, files, dtype=name, advance=advance)
         write_beside(partial, config, dtype=name or next(iter(hub.values())).dtype, tokenizer=tokenizer_dir)
     return prints
 

@@ -126,10 +126,6 @@ class RawFile:
         self.read_into(offset, memoryview(buffer))
         return bytes(buffer)
 
-    def forget(self) -> None:
-        """Tells the kernel that this file's cached pages are not needed again."""
-        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
-
     def __del__(self) -> None:
         if hasattr(self, "_fd"):
             os.close(self._fd)

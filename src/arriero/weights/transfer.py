@@ -56,7 +56,8 @@ def transfer(
     *,
     dtype: str | None = None,
     advance: Callable[[int], None] | None = None,
-) -> dict[str, int]:
+    reopen: Callable[[], Mapping[str, Assembly]] | None = None,
+) -> tuple[dict[str, int], dict[str, int]]:
     """Writes `files` from the hub tensors; that they reach the disk is `new_directory`'s care.
 
     Args:
@@ -64,9 +65,11 @@ def transfer(
         files: what to write; parents exist.
         dtype: dtype of everything written; None keeps each tensor's own. Puts count in this dtype's bytes.
         advance: told the bytes read so far, for a progress bar.
+        reopen: opens what is written under Hugging Face names, once the headers are in place. Each tensor is then read
+            back through it shortly after it was written, while it is still in memory.
 
     Returns:
-        The fingerprint of every hub tensor as written (see `fingerprint`).
+        The fingerprint of every hub tensor as written (see `fingerprint`), and as read back (empty without `reopen`).
 
     Raises:
         UserError: a value is NaN or infinite, or does not fit `dtype`; a source file ends early.
@@ -81,49 +84,71 @@ def transfer(
             for put in file.puts:
                 routes[put.name].append((fd, put))
 
-        def work(job: tuple[str, int, int]) -> tuple[str, int]:
-            name, row, rows = job
+        def move(name: str, row: int, rows: int) -> int:
             chunk = read_chunk(name, hub[name], row, rows, dtype)
             for fd, put in routes[name]:
                 _send(chunk, first=row, size=ITEMSIZE[dtype or hub[name].dtype], fd=fd, put=put)
             if advance:
                 advance(rows * matrix_shape(hub[name].shape)[1] * ITEMSIZE[hub[name].dtype])
-            return name, partial_fingerprint(chunk, row)
+            return partial_fingerprint(chunk, row)
 
-        prints = _run(work, list(chunks(hub)), descriptors)
+        written = reopen() if reopen else None
+        return _run(hub, move, (lambda *chunk: _reread(written, *chunk)) if written is not None else None, descriptors)
     finally:
         for fd in descriptors:
             os.close(fd)
-    return prints
 
 
-def chunks(hub: Mapping[str, Assembly]) -> Iterator[tuple[str, int, int]]:
-    """(name, first row, rows) of every chunk, in order."""
-    for name, tensor in hub.items():
-        total, columns = matrix_shape(tensor.shape)
-        step = max(1, CHUNK_BYTES // max(1, columns * ITEMSIZE[tensor.dtype]))
-        for row in range(0, total, step):
-            yield name, row, min(step, total - row)
+def _reread(written: Mapping[str, Assembly], name: str, row: int, rows: int) -> int:
+    return partial_fingerprint(read_chunk(name, written[name], row, rows), row) if name in written else 0
+
+
+def chunks(name: str, tensor: Assembly) -> Iterator[tuple[str, int, int]]:
+    """(name, first row, rows) of a tensor's chunks, in order."""
+    total, columns = matrix_shape(tensor.shape)
+    step = max(1, CHUNK_BYTES // max(1, columns * ITEMSIZE[tensor.dtype]))
+    for row in range(0, total, step):
+        yield name, row, min(step, total - row)
+
+
+Work = Callable[[str, int, int], int]
+LAG = 4  # tensors between writing one and reading it back, so that hardly ever a thread waits for another
 
 
 def _run(
-    work: Callable[[tuple[str, int, int]], tuple[str, int]], jobs: list[tuple[str, int, int]], sync: Sequence[int] = ()
-) -> dict[str, int]:
-    """Runs the jobs on a few threads that share one queue, syncing `sync` meanwhile; sums what they return by name."""
-    prints: dict[str, int] = dict.fromkeys((name for name, _, _ in jobs), 0)
-    queue, lock, stop = iter(jobs), threading.Lock(), threading.Event()
+    hub: Mapping[str, Assembly], first: Work, second: Work | None = None, sync: Sequence[int] = ()
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Does `first` for all chunks on a few threads, and `second` for a tensor's when `first` is done with it.
+
+    Meanwhile `sync` is written back, so that the disk never idles until a final sync. Returns what both return, summed
+    by name.
+    """
+    names = list(hub)
+    parts = {name: list(chunks(name, hub[name])) for name in names}
+    jobs: list[tuple[bool, tuple[str, int, int]]] = []
+    for i in range(len(names) + LAG):
+        jobs += [(False, chunk) for chunk in (parts[names[i]] if i < len(names) else [])]
+        if second and i >= LAG:
+            jobs += [(True, chunk) for chunk in parts[names[i - LAG]]]
+    sums = (dict.fromkeys(names, 0), dict.fromkeys(names, 0))
+    left = {name: len(parts[name]) for name in names}
+    queue, changed, stop = iter(jobs), threading.Condition(), threading.Event()
 
     def drain() -> None:
         while not stop.is_set():
-            with lock:
-                job = next(queue, None)
-            if job is None:
+            with changed:
+                again, chunk = next(queue, (False, ("", 0, 0)))
+                while again and left[chunk[0]] and not stop.is_set():
+                    changed.wait(0.1)
+            if not chunk[0] or stop.is_set():
                 return
-            name, value = work(job)
-            with lock:
-                prints[name] = (prints[name] + value) % 2**64
+            value = second(*chunk) if again and second else first(*chunk)
+            with changed:
+                sums[again][chunk[0]] = (sums[again][chunk[0]] + value) % 2**64
+                left[chunk[0]] -= not again
+                changed.notify_all()
 
-    def flush() -> None:  # writes back while the others read: the disk never idles until the final sync
+    def flush() -> None:
         while sync and not stop.wait(0.2):
             for fd in sync:
                 os.fdatasync(fd)
@@ -133,14 +158,14 @@ def _run(
         workers = [pool.submit(drain) for _ in range(THREADS)]
         try:
             wait(workers, return_when=FIRST_EXCEPTION)
-            if any(w.done() and w.exception() for w in workers):
+        finally:  # also on Ctrl-C; a worker that is done without an error leaves nothing to the others
+            if not all(worker.done() and not worker.exception() for worker in workers):
                 stop.set()
-            for worker in workers:
-                worker.result()
-        finally:
-            stop.set()
-        flusher.result()
-    return prints
+        wait(workers)
+        stop.set()
+        for future in (*workers, flusher):
+            future.result()
+    return sums[0], sums[1] if second else {}
 
 
 def read_chunk(name: str, tensor: Assembly, row: int, rows: int, dtype: str | None = None) -> Bytes:
@@ -257,14 +282,13 @@ def fingerprint(tensors: Mapping[str, Assembly], dtype: str | None, prints: Mapp
 def read_fingerprints(hub: Mapping[str, Assembly], *, advance: Callable[[int], None] | None = None) -> dict[str, int]:
     """Reads every tensor once and returns its fingerprint; raises UserError on NaN, infinity or a short file."""
 
-    def work(job: tuple[str, int, int]) -> tuple[str, int]:
-        name, row, rows = job
+    def work(name: str, row: int, rows: int) -> int:
         chunk = read_chunk(name, hub[name], row, rows)
         if advance:
             advance(chunk.nbytes)
-        return name, partial_fingerprint(chunk, row)
+        return partial_fingerprint(chunk, row)
 
-    return _run(work, list(chunks(hub)))
+    return _run(hub, work)[0]
 
 
 # Directories appear whole or not at all.
@@ -314,15 +338,6 @@ def new_directory(path: Path, *, need_bytes: int = 0) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         os.close(lock)
-
-
-@contextlib.contextmanager
-def syncing(directory: Path) -> Iterator[None]:
-    """Waits for the disk in a thread of its own, while the caller reads the files back from memory."""
-    with ThreadPoolExecutor(1) as pool:
-        done = pool.submit(_sync_tree, directory)
-        yield
-        done.result()
 
 
 def _empty(directory: Path) -> None:
