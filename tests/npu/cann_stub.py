@@ -1,6 +1,6 @@
-"""Builds libraries with which torch_npu loads without CANN: `python cann_stub.py DIRECTORY`, where torch_npu is installed.
+"""Builds libraries with which torch_npu loads without CANN: `python cann_stub.py DIRECTORY`, where it is installed.
 
-torch_npu's wheel asks for some 280 C functions of Huawei's libraries. Here each returns 0, and there is one device, which
+The wheel asks for some 280 C functions of Huawei's libraries. Here each returns 0, and there is one device, which
 computes nothing: names, shapes and dtypes can be checked on it, numbers cannot.
 """
 
