@@ -43,6 +43,24 @@ def write_data(directory: Path, documents: int = 200) -> Path:
     return prefix
 
 
+def write_instructions(directory: Path, records: int = 120) -> Path:
+    """An instruction set: prompts without loss, records shorter than a sample; returns its prefix."""
+    random = np.random.default_rng(1)
+    prefix = directory / "toy"
+    fields = ("input_ids", "attention_mask", "labels")
+    writers = {f: IndexedWriter(f"{prefix}_packed_{f}_document", np.dtype(np.int32)) for f in fields}
+    for _ in range(records):
+        length, prompt = int(random.integers(8, 30)), int(random.integers(2, 6))
+        ids = ((random.integers(0, 256) + np.arange(length)) % 256 + 3).astype(np.int32)
+        labels = np.where(np.arange(length) < prompt, -100, ids).astype(np.int32)
+        for f, values in zip(fields, (ids, np.ones(length, np.int32), labels), strict=True):
+            writers[f].add(values)
+            writers[f].end_document()
+    for writer in writers.values():
+        writer.close()
+    return prefix
+
+
 def write_recipe(directory: Path, **top: str) -> Path:
     """A recipe of six steps over the toy data, model and data beside it."""
     data = write_data(directory / "data")

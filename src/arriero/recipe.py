@@ -79,9 +79,17 @@ class Recipe:
     def problems(self, processes: int) -> list[UserError]:
         """All that is wrong with the recipe on this many processes, before anything is started."""
         found: list[UserError] = []
-        data = max(1, processes // self.parallel.model_parallel)
         if not self.out:
             found.append(UserError("out: not set", "name the run directory to write, such as --out runs/first"))
+        found += self.layout_problems(processes)
+        for part in (self.optim, self.schedule, self.checkpoint, self.log, self.data):
+            found += part.problems()
+        return found
+
+    def layout_problems(self, processes: int) -> list[UserError]:
+        """What is wrong with model, layout and batch on this many processes."""
+        found: list[UserError] = []
+        data = max(1, processes // self.parallel.model_parallel)
         try:
             found += self.parallel.problems(
                 self.model_config(), processes, sequence_length=self.train.sequence_length,
@@ -90,10 +98,7 @@ class Recipe:
         except UserError as error:
             found.append(error)
         found += self.train.problems(data)
-        found += self.recompute.problems(self.parallel)
-        for part in (self.optim, self.schedule, self.checkpoint, self.log, self.data):
-            found += part.problems()
-        return found
+        return found + self.recompute.problems(self.parallel)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,9 @@ def micro_batch(
     rows = [torch.from_numpy(a).to(device) for a in (tokens, labels)]
     place = None if positions is None else torch.from_numpy(positions).to(device)
     mask = None if documents is None else document_mask(torch.from_numpy(documents).to(device))
+    if place is None and config.sequence_parallel and config.pipeline_parallel > 1:
+        # A later stage sees a part of the stream and could not count the positions.
+        place = torch.arange(tokens.shape[1], device=device).expand(len(tokens), -1)
     if ranks.context == 1:
         return MicroBatch(rows[0], rows[1], place, mask)
     mine = positions_of(ranks.context_rank, config, tokens.shape[1]).to(device)

@@ -67,7 +67,8 @@ class Pipeline:
         device: torch.device, loss: Callable[[Tensor, Tensor], Tensor], micro_batches: int,
     ) -> None:  # fmt: skip
         assert ranks.mesh is not None
-        self.device, self.weight = device, 1.0
+        self.parts, self.device, self.weight = parts, device, 1.0
+        self.v_shaped = config.pipeline_schedule in V_SHAPED
         own = stages_of(config, ranks.coordinates["pipeline"])
         group = ranks.mesh.get_group("pipeline")
         stages = [
@@ -85,7 +86,8 @@ class Pipeline:
     def run(self, micro: list[MicroBatch], *, weight: float, train: bool) -> Tensor:
         """The summed loss over all micro-batches, float64; zero but on the last stage.
 
-        With `train` the gradient of weight x loss is added to the parameters.
+        With `train` the gradient of weight x loss is added to the parameters. torch's V-shaped schedules cannot run
+        forward alone: there, a validation runs backward too, and drops the gradient.
         """
         self.weight = weight
         keywords = {
@@ -96,8 +98,13 @@ class Pipeline:
         inputs = (torch.cat([m.tokens for m in micro]),) if self.holds_first else ()
         target = torch.cat([m.labels for m in micro]) if self.holds_last else None
         losses: list[Tensor] = []
-        go = self.schedule.step if train else self.schedule.eval
-        go(*inputs, target=target, losses=losses if self.holds_last else None, **keywords)
+        backward = train or self.v_shaped
+        go = self.schedule.step if backward else self.schedule.eval
+        with torch.set_grad_enabled(backward):
+            go(*inputs, target=target, losses=losses if self.holds_last else None, **keywords)
+        if backward and not train:
+            for part in self.parts:
+                part.zero_grad()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for loss in losses:
             total += loss.detach().double()

@@ -46,14 +46,16 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def local_gradient(parameter: nn.Parameter) -> Tensor | None:
-    """The local part of a parameter's gradient, cut as the parameter is.
+    """The local part of a parameter's gradient, cut as the parameter is, sharing the gradient's memory.
 
-    torch returns the gradient of a vocabulary-parallel embedding whole on every rank: it is cut here.
+    torch returns the gradient of a vocabulary-parallel embedding whole on every rank: it is cut here, for good.
     """
-    gradient = parameter.grad
-    if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
-        gradient = gradient.redistribute(placements=parameter.placements)
-    return None if gradient is None else local(gradient)
+    gradient, held = parameter.grad, parameter.data
+    if gradient is None:
+        return None
+    if isinstance(gradient, DTensor) and isinstance(held, DTensor) and gradient.placements != held.placements:
+        parameter.grad = gradient = gradient.redistribute(placements=held.placements)
+    return local(gradient)
 
 
 def shards(parts: Iterable[Llama], ranks: Ranks) -> dict[str, tuple[Shard, nn.Parameter]]:

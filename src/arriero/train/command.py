@@ -43,6 +43,7 @@ from arriero.recipe import (
 )  # fmt: skip
 from arriero.train.loop import train
 from arriero.train.trainer import open_batches
+from arriero.train.verify import verify_layout
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Start:
 
     resume: str = ""
     """A run directory to continue from its newest checkpoint; its own recipe is used where none is named."""
+    verify_layout: bool = False
+    """Train nothing: prove on the CPU, at reduced width in float64, that the layout gives one process's numbers."""
     launch: Annotated[LaunchConfig, tyro.conf.arg(name="")] = field(default_factory=LaunchConfig)
 
 
@@ -75,6 +78,8 @@ def run(words: list[str]) -> int:
     kind = device_type(recipe.device)
     here = process_count(recipe, launch, kind)
     world = here * max(1, launch.nodes)
+    if start.verify_layout:
+        return verify(recipe, world)
     checkpoint = find_checkpoint(Path(start.resume)) if start.resume else None
     check(recipe, world, checkpoint, joining=launch.node_rank > 0 or Place.from_environment().rank > 0)
     job = Job(recipe, kind, checkpoint, run_facts(recipe) if world > 1 else {})
@@ -99,10 +104,12 @@ def read_command(words: list[str]) -> tuple[Recipe, Start]:
     """The recipe and how it is started, from the words after `pretrain`."""
     named, words = (words[0], words[1:]) if words and not words[0].startswith("-") else ("", words)
     given = command_line_settings(words)
-    start_keys = {"resume", *field_types(LaunchConfig)}
+    launch_keys = set(field_types(LaunchConfig))
+    start_keys = {"resume", "verify_layout", *launch_keys}
     start_settings = [s for s in given if s.key in start_keys]
-    launch = parse(LaunchConfig, [s for s in start_settings if s.key != "resume"], prog="arriero pretrain")
+    launch = parse(LaunchConfig, [s for s in start_settings if s.key in launch_keys], prog="arriero pretrain")
     resume = next((" ".join(s.words) for s in start_settings if s.key == "resume"), "")
+    verifying = any(s.key == "verify_layout" for s in start_settings)
     settings: list[Setting] = []
     if resume:
         find_checkpoint(Path(resume))  # a wrong directory is named before its missing recipe is
@@ -117,7 +124,7 @@ def read_command(words: list[str]) -> tuple[Recipe, Start]:
     settings += [s for s in given if s.key not in start_keys]
     if resume:
         settings.append(Setting("out", [resume], "--resume"))
-    return parse(Recipe, settings, prog="arriero pretrain"), Start(resume, launch)
+    return parse(Recipe, settings, prog="arriero pretrain"), Start(resume, verifying, launch)
 
 
 def process_count(recipe: Recipe, launch: LaunchConfig, kind: str) -> int:
@@ -133,6 +140,14 @@ def process_count(recipe: Recipe, launch: LaunchConfig, kind: str) -> int:
         raise UserError(f"--nproc-per-node is {wanted}, and this machine has {devices} {kind} devices", "give fewer")
     share = -(-recipe.parallel.model_parallel // max(1, launch.nodes))
     return wanted or (share if kind == "cpu" else devices)
+
+
+def verify(recipe: Recipe, processes: int) -> int:
+    """The proof of `--verify-layout`, once the recipe's layout is possible at all."""
+    problems = recipe.layout_problems(processes)
+    if problems:
+        raise join_problems(problems)
+    return verify_layout(recipe, processes)
 
 
 def check(recipe: Recipe, processes: int, checkpoint: Path | None, *, joining: bool = False) -> None:
