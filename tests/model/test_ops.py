@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -217,6 +222,28 @@ def test_the_model_is_the_same_on_fused_operators(packed: bool) -> None:
         "npu_fusion_attention": layers, "npu_rotary_mul": 2 * layers, "npu_swiglu": layers,
         "npu_rms_norm": 2 * layers + 1,
     }  # fmt: skip
+
+
+def test_the_model_is_the_same_under_sequence_parallelism() -> None:
+    """There the norms see DTensors, for which the vendor's operators have no rules."""
+    script = Path(__file__).with_name("sequence_parallel_norms.py")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {
+        **os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(script.parents[1]),
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen([sys.executable, script], env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    try:
+        printed = [process.communicate(timeout=240)[1].decode() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(printed)
 
 
 @pytest.mark.usefixtures("npu_there")

@@ -73,8 +73,22 @@ def rms_norm(vendor: Any, x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor
     """The kernel returns the normed rows and one over their root mean squares; it wants one dtype throughout."""
     if x_BLD.dtype != weight_D.dtype:
         return None
+    if hasattr(x_BLD, "to_local"):
+        return _norm_of_own_rows(vendor, x_BLD, weight_D, eps)
     out: Tensor = vendor.npu_rms_norm(x_BLD, weight_D, epsilon=eps)[0]
     return out
+
+
+def _norm_of_own_rows(vendor: Any, x_BLD: Any, weight_D: Any, eps: float) -> Tensor:
+    """Under sequence parallelism (DTensors): each process norms its own positions; the gain's gradient is summed."""
+    from torch.distributed.tensor import Partial
+
+    gain = weight_D.to_local(grad_placements=[Partial()] * weight_D.device_mesh.ndim)
+    out: Tensor = vendor.npu_rms_norm(x_BLD.to_local(), gain, epsilon=eps)[0]
+    whole: Tensor = type(x_BLD).from_local(
+        out, x_BLD.device_mesh, x_BLD.placements, shape=x_BLD.shape, stride=x_BLD.stride()
+    )
+    return whole
 
 
 def apply_rope(vendor: Any, x_BLHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:

@@ -20,8 +20,8 @@ from arriero.model.config import LlamaConfig
 
 
 def _vendor(x: Tensor) -> Any:
-    """The device's package of fused operators, or None; they have no rules for a DTensor, which stays with torch."""
-    return None if hasattr(x, "to_local") else device.fused_operators(x.device.type)
+    """The package of fused operators of this tensor's device, or None."""
+    return device.fused_operators(x.device.type)
 
 
 def rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
