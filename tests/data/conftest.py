@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-import pydoc_data.topics
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from small_inputs import train_sentencepiece
 
 from arriero.data.prepare import PrepareArgs, run
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
-
-
-def train_sentencepiece(path: Path, **options: object) -> None:
-    import sentencepiece
-
-    lines = [line for text in list(pydoc_data.topics.topics.values())[:20] for line in text.split("\n") if line.strip()]
-    model = io.BytesIO()
-    settings = {
-        "model_type": "bpe", "vocab_size": 600, "byte_fallback": True, "unk_id": 0, "bos_id": 1, "eos_id": 2,
-        "pad_id": -1, "split_digits": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False,
-        "allow_whitespace_only_pieces": True, "minloglevel": 2,
-    }  # fmt: skip
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, **{**settings, **options}
-    )
-    path.write_bytes(model.getvalue())
 
 
 @pytest.fixture(scope="session")
@@ -84,7 +67,3 @@ def prepare(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., str]:
         return args.out
 
     return call
-
-
-def files_in(directory: Path) -> list[str]:
-    return sorted(p.name for p in directory.rglob("*") if p.is_file()) if directory.exists() else []

@@ -48,7 +48,7 @@ def test_several_sequences_in_a_document(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, 65535), max_size=9), max_size=9), st.sampled_from([np.uint16, np.int32]))
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 def test_bytes_are_megatrons_both_ways(
     tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]], dtype: type
 ) -> None:

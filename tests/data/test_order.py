@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arriero.data.order import StableOrder, blend_stable, choose_documents
@@ -23,6 +23,7 @@ def read_all(sizes: list[int], *, length: int, seed: int, epoch: int) -> tuple[l
 
 
 @given(SIZES, st.integers(1, 4), st.integers(0, 3), st.integers(0, 2))
+@settings(deadline=None)
 def test_an_epoch_is_the_shuffled_documents_in_windows(sizes: list[int], length: int, seed: int, epoch: int) -> None:
     samples, order = read_all(sizes, length=length, seed=seed, epoch=epoch)
     windows = order.windows(epoch)
@@ -74,6 +75,7 @@ def test_a_hash_split_is_fair_and_unmoved_by_appended_documents() -> None:
 
 
 @given(st.lists(st.floats(0.05, 1), min_size=2, max_size=5), st.integers(1, 400))
+@settings(deadline=None)
 def test_a_blend_keeps_its_shares_and_counts_up_in_each_set(raw: list[float], count: int) -> None:
     weights = [w / sum(raw) for w in raw]
     which, within = blend_stable(np.arange(count), weights)
@@ -84,6 +86,7 @@ def test_a_blend_keeps_its_shares_and_counts_up_in_each_set(raw: list[float], co
 
 
 @given(st.integers(0, 300), st.integers(1, 30))
+@settings(deadline=None)
 def test_a_blends_samples_do_not_depend_on_the_batch_they_are_asked_in(first: int, count: int) -> None:
     weights = [0.5, 0.3, 0.2]
     whole = blend_stable(np.arange(400), weights)

@@ -1,26 +1,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
+from small_inputs import files_in, train_sentencepiece, write_records
 
 from arriero.data.indexed import IndexedDataset
 from arriero.data.manifest import read_manifest
 from arriero.data.prepare import PrepareArgs, run
 from arriero.data.tokenizer import Tokenizer
 from arriero.errors import UserError
-from conftest import files_in
 
-RECORDS = [
-    {"instruction": "Name a llama.", "input": "", "output": "Paco"},
-    {"instruction": "Add.", "input": "1 + 1", "output": "2"},
-    {"instruction": "Sing ü <s>", "input": None, "output": "la\nla"},
-]
 Prepare = Callable[..., str]
 
 
@@ -41,17 +33,6 @@ def test_text_lines_become_documents_between_bos_and_eos(
         [1, *tokenizer.encode("  second <s> line"), 2],
     ]
     assert files_in(tmp_path / "out") == ["set.manifest.json", "set_text_document.bin", "set_text_document.idx"]
-
-
-def write_records(directory: Path, kind: str) -> Path:
-    path = directory / f"records.{kind}"
-    if kind == "json":
-        path.write_text(json.dumps(RECORDS, indent=1))
-    elif kind == "jsonl":
-        path.write_text("\n".join(json.dumps(r) for r in RECORDS))
-    else:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path)
-    return path
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl", "parquet"])
@@ -97,8 +78,6 @@ def test_bad_input_is_one_message_and_leaves_nothing(tmp_path: Path, prepare: Pr
 
 
 def test_a_tokenizer_without_bos_is_refused_unless_told(tmp_path: Path, prepare: Prepare) -> None:
-    from conftest import train_sentencepiece
-
     source = tmp_path / "a.txt"
     source.write_text("a line\n")
     train_sentencepiece(tmp_path / "tokenizer.model", bos_id=-1, eos_id=1)

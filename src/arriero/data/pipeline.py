@@ -18,7 +18,7 @@ from arriero.data.formats import BadRecordError, Document, Format
 from arriero.data.readers import Bad
 from arriero.data.tokenizer import Tokenizer
 
-CHUNK_CHARACTERS = 1 << 18  # of text in one unit of work: long enough to hide the hand-over, short enough for memory
+CHUNK_CHARACTERS = 1 << 19  # of text in one unit of work: long enough to hide the hand-over, short enough for memory
 CHUNK_RECORDS = 1024
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from arriero.data.indexed import bin_path, idx_path
 from arriero.data.manifest import manifest_path, read_manifest
 from arriero.data.readers import find_inputs
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
-from arriero.data.writing import Job, SourceHashes, output_names, write
+from arriero.data.writing import Job, SourceHashes, output_names, sample_texts, write
 from arriero.errors import EXIT_OK, UserError, join_problems
 
 
@@ -86,7 +87,7 @@ def run(args: PrepareArgs) -> int:
         max_bad=args.max_bad,
         log_interval=args.log_interval,
         request=_request(args, tokenizer, form),
-        options={**asdict(args), "tokenizer": str(args.tokenizer)},
+        options={**dataclasses.asdict(args), "tokenizer": str(args.tokenizer)},
     )
     for notice in tokenizer.notices:
         print(f"note: {notice}")
@@ -100,7 +101,7 @@ def run(args: PrepareArgs) -> int:
             return EXIT_OK
         if earlier is None and not args.overwrite:
             _refuse_foreign(args.out, form)
-        write(job, hashes)
+        write(dataclasses.replace(job, tokenizer=_engine(args, job)), hashes)
     return EXIT_OK
 
 
@@ -166,6 +167,20 @@ def _policy(tokenizer: Tokenizer, bos: int | None, eos: int | None) -> str:
     return " and ".join(words) or "have neither BOS nor EOS"
 
 
+def _engine(args: PrepareArgs, job: Job) -> Tokenizer:
+    """The tokenizer that does the work, and a line that says why it is this one. Raises UserError for --engine fast."""
+    if args.engine == "reference":
+        print(f"engine     {job.tokenizer.engine}, as asked")
+        return job.tokenizer
+    from arriero.data.fast import fast_or_reason
+
+    fast, reason = fast_or_reason(job.tokenizer, sample_texts(job.files, job.kind, job.form, per=job.per))
+    if fast is None and args.engine == "fast":
+        raise UserError(f"--engine fast: {reason}", "pip install 'arriero[fast]', or use --engine auto")
+    print(f"engine     {(fast or job.tokenizer).engine}: {reason}")
+    return fast or job.tokenizer
+
+
 @contextlib.contextmanager
 def _only_writer(out: str) -> Iterator[None]:
     """Holds OUT.lock: two runs cannot write the same names at once. The lock dies with its process."""
@@ -184,7 +199,7 @@ def _only_writer(out: str) -> Iterator[None]:
 
 def _request(args: PrepareArgs, tokenizer: Tokenizer, form: Format) -> dict[str, Any]:
     """Everything that decides the output, apart from the sources. Neither workers nor engine do."""
-    template = asdict(load_template(args.template or "stanford")) if args.format != "text" else None
+    template = dataclasses.asdict(load_template(args.template or "stanford")) if args.format != "text" else None
     return {
         "format": args.format,
         "keys": list(form.names),

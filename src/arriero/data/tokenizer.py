@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,32 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
 # Names that tokenizers give to the two ids when no configuration file says which they are.
 _KNOWN_BOS = ("<s>", "<|begin_of_text|>", "<bos>")
 _KNOWN_EOS = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
+
+
+STRETCH = 2000  # characters given to an engine at a time
+_BLANK_INSIDE = re.compile("[^▁]▁")
+
+
+def cut(text: str, length: int = STRETCH) -> list[str]:
+    """Divides a text before words, so that tokenising the stretches one by one gives the ids of the whole.
+
+    The blank at which it divides is dropped: it is what the tokenizer puts in front of the next stretch. It must be the
+    first of its run, since a run of blanks is a piece of its own. `▁` is how these vocabularies write a blank.
+    """
+    stretches, at = [], 0
+    while len(text) - at > length:
+        end = text.rfind(" ", at + 1, at + length)
+        while end > 0 and text[end - 1] in " ▁":
+            end = text.rfind(" ", at + 1, end)
+        if end < 0:
+            end = text.find(" ", at + length)
+            while end > 0 and text[end - 1] in " ▁":
+                end = text.find(" ", end + 1)
+            if not 0 < end < len(text) - 1:  # nor at a last blank: an empty text gets no blank in front
+                break
+        stretches.append(text[at:end])
+        at = end + 1
+    return [*stretches, text[at:]]
 
 
 class Tokenizer:
@@ -46,10 +73,31 @@ class Tokenizer:
         self.bos_id: int | None = None
         self.eos_id: int | None = None
         self.notices: list[str] = []
+        self._cuts = False
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, one integer array a text. Raises UnicodeEncodeError for lone surrogates."""
+        """Token ids of each text, one integer array a text. Raises UnicodeEncodeError for lone surrogates.
+
+        A long text goes to the engine in stretches (see `cut`): a fifth faster with sentencepiece, and a huge document
+        needs little more memory than its own.
+        """
+        if not self._cuts or all(len(text) <= STRETCH for text in texts):
+            return self._encode(texts)
+        stretches = [cut(text) for text in texts]
+        found = iter(self._encode([piece for pieces in stretches for piece in pieces]))
+        parts = [[next(found) for _ in pieces] for pieces in stretches]
+        return [one[0] if len(one) == 1 else np.concatenate(one) for one in parts]
+
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         raise NotImplementedError
+
+    def _may_cut(self, pieces: Sequence[str]) -> bool:
+        """Whether `cut` changes no id: each text gets a blank in front, and no piece goes on over a blank."""
+        if not self._adds_blank() or any(_BLANK_INSIDE.search(piece) for piece in pieces):
+            return False
+        whole = "".join(f"{word} " * 40 for word in ("some", "words\n", "\tx = 1;", "é 日本", "  two", "a▁ b"))
+        split = self._encode(cut(whole, 50))
+        return np.array_equal(np.concatenate(split), self._encode([whole])[0])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of some ids; special ids give nothing."""
@@ -114,12 +162,13 @@ class SentencePieceTokenizer(Tokenizer):
                 "give the original tokenizer.model",
             ) from error
         self.vocab_size = len(self._processor)
-        self.fingerprint = _hash_pieces(self._processor.id_to_piece(list(range(self.vocab_size))))
+        pieces = self._processor.id_to_piece(list(range(self.vocab_size)))
+        self.fingerprint = _hash_pieces(pieces)
+        self._cuts = self._may_cut(pieces)
         self.bos_id = _known_id(self._processor.bos_id())
         self.eos_id = _known_id(self._processor.eos_id())
 
-    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """See `Tokenizer`."""
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         # Bytes, not str: sentencepiece's own message for a lone surrogate names a C++ type.
         return self._processor.encode([text.encode() for text in texts], return_type="numpy", num_threads=1)
 
@@ -153,6 +202,7 @@ class JsonTokenizer(Tokenizer):
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.fingerprint = _hash_pieces(sorted(vocabulary, key=vocabulary.__getitem__))
+        self._cuts = self._may_cut(list(vocabulary))
         config = _special_names(path.parent)
         self.bos_id = self._find(config.get("bos_token"), _KNOWN_BOS)
         self.eos_id = self._find(config.get("eos_token"), _KNOWN_EOS)
@@ -165,8 +215,7 @@ class JsonTokenizer(Tokenizer):
         raw = json.loads(self._tokenizer.to_str())
         return _mentions_prefix(raw.get("normalizer")) or _mentions_prefix(raw.get("pre_tokenizer"))
 
-    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """See `Tokenizer`."""
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         for text in texts:
             text.encode()  # the same exception for a lone surrogate from every engine
         found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)

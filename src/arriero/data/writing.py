@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 import arriero
-from arriero.data.formats import Format
+from arriero.data.formats import BadRecordError, Format
 from arriero.data.indexed import IndexedWriter, best_dtype
 from arriero.data.instruct import INSTRUCTION_FIELDS
 from arriero.data.manifest import manifest_path, sha256_file, write_manifest
 from arriero.data.pipeline import Item, Place, Result, Work, in_order, units
 from arriero.data.progress import Progress
 from arriero.data.quarantine import Quarantine, Tally, judge
-from arriero.data.readers import read_records
+from arriero.data.readers import Bad, read_records
 from arriero.data.tokenizer import Tokenizer
 
 
@@ -105,6 +105,24 @@ def write(job: Job, hashes: SourceHashes) -> None:
         quarantine.abort()
         raise
     _report(job.out, outputs, tally, time.monotonic() - began)
+
+
+def sample_texts(files: list[Path], kind: str, form: Format, *, per: str, characters: int = 300_000) -> list[str]:
+    """Some of the user's text, as the format makes it: from the start of up to eight files spread over all of them."""
+    texts: list[str] = []
+    chosen = files[:: max(1, len(files) // 8)][:8]
+    for path in chosen:
+        left = characters // len(chosen)
+        for _, record in read_records(path, kind, columns=form.columns, per=per):
+            if isinstance(record, Bad):
+                continue
+            with contextlib.suppress(BadRecordError):
+                found = [part.text[:left] for document in form.documents(record) for part in document]
+                texts += [text for text in found if text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)]
+                left -= sum(map(len, found))
+            if left <= 0:
+                break
+    return texts
 
 
 def _records(job: Job, progress: Progress) -> Iterator[Item]:

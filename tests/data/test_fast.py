@@ -1,0 +1,103 @@
+"""The fast engine against the reference; gigatoken is part of the development extra."""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_inputs import train_sentencepiece
+
+from arriero.data import fast
+from arriero.data.fast import FastTokenizer, fast_or_reason
+from arriero.data.tokenizer import Tokenizer, cut, load_tokenizer
+from arriero.errors import UserError
+
+SAMPLE = list(pydoc_data.topics.topics.values())[:4]
+
+
+@given(st.text(st.sampled_from("ab ▁\n\té<s>"), max_size=120), st.integers(1, 20))
+@settings(deadline=None)
+def test_cutting_changes_no_id(tokenizer: Tokenizer, json_tokenizer_dir: Path, text: str, length: int) -> None:
+    for one in (tokenizer, load_tokenizer(json_tokenizer_dir)):
+        whole = one._encode([text])[0]
+        assert np.concatenate(one._encode(cut(text, length))).tolist() == whole.tolist()
+
+
+def test_a_long_document_has_the_ids_of_the_whole(tokenizer: Tokenizer) -> None:
+    text = "\n".join(SAMPLE)
+    assert len(cut(text)) > 5
+    assert tokenizer.encode(text) == tokenizer._encode([text])[0].tolist()
+
+
+def test_a_vocabulary_with_pieces_over_blanks_is_never_cut(tmp_path: Path) -> None:
+    train_sentencepiece(tmp_path / "tokenizer.model", user_defined_symbols=["of▁the"])
+    assert not load_tokenizer(tmp_path)._cuts
+
+
+def test_ids_equal_the_references(tokenizer: Tokenizer, json_tokenizer_dir: Path) -> None:
+    for reference in (tokenizer, load_tokenizer(json_tokenizer_dir)):
+        engine, reason = fast_or_reason(reference, SAMPLE)
+        assert engine is not None, reason
+        assert "ids equal" in reason
+        texts = [*SAMPLE, "", "<s> literal </s>", "x" * 5000, " a"]
+        assert engine.encode_batch(texts) == reference.encode_batch(texts)
+        assert (engine.bos_id, engine.vocab_size, engine.fingerprint) == (1, 600, reference.fingerprint)
+        assert engine.decode(engine.encode("a b")) == "a b"
+
+
+def test_the_cache_is_dropped_after_enough_text(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast, "_CACHE_BYTES", 1000)
+    engine = FastTokenizer(tokenizer)
+    first = engine._backend
+    assert engine.encode_batch(SAMPLE) == tokenizer.encode_batch(SAMPLE)
+    engine.encode("more")
+    assert engine._backend is not first
+
+
+def test_a_vocabulary_without_all_bytes_falls_back_and_says_so(tmp_path: Path) -> None:
+    train_sentencepiece(tmp_path / "tokenizer.model", byte_fallback=False)
+    engine, reason = fast_or_reason(load_tokenizer(tmp_path), SAMPLE)
+    assert engine is None
+    assert "byte_fallback" in reason
+
+
+def test_other_ids_are_found_before_and_during_the_work(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_sentencepiece(tmp_path / "tokenizer.model", vocab_size=500)
+    other = load_tokenizer(tmp_path)
+    wrong = FastTokenizer(other)
+    wrong.reference = tokenizer  # as if gigatoken had read the vocabulary wrongly
+    with pytest.raises(UserError, match=r"other ids than sentencepiece for .*\n.*--engine reference"):
+        wrong.encode_batch(SAMPLE)
+    monkeypatch.setattr(fast, "FastTokenizer", lambda reference: wrong)
+    engine, reason = fast_or_reason(tokenizer, SAMPLE)
+    assert engine is None
+    assert "other ids" in reason
+
+
+def test_prepare_writes_the_same_bytes_with_either_engine(tmp_path: Path, prepare: Callable[..., str]) -> None:
+    source = tmp_path / "a.txt"
+    source.write_text("\n".join(SAMPLE))
+    made = [
+        Path(prepare(source, engine=engine, out=str(tmp_path / "out" / engine)) + "_text_document.bin").read_bytes()
+        for engine in ("fast", "reference")
+    ]
+    assert made[0] == made[1]
+
+
+def test_asking_for_the_fast_engine_without_it_is_an_error(
+    tmp_path: Path, prepare: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "a.txt"
+    source.write_text("a line\n")
+    monkeypatch.setattr(fast.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="gigatoken is not installed"):
+        prepare(source, engine="fast")
+    prepare(source, engine="auto")
+    assert "engine     sentencepiece: gigatoken is not installed" in capsys.readouterr().out
