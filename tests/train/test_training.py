@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-import toy
 import transformers
 
+import toy
 from arriero.checkpoint.load import CheckpointReader
 from arriero.errors import UserError
 from arriero.parallel.mesh import Ranks

@@ -41,6 +41,27 @@ def build(hf, tensor, vocab):
     )  # fmt: skip
 
 
+def train(model, job):
+    """AdamW steps over the job's batches, matrices decayed and norms not; each step's mean loss."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": job["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=1.0, betas=job["betas"], eps=1e-8)
+    losses = []
+    for tokens, labels, rate in zip(job["tokens"], job["labels"], job["rates"], strict=True):
+        ids = torch.tensor(tokens)
+        mask = torch.triu(torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool), 1)
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        loss = model(ids, positions, mask, labels=torch.tensor(labels)).mean()
+        loss.backward()
+        for group in adamw.param_groups:
+            group["lr"] = rate
+        adamw.step()
+        adamw.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
 def main():
     job = json.loads(Path(sys.argv[1]).read_text())
     rank, tensor = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -57,6 +78,10 @@ def main():
         dist_checkpointing.save(
             {"model": model.sharded_state_dict(prefix="", metadata=groups), "iteration": 5}, job["out"]
         )
+    elif job["action"] == "train":
+        losses = train(model, job)
+        if rank == 0:
+            Path(job["out"]).write_text(json.dumps(losses))
     else:
         ids = torch.tensor(job["tokens"])
         mask = torch.triu(torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool), 1)
