@@ -78,6 +78,13 @@ def fused_operators(kind: str) -> Any:
     return importlib.import_module("torch_npu")
 
 
+def sums_on_host(kind: str, dtype: torch.dtype) -> bool:
+    """Whether a collective sum of this dtype must be done on the CPU: HCCL's all-reduce knows no float64."""
+    import torch
+
+    return kind == "npu" and dtype == torch.float64
+
+
 def synchronize(kind: str) -> None:
     """Waits until the device has done all that it was given."""
     import torch

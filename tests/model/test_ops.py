@@ -269,3 +269,8 @@ def test_beyond_the_kernels_limits_torch_does_it() -> None:
 def test_fused_operators_are_npus_alone() -> None:
     for kind in device.BACKENDS:
         assert device.fused_operators(kind) is None  # torch_npu is not installed here
+
+
+def test_only_npu_needs_the_cpu_to_sum_float64() -> None:
+    assert [device.sums_on_host(kind, torch.float64) for kind in ("cpu", "cuda", "npu")] == [False, False, True]
+    assert not device.sums_on_host("npu", torch.float32)
