@@ -7,6 +7,7 @@ agree on what they run (agreement.py), and a process that fails says so before t
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import socket
@@ -157,7 +158,6 @@ def run_processes(
         UserError: a process raised one, or the machines did not come together.
         ProcessFailed: a process failed otherwise; the text names it and holds its traceback.
     """
-    os.environ.setdefault("LOGLEVEL", "CRITICAL")  # the agent's own log says again, at length, what is said below
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
@@ -177,6 +177,7 @@ def run_processes(
         rdzv_backend=meeting.name, max_restarts=launch.max_restarts, monitor_interval=0.1, start_method="fork",
     )  # fmt: skip
     children = Children()
+    hush_agent()
     try:
         elastic_launch(config, _entry)(function, argument, launch, facts)
     except ChildFailedError as error:
@@ -195,6 +196,14 @@ def run_processes(
         raise
     finally:
         children.stop()
+
+
+def hush_agent() -> None:
+    """Silences the agent's own log, which says at length what is said in one line here; LOGLEVEL brings it back."""
+    if "LOGLEVEL" not in os.environ:
+        for name in list(logging.root.manager.loggerDict):
+            if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
+                logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 class Children:
@@ -253,9 +262,7 @@ def process_state(pid: int) -> str:
 def _failure(error: Any, children: Children, meeting: Meeting) -> Exception:
     """What failed first, in this node or in another, as an exception for the user."""
     rank, failure = error.get_first_failure()
-    data = failure.error_file_data or {}
-    extra = data.get("message", {}).get("extraInfo", {}) if isinstance(data.get("message"), dict) else {}
-    if extra.get("lost_touch") and (reason := meeting.reason(5.0)):
+    if failure.error_file_data.get("lost_touch") and (reason := meeting.reason(5.0)):
         return reason  # the cause is elsewhere, and it was told
     where = f"process {rank}" + (f" on {socket.gethostname()}, node {meeting.node_rank}," if meeting.nodes > 1 else "")
     if failure.exitcode == EXIT_USAGE:
@@ -267,7 +274,7 @@ def _failure(error: Any, children: Children, meeting: Meeting) -> Exception:
         hint = "; the kernel does that when memory runs out" if failure.exitcode == -signal.SIGKILL else ""
         text = f"{where} was killed by {failure.signal_name()}{hint}"
     else:
-        text = f"{where} failed (exit {failure.exitcode}):\n{failure.message}"
+        text = f"{where} failed:\n{failure.message}"
     meeting.end(text)
     return ProcessFailed(text)
 

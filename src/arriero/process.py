@@ -64,9 +64,8 @@ def leave(error: BaseException) -> NoReturn:
         message = silent_ranks(place) + message
         time.sleep(TELL_FIRST)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        extra = {"timestamp": str(int(time.time())), "lost_touch": lost_touch}
         with open(file, "w", encoding="utf-8") as handle:
-            json.dump({"message": {"message": message, "extraInfo": extra}}, handle)
+            json.dump({"message": message, "timestamp": int(time.time()), "lost_touch": lost_touch}, handle)
     if agent and user:
         end_job(message, user=True)  # the same error would come again: no restart
     restarts = [int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS")]
@@ -100,7 +99,7 @@ def silent_ranks(place: Place) -> str:
         store.set_timeout(timedelta(seconds=2))
         store.set(f"lost-touch/{place.rank}", "")
         first = store.add("lost-touch", 1) == 1
-        time.sleep(1)
+        time.sleep(1 if first else 2)  # the first looks, and is heard first
         silent = [r for r in range(place.world) if first and not store.check([f"lost-touch/{r}"])]
         return f"{ranges(silent)} did not answer\n" if silent else ""
     except RuntimeError:
@@ -153,16 +152,15 @@ def open_job_store(place: Place, seconds: float) -> Store:
     Raises:
         UserError: the port is taken, or the address does not lead to it.
     """
-    from torch.distributed import PrefixStore, TCPStore
+    from torch.distributed import PrefixStore
 
-    from arriero.rendezvous import host_store, knock
+    from arriero.rendezvous import connect_store, host_store
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and place.rank == 0:
         store: Store = host_store(address, port, seconds)[0]
     else:
-        knock(address, port, seconds, who=f"rank {place.rank}")
-        store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=seconds))
+        store = connect_store(address, port, seconds, who=f"rank {place.rank}")
     _stores[:] = [store, PrefixStore(f"start-{start_number()}", store)]
     return _stores[1]
 

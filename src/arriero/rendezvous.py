@@ -11,11 +11,13 @@ follow the node ranks that the user gave, so rank 0, which logs, is on node 0. K
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import socket
 import sys
+import threading
 import time
 from datetime import timedelta
 
@@ -202,10 +204,8 @@ def open_store(nodes: int, node_rank: int, address: str, port: int, seconds: flo
     Raises:
         UserError: the port is taken, or the address does not lead there within `seconds`.
     """
-    timeout = timedelta(seconds=seconds)
     if node_rank > 0:
-        knock(address, port, seconds, who=f"node {node_rank}")
-        return TCPStore(address, port, is_master=False, timeout=timeout), port
+        return connect_store(address, port, seconds, who=f"node {node_rank}"), port
     if nodes > 1 and not is_here(address):
         fix = "give all nodes the address of node 0 as --master-addr, and this node its own --node-rank"
         raise UserError(f"--master-addr {address} is not an address of this machine, which is node 0", fix)
@@ -242,22 +242,32 @@ def is_here(address: str) -> bool:
     return True
 
 
-def knock(address: str, port: int, seconds: float, *, who: str) -> None:
-    """Waits until somebody listens at `address:port`.
+def connect_store(address: str, port: int, seconds: float, *, who: str) -> TCPStore:
+    """Connects to the store on node 0, waiting until somebody listens there.
 
     Raises:
-        UserError: nobody does within `seconds`; the text has the network's own word for it.
+        UserError: nobody does within `seconds`, or it is no store; the text has the network's own word for it.
     """
-    deadline, said = time.monotonic() + seconds, ""
+    where, deadline, said = f"{who} ({socket.gethostname()})", time.monotonic() + seconds, ""
+    fix = "start node 0 there, or mend --master-addr and --master-port; --join-timeout waits longer"
     while time.monotonic() < deadline:
         try:
-            left = max(0.5, min(5.0, deadline - time.monotonic()))
-            socket.create_connection((address, port), timeout=left).close()
-            return
+            socket.create_connection((address, port), timeout=min(5.0, seconds)).close()
+            break
         except OSError as error:
             said = error.strerror or str(error)
             time.sleep(0.2)
-    raise UserError(
-        f"{who} ({socket.gethostname()}) cannot reach node 0 at {address}:{port} in {seconds:g} s: {said}",
-        "start node 0 there, or mend --master-addr and --master-port; --join-timeout waits longer",
-    )
+    else:
+        raise UserError(f"{where} cannot reach node 0 at {address}:{port} in {seconds:g} s: {said}", fix)
+    found: list[TCPStore] = []
+
+    def connect() -> None:  # in a thread: a stranger that never answers would hold it for ever
+        with contextlib.suppress(RuntimeError):
+            found.append(TCPStore(address, port, wait_for_workers=False, timeout=timedelta(seconds=seconds)))
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(min(seconds, 10.0))
+    if not found:
+        raise UserError(f"{where}: what answers at {address}:{port} is not a run of arriero", fix)
+    return found[0]

@@ -1,0 +1,319 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arriero import slurm
+from arriero.agreement import differences, ranges
+from arriero.cli import dispatch
+from arriero.errors import UserError
+from arriero.launch import LaunchConfig, resolve, take_place
+from arriero.rendezvous import Meeting, open_store
+from toy import arriero, write_data, write_recipe
+
+HERE = Path(__file__).parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start(*words: object, **environment: str) -> subprocess.Popen[str]:
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "arriero", *map(str, words)], env=clean | environment, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+@contextmanager
+def group(*processes: subprocess.Popen[str]) -> Iterator[None]:
+    """Leaves no process behind, whatever a test does."""
+    try:
+        yield
+    finally:
+        for process in processes:
+            for child in [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []:
+                child.kill()
+            process.kill()
+            process.wait()
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(r["iteration"], r["lm_loss"]) for r in records if r["kind"] == "step"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "said"),
+    [
+        ({"nodes": 2}, {}, "--nodes 2 without --node-rank"),
+        ({"nodes": 2, "node_rank": 0}, {}, "--nodes 2 without --master-addr"),
+        ({"nodes": 2, "node_rank": 2, "master_addr": "h"}, {}, "number the 2 machines from 0 to 1"),
+        ({"nodes": -1}, {}, "--nodes is -1"),
+        ({"node_rank": 1}, {}, "--node-rank without --nodes has no effect"),
+        ({"master_addr": "h", "master_port": 2000}, {}, "--master-addr, --master-port without --nodes"),
+        ({"nodes": 2, "node_rank": 0, "master_addr": "h", "master_port": 80}, {}, "from 1024 to 65535"),
+        ({"nproc_per_node": -1}, {}, "--nproc-per-node is -1"),
+        ({"max_restarts": -1}, {}, "--max-restarts is -1"),
+        ({"join_timeout": 0.0}, {}, "--join-timeout is 0"),
+        ({"collective_timeout": float("nan")}, {}, "--collective-timeout is nan"),
+        ({}, {"NNODES": "two"}, "NNODES is 'two'"),
+        ({}, {"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "h"}, "--node-rank is 2 of --nodes 2"),
+    ],
+)
+def test_what_cannot_be_launched_is_refused(flags: dict[str, Any], environment: dict[str, str], said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        resolve(LaunchConfig(**flags), environment)
+
+
+def test_the_seeds_environment_is_read_and_flags_win() -> None:
+    environment = {"MASTER_ADDR": "ten", "MASTER_PORT": "6000", "NNODES": "4", "NODE_RANK": "3"}
+    found = resolve(LaunchConfig(), environment)
+    assert (found.nodes, found.node_rank, found.master_addr, found.master_port) == (4, 3, "ten", 6000)
+    found = resolve(LaunchConfig(node_rank=1, master_addr="eleven", master_port=7000), environment)
+    assert (found.nodes, found.node_rank, found.master_addr, found.master_port) == (4, 1, "eleven", 7000)
+
+
+def test_one_machine_needs_nothing() -> None:
+    found = resolve(LaunchConfig(), {"MASTER_ADDR": "left over", "MASTER_PORT": "6000"})
+    assert (found.nodes, found.node_rank, found.master_addr, found.master_port) == (1, 0, "127.0.0.1", 0)
+
+
+def test_flags_without_effect_under_torchrun_are_refused() -> None:
+    with pytest.raises(UserError, match="--nodes, --max-restarts: no effect"):
+        take_place(LaunchConfig(nodes=2, max_restarts=1), {"RANK": "0", "WORLD_SIZE": "2"})
+
+
+STEP = {
+    "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "gpu[08-09]", "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
+}  # fmt: skip
+
+
+def test_a_task_of_srun_knows_its_place() -> None:
+    environment = dict(STEP)
+    take_place(LaunchConfig(), environment)
+    place = {k: environment[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")}
+    assert list(place.values()) == ["3", "4", "1", "2", "gpu08"]
+    assert 10000 <= int(environment["MASTER_PORT"]) < 30000
+
+
+def test_a_task_of_srun_that_starts_processes_is_a_node() -> None:
+    found = take_place(LaunchConfig(nproc_per_node=8), dict(STEP))
+    assert (found.nodes, found.node_rank, found.master_addr) == (4, 3, "gpu08")
+
+
+def test_the_batch_file_itself_is_no_task() -> None:
+    assert not slurm.in_step({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "4711"})
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("a", ["a"]),
+        ("n[1,3]", ["n1", "n3"]),
+        ("a,n[01-03,7]-ib,b", ["a", "n01-ib", "n02-ib", "n03-ib", "n7-ib", "b"]),
+        ("r[1-2]n[8-9]", ["r1n8", "r1n9", "r2n8", "r2n9"]),
+    ],
+)
+def test_host_lists(text: str, hosts: list[str]) -> None:
+    assert slurm.expand_hosts(text) == hosts
+
+
+def test_task_counts() -> None:
+    assert slurm.expand_counts("2(x3),1") == [2, 2, 2, 1]
+
+
+@given(st.sets(st.integers(0, 30), min_size=1))
+def test_ranges_name_each_rank_once(ranks: set[int]) -> None:
+    spans = re.findall(r"(\d+)(?:-(\d+))?", ranges(sorted(ranks)))
+    assert [r for a, b in spans for r in range(int(a), int(b or a) + 1)] == sorted(ranks)
+
+
+def test_a_difference_names_both_sides() -> None:
+    facts = [{"a": "1", "b": "1"}, {"a": "1", "b": "2"}, {"a": "1", "b": "2"}, {"a": "1"}]
+    expected = "  b: 1 on rank 0 (x); 2 on ranks 1-2 (x, y); nothing on rank 3 (y)"
+    assert differences(facts, ["x", "x", "y", "y"]) == [expected]
+
+
+def test_the_batch_file_is_whole_and_bash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path)
+    words = ["launch", "slurm", str(recipe), "--nodes", "2", "--gpus-per-node", "0", "--tasks-per-node", "2"]
+    assert dispatch([*words, "--partition", "big", "--time", "1:00:00", "--train.steps", "3"]) == 0
+    text = capsys.readouterr().out
+    for line in (
+        "--nodes=2",
+        "--ntasks-per-node=2",
+        "--partition=big",
+        "--time=1:00:00",
+        "--requeue",
+        "--signal=USR1@120",
+    ):
+        assert f"#SBATCH {line}\n" in text
+    assert len(re.findall("^srun .*pretrain .*--train.steps 3 .resume$", text, re.M)) == 1
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+    assert dispatch([*words, "--out", str(tmp_path / "job.sh")]) == 0
+    assert (tmp_path / "job.sh").read_text().startswith("#!/bin/bash")
+
+
+def test_a_batch_file_for_a_recipe_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    with pytest.raises(UserError, match="3 data-parallel"):
+        slurm.run(["slurm", str(recipe), "--nodes", "3", "--gpus-per-node", "1"])
+    with pytest.raises(UserError, match="did you mean 'slurm'"):
+        slurm.run(["slrum"])
+
+
+def meeting(port: int, *, nodes: int = 3, node_rank: int = 0, address: str = "127.0.0.1") -> Meeting:
+    return Meeting(
+        nodes=nodes, node_rank=node_rank, address=address, port=port, processes=1, join_seconds=1.0, restarts=0
+    )
+
+
+def test_a_node_that_never_comes_is_named() -> None:
+    with pytest.raises(UserError, match=r"1 of 3 nodes arrived in 1 s: node 0 \(.*\); missing: node 1, node 2"):
+        meeting(free_port()).next_rendezvous()
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} is in use"):
+            meeting(port)
+        with pytest.raises(UserError, match="is not a run of arriero"):
+            meeting(port, node_rank=1)
+
+
+def test_a_wrong_address_is_named() -> None:
+    with pytest.raises(UserError, match=r"192\.0\.2\.1 is not an address of this machine"):
+        meeting(free_port(), address="192.0.2.1")
+    with pytest.raises(UserError, match=r"cannot reach node 0 at .* in 1 s: Connection refused"):
+        meeting(free_port(), node_rank=1)
+    with pytest.raises(UserError, match=r"cannot reach node 0 at nowhere\.invalid"):
+        open_store(2, 1, "nowhere.invalid", free_port(), 1.0)
+
+
+@pytest.fixture(scope="module")
+def misbehaved() -> dict[str, dict[str, Any]]:
+    command = [sys.executable, HERE / "launch" / "misbehave.py", "well", "raise", "user", "kill", "stop", "hang"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    return {record["way"]: record for record in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize(
+    ("way", "kind", "said"),
+    [
+        ("well", "NoneType", "None"),
+        ("raise", "ProcessFailed", r"process 1 failed:\nTraceback[\s\S]*ValueError: the cause\n$"),
+        ("user", "UserError", r"^the data is wrong\n  fix: mend it$"),
+        ("kill", "ProcessFailed", "process 1 was killed by SIGKILL"),
+        ("stop", "ProcessFailed", "process 1 stood still .* for 2 s and was ended"),
+        ("hang", "ProcessFailed", r"rank 1 did not answer\n[\s\S]*Timed out waiting 3000ms"),
+    ],
+)
+def test_the_process_that_failed_first_is_shown(misbehaved: dict[str, Any], way: str, kind: str, said: str) -> None:
+    assert misbehaved[way]["kind"] == kind
+    assert re.search(said, misbehaved[way]["said"]), misbehaved[way]["said"]
+
+
+def test_nodes_that_differ_end_with_the_difference(tmp_path: Path) -> None:
+    recipe, port = write_recipe(tmp_path), free_port()
+    other = write_data(tmp_path / "other", documents=150)
+    both = [
+        "pretrain",
+        recipe,
+        "--nodes",
+        2,
+        "--master-addr",
+        "127.0.0.1",
+        "--master-port",
+        port,
+        "--nproc-per-node",
+        1,
+    ]
+    second = start(*both, "--node-rank", 1, "--data.prefix", other, "--schedule.lr", 0.5)
+    with group(second):
+        first = arriero(*both, "--node-rank", 0, code=2)
+        said, _ = second.communicate(timeout=60)
+        assert second.returncode == 2
+    for text in (first, said):
+        assert "schedule.lr: 0.01 on rank 0" in text
+        assert re.search(r"data 0 toy_text_document.idx: \d+ bytes, \w+ on rank 0 .*; \d+ bytes, \w+ on rank 1", text)
+        assert "Traceback" not in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_torchrun_and_srun_start_the_same_run(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    arriero("pretrain", recipe, "--out", tmp_path / "own", "--nproc-per-node", 2)
+    command = [Path(sys.executable).with_name("torchrun"), "--nproc-per-node=2", f"--master-port={free_port()}", "-m"]
+    command += ["arriero", "pretrain", recipe, "--out", tmp_path / "torchrun"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    step = STEP | {"SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NUM_TASKS": "2"}
+    tasks = [
+        start("pretrain", recipe, "--out", tmp_path / "srun", **step
+              | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "SLURM_NODEID": "0", "MASTER_PORT": "29876"})
+        for i in range(2)
+    ]  # fmt: skip
+    with group(*tasks):
+        for task in tasks:
+            said, _ = task.communicate(timeout=120)
+            assert task.returncode == 0, said
+    assert losses(tmp_path / "own") == losses(tmp_path / "torchrun") == losses(tmp_path / "srun")
+
+
+def wait_for_step(run: Path, step: int, *processes: subprocess.Popen[str]) -> None:
+    """Until a checkpoint of `step` or later is whole."""
+    for _ in range(2400):
+        done = [int(p.parent.name[-8:]) for p in run.glob("checkpoints/step-*/COMMITTED")]
+        if max(done, default=0) >= step:
+            return
+        assert all(p.poll() is None for p in processes), [p.communicate()[0] for p in processes if p.poll() is not None]
+        time.sleep(0.05)
+    pytest.fail(f"no checkpoint of step {step}")
+
+
+def test_a_lost_process_and_a_lost_machine_do_not_change_the_run(tmp_path: Path) -> None:
+    recipe, port = write_recipe(tmp_path), free_port()
+    long = ["pretrain", recipe, "--train.steps", 400, "--checkpoint.every", 10, "--log.every", 50]
+    both = [*long, "--nodes", 2, "--master-addr", "127.0.0.1", "--master-port", port, "--max-restarts", 3]
+    both += ["--nproc-per-node", 1]
+    whole = start(*long, "--out", tmp_path / "whole", "--nproc-per-node", 2)
+    nodes = [start(*both, "--node-rank", k) for k in range(2)]
+    with group(whole, *nodes):
+        wait_for_step(tmp_path / "run", 10, *nodes)
+        psutil.Process(nodes[1].pid).children()[0].send_signal(signal.SIGKILL)
+        wait_for_step(tmp_path / "run", 60, *nodes)
+        nodes[1].kill()  # its process dies with it
+        nodes.append(start(*both, "--node-rank", 1))
+        with group(nodes[2]):
+            said = [node.communicate(timeout=200)[0] for node in (nodes[0], nodes[2])]
+            assert [nodes[0].returncode, nodes[2].returncode] == [0, 0], said
+        assert whole.wait(timeout=200) == 0
+    resumed = [int(s) for s in re.findall(r"resumed from \S+ after step (\d+)", said[0])]
+    assert len(resumed) == 2
+    assert resumed[0] >= 10
+    assert resumed[1] >= 60
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
