@@ -113,6 +113,19 @@ def test_dtypes_at_rest_and_in_flight(tmp_path: Path) -> None:
     assert {p.dtype for p in trainer.parts[0].parameters()} == {torch.float32}
 
 
+def test_offloaded_optimizer_changes_nothing(tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path, dtype="bfloat16")
+    away = replace(recipe, optim=replace(recipe.optim, offload=True))
+    here, there = trainer_of(recipe), trainer_of(away)
+    for _ in range(3):
+        assert here.step().loss == there.step().loss
+    held = [p for group in there.optimizer.adamw.param_groups for p in group["params"]]
+    ours = {p.data_ptr() for p in there.parts[0].parameters()}
+    assert not ours & {p.data_ptr() for p in held}  # it really works on copies
+    for a, b in zip(here.parts[0].parameters(), there.parts[0].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_loss_scale_grows_and_halves() -> None:
     scale = LossScale(8.0, window=3, hysteresis=2)
     for _ in range(3):

@@ -81,7 +81,7 @@ def run(words: list[str]) -> int:
     if start.verify_layout:
         return verify(recipe, world)
     checkpoint = find_checkpoint(Path(start.resume)) if start.resume else None
-    check(recipe, world, checkpoint, joining=launch.node_rank > 0 or Place.from_environment().rank > 0)
+    check(recipe, world, checkpoint, kind=kind, joining=launch.node_rank > 0 or Place.from_environment().rank > 0)
     job = Job(recipe, kind, checkpoint, run_facts(recipe) if world > 1 else {})
     seconds = {"join_seconds": launch.join_timeout, "collective_seconds": launch.collective_timeout}
     if world == 1 and not launch.max_restarts:
@@ -150,7 +150,7 @@ def verify(recipe: Recipe, processes: int) -> int:
     return verify_layout(recipe, processes)
 
 
-def check(recipe: Recipe, processes: int, checkpoint: Path | None, *, joining: bool = False) -> None:
+def check(recipe: Recipe, processes: int, checkpoint: Path | None, *, kind: str = "cpu", joining: bool = False) -> None:
     """Refuses what cannot work, all problems together, before any process is started.
 
     `joining`: this is not the machine of rank 0, so it may come back to a run that has begun.
@@ -159,6 +159,8 @@ def check(recipe: Recipe, processes: int, checkpoint: Path | None, *, joining: b
         UserError: what is wrong, each with its fix.
     """
     problems = recipe.problems(processes)
+    if recipe.optim.offload and kind == "cpu":
+        problems.append(UserError("optim.offload has no effect on the CPU", "leave it out"))
     if not problems:
         problems += _input_problems(recipe, checkpoint)
     if recipe.out and not joining and checkpoint is None and committed(Path(recipe.out) / "checkpoints"):

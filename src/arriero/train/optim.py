@@ -29,6 +29,8 @@ class OptimConfig:
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
     """Decoupled decay of matrices; norms and biases are exempt."""
+    offload: bool = False
+    """Keep moments and masters in the CPU's memory and update there: slower, and room for a larger model."""
 
     def problems(self) -> list[UserError]:
         """All that is impossible about it."""
@@ -44,7 +46,7 @@ class Optimizer:
     """AdamW over what this process holds of the model, keyed by path in it."""
 
     def __init__(self, parts: list[Llama], config: OptimConfig, ranks: Ranks) -> None:
-        self.ranks = ranks
+        self.ranks, self.offload = ranks, config.offload
         self.shards: dict[str, Shard] = {}
         self._parameters: dict[str, nn.Parameter] = {}
         self._locals: dict[str, nn.Parameter] = {}
@@ -53,7 +55,8 @@ class Optimizer:
                 continue  # an uneven cut left this process nothing of it
             self.shards[name] = shard
             self._parameters[name] = parameter
-            self._locals[name] = nn.Parameter(local(parameter).detach())
+            held = local(parameter).detach()
+            self._locals[name] = nn.Parameter(held.to("cpu", copy=True) if self.offload else held)
         self.device = next(iter(self._locals.values())).device
         decayed = [p for n, p in self._locals.items() if len(self.shards[n].shape) > 1]
         exempt = [p for n, p in self._locals.items() if len(self.shards[n].shape) == 1]
@@ -63,11 +66,14 @@ class Optimizer:
         )
 
     def take_gradients(self) -> None:
-        """Points the local parameters at the values and gradients that the model holds now."""
+        """Points the local parameters at the values and gradients that the model holds now, or fetches gradients."""
         for name, parameter in self._parameters.items():
-            ours = self._locals[name]
-            ours.data = local(parameter).detach()
-            ours.grad = local_gradient(parameter)
+            ours, gradient = self._locals[name], local_gradient(parameter)
+            if self.offload:
+                ours.grad = None if gradient is None else gradient.to("cpu")
+            else:
+                ours.data = local(parameter).detach()
+                ours.grad = gradient
 
     def gradient_norm(self) -> Tensor:
         """The L2 norm of the whole gradient, a float64 scalar on every process, each element counted once."""
@@ -85,6 +91,14 @@ class Optimizer:
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
+        if self.offload:
+            for name, parameter in self._parameters.items():
+                local(parameter).detach().copy_(self._locals[name].detach())
+
+    def take_values(self) -> None:
+        """Takes over the parameters' values, once they are loaded."""
+        for name, parameter in self._parameters.items():
+            self._locals[name].data.copy_(local(parameter).detach())
 
     def clear(self) -> None:
         """Forgets all gradients."""

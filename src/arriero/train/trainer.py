@@ -79,12 +79,14 @@ class Trainer:
             init = self.recipe.init
             source = open_huggingface(Path(init)) if init else InitialWeights(self.config, self.recipe.seed)
             load_weights(self.parts, source, self.ranks)
+            self.optimizer.take_values()
             return
         state, reader = load_state(checkpoint), CheckpointReader(checkpoint)
         load_weights(self.parts, reader, self.ranks)
         held = self.optimizer.shards.items()
         moments = {m: {path: reader.read(f"{m}.{s.name}", s.index) for path, s in held} for m in MOMENTS}
         self.done, self.updates = state["step"], state["updates"]
+        self.optimizer.take_values()
         self.optimizer.load_moments(moments, self.updates)
         self.scale = LossScale(**state["loss_scale"])
 
