@@ -28,6 +28,7 @@ VERBS = {
     "inspect": Verb("arriero.inspect", "InspectArgs", "what a path is, and whether it is whole"),
     "pretrain": Verb("arriero.train.command", "", "train a recipe, on one process or many"),
     "launch": Verb("arriero.slurm", "", "a SLURM batch file for a recipe"),
+    "convert": Verb("arriero.weights.convert", "ConvertArgs", "weights between Hugging Face, Megatron, AscendSpeed"),
     "export": Verb("arriero.weights.export", "ExportArgs", "a run or checkpoint -> a Hugging Face directory"),
     "compare": Verb("arriero.compare.command", "CompareArgs", "two runs or logs against each other: figure, verdict"),
     "generate": Verb("arriero.generate", "GenerateArgs", "text from a run or a Hugging Face directory"),
