@@ -1,4 +1,4 @@
-"""Speed of `arriero prepare` beside the raw engines, on real text: the sources and documents of Python and its packages.
+"""Speed of `arriero prepare` beside the raw engines, on real text: the sources of Python and its packages.
 
     python benchmarks/data_tokenize.py --tokenizer DIR [--megabytes 200] [--rounds 2]
 
@@ -21,7 +21,11 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-MEASURE = "import resource,sys;u=resource.getrusage(resource.RUSAGE_SELF);print('USAGE',u.ru_utime+u.ru_stime,u.ru_maxrss,file=sys.stderr)"
+MEASURE = """
+import resource, sys
+used = resource.getrusage(resource.RUSAGE_SELF)
+print("USAGE", used.ru_utime + used.ru_stime, used.ru_maxrss, file=sys.stderr)
+"""
 
 RAW_SENTENCEPIECE = """
 import json, sys, sentencepiece
@@ -59,7 +63,8 @@ OURS = """
 import sys
 from pathlib import Path
 from arriero.data.prepare import PrepareArgs, run
-run(PrepareArgs(inputs=(sys.argv[1],), tokenizer=Path(sys.argv[2]), out=sys.argv[3], format=sys.argv[4], engine=sys.argv[5], workers=2))
+source, tokenizer, out, form, engine = sys.argv[1:]
+run(PrepareArgs(inputs=(source,), tokenizer=Path(tokenizer), out=out, format=form, engine=engine, workers=2))
 """
 
 
@@ -128,7 +133,8 @@ def main() -> None:
         out = here / "out"
         names = " ".join(f"{p} {version(p)}" for p in ("sentencepiece", "gigatoken", "numpy"))
         print(
-            f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {names}, {time.strftime('%Y-%m-%d')}"
+            f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {names}, "
+            f"{time.strftime('%Y-%m-%d')}"
         )
         rows = [
             ("raw sentencepiece, 2 threads", RAW_SENTENCEPIECE, (whole, model)),

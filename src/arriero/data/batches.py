@@ -119,7 +119,7 @@ class Batch(NamedTuple):
     """Rows of a global batch. `labels` holds the next token, or -100 where no loss falls.
 
     Attributes:
-        tokens, labels: int64 [count, sequence_length].
+        tokens, labels: int64 [count, sequence_length]; for plain text they are views of one array.
         positions: int64 [count, sequence_length], starting over in each document; None with attention = "window".
         documents: int64 [count, sequence_length], number of the document within the row; None likewise.
     """
@@ -143,21 +143,26 @@ class _TextSet:
     def __post_init__(self) -> None:
         self.samples_per_epoch = self.order.samples_per_epoch
 
-    def fill(self, samples: np.ndarray, rows: np.ndarray, out: Batch) -> None:
-        """Writes the samples' windows into the given rows of `out`."""
+    def fill(self, samples: np.ndarray, rows: np.ndarray, buffer: np.ndarray, out: Batch) -> None:
+        """Writes the samples' windows into the given rows of `buffer`, and what follows from them into `out`."""
         for windows, mine, within in self.order.groups(samples):
             begin, end, count = windows.pieces(within, self.data.sizes, self.data.starts)
             tokens = self.data.tokens
             stretches = [tokens[a:b] for a, b in zip(begin.tolist(), end.tolist(), strict=True)]
-            flat = np.concatenate(stretches, dtype=np.int64, casting="unsafe").reshape(len(mine), self.length + 1)
             into = rows[mine]
-            out.tokens[into], out.labels[into] = flat[:, :-1], flat[:, 1:]
+            if len(into) == len(buffer):  # then `into` counts up from 0, and the tokens are copied only once
+                np.concatenate(stretches, out=buffer.reshape(-1), casting="unsafe")
+            else:
+                buffer[into] = np.concatenate(stretches, dtype=np.int64, casting="unsafe").reshape(len(into), -1)
             if self.by_document:
-                _mark_documents(end - begin, count, into, out)
+                same = _mark_documents(end - begin, count, into, out)
+                out.labels[into] = np.where(same, buffer[into, 1:], -100)
+            elif out.labels.base is not buffer:
+                out.labels[into] = buffer[into, 1:]
 
 
-def _mark_documents(sizes: np.ndarray, count: np.ndarray, rows: np.ndarray, out: Batch) -> None:
-    """Fills in positions and document numbers, and takes the loss off labels that lie in the next document."""
+def _mark_documents(sizes: np.ndarray, count: np.ndarray, rows: np.ndarray, out: Batch) -> np.ndarray:
+    """Fills in positions and document numbers; returns where a label lies in the same document as its token."""
     assert out.positions is not None
     assert out.documents is not None
     ends = np.cumsum(sizes)
@@ -167,7 +172,7 @@ def _mark_documents(sizes: np.ndarray, count: np.ndarray, rows: np.ndarray, out:
     number = np.arange(len(sizes)) - np.repeat(first, count)
     documents = np.repeat(number, sizes).reshape(-1, width)
     out.positions[rows], out.documents[rows] = positions[:, :-1], documents[:, :-1]
-    out.labels[rows] = np.where(documents[:, 1:] == documents[:, :-1], out.labels[rows], -100)
+    return documents[:, 1:] == documents[:, :-1]
 
 
 class Batches:
@@ -253,14 +258,16 @@ class Batches:
         samples = step * self.global_batch + np.arange(first, first + count, dtype=np.int64)
         shape = (count, self.sequence_length)
         marked = self.config.attention == "document"
+        buffer = np.empty((count, self.sequence_length + 1), np.int64)
+        plain = not marked and all(isinstance(one, _TextSet) for one in self.sets)
         out = Batch(
-            np.empty(shape, np.int64),
-            np.empty(shape, np.int64),
+            buffer[:, :-1],
+            buffer[:, 1:] if plain else np.empty(shape, np.int64),
             np.empty(shape, np.int64) if marked else None,
             np.empty(shape, np.int64) if marked else None,
         )
         if len(self.sets) == 1:
-            self.sets[0].fill(samples, np.arange(count), out)
+            self.sets[0].fill(samples, np.arange(count), buffer, out)
             return out
         if self._blend is not None:
             which, within = (column[samples % len(self._blend[0])] for column in self._blend)
@@ -269,5 +276,5 @@ class Batches:
         for i, one in enumerate(self.sets):
             rows = np.flatnonzero(which == i)
             if len(rows):
-                one.fill(np.asarray(within[rows], np.int64), rows, out)
+                one.fill(np.asarray(within[rows], np.int64), rows, buffer, out)
         return out

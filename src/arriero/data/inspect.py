@@ -136,9 +136,7 @@ def _show(data: IndexedDataset, i: int, prefix: str, tokenizer: Tokenizer | None
         ids = IndexedDataset(f"{stem}_packed_input_ids_document")[i]
     edges = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
     return [
-        ["loss" if learned[a] else "no loss", _text(ids[a:b], tokenizer)]
-        for a, b in itertools.pairwise(edges)
-        if b > a
+        ["loss" if learned[a] else "no loss", _text(ids[a:b], tokenizer)] for a, b in itertools.pairwise(edges) if b > a
     ]
 
 

@@ -89,8 +89,8 @@ class InstructionSet:
             self._epochs = {epoch: random.permutation(self.samples_per_epoch)}
         return self._epochs[epoch]
 
-    def fill(self, samples: np.ndarray, rows: np.ndarray, out: Batch) -> None:
-        """Writes the samples into the given rows of `out`."""
+    def fill(self, samples: np.ndarray, rows: np.ndarray, buffer: np.ndarray, out: Batch) -> None:
+        """Writes the samples into the given rows of `out` (whose tokens lie in `buffer`)."""
         out.tokens[rows], out.labels[rows] = PAD_ID, -100
         if out.positions is not None and out.documents is not None:
             out.positions[rows], out.documents[rows] = 0, 0

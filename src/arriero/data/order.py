@@ -59,13 +59,13 @@ class Windows:
 
 def cut_windows(sizes: np.ndarray, documents: np.ndarray, length: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Start of `count` windows and of the one after them: (position in `documents`, token in that document)."""
-    ends = np.cumsum(sizes[documents], dtype=np.int64)
+    lengths = sizes[documents]
+    ends = np.cumsum(lengths, dtype=np.int64)
     places = np.arange(count + 1, dtype=np.int64) * length
     # The first document that ends after the place: empty documents are passed over.
-    first = np.searchsorted(ends, places, side="right").astype(np.uint32)
-    begins = ends - sizes[documents] if len(documents) < 1024 else None  # small sets: no second gather to avoid
-    offset = places - (begins[first] if begins is not None else ends[first] - sizes[documents[first]])
-    return first, offset.astype(np.int32)
+    first = np.searchsorted(ends, places, side="right")
+    offset = places - ends[first] + lengths[first]
+    return first.astype(np.uint32), offset.astype(np.int32)
 
 
 class StableOrder:
