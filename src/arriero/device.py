@@ -70,12 +70,14 @@ def process_group_backend(kind: str) -> str:
     return "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{BACKENDS[kind]}"
 
 
-@functools.cache
 def fused_operators(kind: str) -> Any:
     """The vendor's package whose fused operators model/npu.py calls: torch_npu on npu, None elsewhere or without it."""
-    if kind != "npu" or importlib.util.find_spec("torch_npu") is None:
-        return None
-    return importlib.import_module("torch_npu")
+    return _torch_npu() if kind == "npu" else None  # apart from the cached function, which torch.compile warns of
+
+
+@functools.cache
+def _torch_npu() -> Any:
+    return importlib.import_module("torch_npu") if importlib.util.find_spec("torch_npu") else None
 
 
 def sums_on_host(kind: str, dtype: torch.dtype) -> bool:
