@@ -1,9 +1,13 @@
-"""Lets tests import the helpers that lie beside this file, and those of the parts that several parts use."""
+"""Lets tests import the helpers beside this file and those that several parts use; gives tiny models one thread."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE / "parallel"), str(HERE / "weights")]
+# Before torch is imported, and inherited by every process that a test starts: a second thread costs more than it does.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("ARRIERO_THREADS", "1")

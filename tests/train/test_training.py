@@ -73,10 +73,12 @@ def test_masked_labels_and_micro_batches_do_not_change_the_mean(tmp_path: Path) 
     for trainer in (whole, cut):
         micro = trainer.micro_batches(trainer.batches, 0)
         row = 0
-        for m in micro:
-            for labels in m.labels:
-                labels[: 3 * row] = -100  # each row loses more: micro-batches have unequal counts
+        for i, m in enumerate(micro):
+            labels = m.labels.clone()
+            for one in labels:
+                one[: 3 * row] = -100  # each row loses more: micro-batches have unequal counts
                 row += 1
+            micro[i] = m._replace(labels=labels)
         loss = trainer.forward_backward(micro, train=True)
         gradients.append((loss, [p.grad.clone() for p in trainer.parts[0].parameters()]))
     assert gradients[0][0] == pytest.approx(gradients[1][0], rel=1e-12)
@@ -145,19 +147,18 @@ def test_a_nonfinite_step_is_printed_counted_and_harms_nothing(
     tmp_path: Path, policy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = recipe_in(tmp_path, steps=3, on_nonfinite=policy)
-    original = Trainer.micro_batches
+    original = Trainer.forward_backward
     weights: list[torch.Tensor] = []
 
-    def poisoned(self: Trainer, batches: Any, step: int) -> Any:
+    def poisoned(self: Trainer, micro: Any, *, train: bool) -> float:
         weight = self.parts[0].get_parameter("model.norm.weight")
         weights.append(weight.detach().clone())
-        if step == 1:
-            self.scale.scale = math.nan  # the loss is scaled by it: every gradient becomes nan
-        else:
-            self.scale.scale = 1.0
-        return original(self, batches, step)
+        loss = original(self, micro, train=train)
+        if self.done == 1:
+            self.parts[0].get_parameter("model.norm.weight").grad[0] = math.nan
+        return loss
 
-    monkeypatch.setattr(Trainer, "micro_batches", poisoned)
+    monkeypatch.setattr(Trainer, "forward_backward", poisoned)
     arguments = {"local_rank": 0, "device_kind": "cpu", "checkpoint": None}
     if policy == "stop":
         with pytest.raises(UserError, match="step 2"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from arriero.checkpoint.load import CheckpointReader, load_state
 from arriero.checkpoint.save import forget_old, save_checkpoint
 from arriero.data.batches import Batches
+from arriero.data.prefetch import Prefetch
 from arriero.device import synchronize, take_device
 from arriero.model.init import InitialWeights
 from arriero.parallel.apply import build_parts, load_weights
@@ -72,6 +74,7 @@ class Trainer:
         self.updates = 0
         """Steps whose update was not skipped."""
         self.batches = open_batches(recipe, "train")
+        self._feed: Iterator[list[MicroBatch]] | None = None
 
     def start(self, checkpoint: Path | None) -> None:
         """Takes weights and state from a checkpoint, or weights from `init`, or draws them."""
@@ -116,6 +119,13 @@ class Trainer:
             for start in range(first, first + share, train.micro_batch)
         ]  # fmt: skip
 
+    def next_batch(self) -> list[MicroBatch]:
+        """The micro-batches of the coming step, made ahead on another thread."""
+        if self._feed is None:
+            steps = range(self.done, self.recipe.train.steps)
+            self._feed = iter(Prefetch(lambda step: self.micro_batches(self.batches, step), steps))
+        return next(self._feed)
+
     def forward_backward(self, micro: list[MicroBatch], *, train: bool) -> float:
         """The mean loss over the global batch; with `train`, its gradient is left in the parameters."""
         valid = torch.stack([(m.labels != IGNORED).sum() for m in micro]).sum().double()
@@ -144,7 +154,7 @@ class Trainer:
     def step(self) -> StepResult:
         """One optimizer step: batch, loss, gradient, norm, update."""
         train, watch = self.recipe.train, Stopwatch()
-        micro = self.micro_batches(self.batches, self.done)
+        micro = self.next_batch()
         data_seconds = watch.read()
         loss = self.forward_backward(micro, train=True)
         self.optimizer.take_gradients()
