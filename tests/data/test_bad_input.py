@@ -163,7 +163,9 @@ def test_an_unreadable_file_is_one_message_and_leaves_nothing(tmp_path: Path, pr
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "json", "csv", "parquet", "arrow", "feather"])
-def test_every_kind_gives_the_same_set(tmp_path: Path, prepare: Prepare, kind: str, suffix: str) -> None:
+def test_every_kind_gives_the_same_set(
+    tmp_path: Path, prepare: Prepare, capsys: pytest.CaptureFixture[str], kind: str, suffix: str
+) -> None:
     texts = ["first", "second words", "third ü"]
     table = pyarrow.table({"text": texts, "other": [1, 2, 3]})
     path = tmp_path / f"a.{kind}"
@@ -190,7 +192,9 @@ def test_every_kind_gives_the_same_set(tmp_path: Path, prepare: Prepare, kind: s
     plain = tmp_path / "plain.txt"
     plain.write_text("\n".join(texts))
     expected = Path(prepare(plain, out=str(tmp_path / "out" / "plain")) + "_text_document.bin").read_bytes()
-    assert Path(prepare(path) + "_text_document.bin").read_bytes() == expected
+    capsys.readouterr()
+    assert Path(prepare(path, log_interval=1) + "_text_document.bin").read_bytes() == expected
+    assert "processed 3 documents" in capsys.readouterr().out
 
 
 def test_a_directory_of_several_kinds_is_refused_and_one_kind_is_read_by_name(tmp_path: Path, prepare: Prepare) -> None:

@@ -101,7 +101,7 @@ def _open(path: Path, meter: Meter = _no_meter) -> BinaryIO:
     """A file's bytes, decompressed."""
     raw = path.open("rb", buffering=_BLOCK)
     size = max(1, path.stat().st_size)
-    meter(lambda: raw.tell() / size)
+    meter(lambda: 1.0 if raw.closed else raw.tell() / size)  # the last batches are written after the file is closed
     how = _compression(path)
     if how == "gzip":
         return cast(BinaryIO, gzip.open(raw, "rb"))
@@ -287,7 +287,7 @@ def _arrow(path: Path, columns: tuple[str, ...] | None, meter: Meter) -> Numbere
         reader = pyarrow.ipc.open_file(mapped) if head == b"ARROW1" else pyarrow.ipc.open_stream(mapped)
         batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if head == b"ARROW1" else reader
         number, size = 1, max(1, mapped.size())
-        meter(lambda: mapped.tell() / size)
+        meter(lambda: 1.0 if mapped.closed else mapped.tell() / size)
         for whole in batches:
             batch = whole.select([c for c in columns if c in whole.schema.names]) if columns is not None else whole
             for at in range(0, batch.num_rows, 512):
