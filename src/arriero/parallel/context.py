@@ -45,13 +45,18 @@ class GatheredAttention:
         mine = positions_of(ranks.context_rank, config, length)
         self.causal = (mine[:, None] >= torch.arange(length))[None, None]
 
+    def _move(self, device: torch.device) -> None:
+        """Brings order and mask to the device, once."""
+        if self.causal.device != device:
+            self.natural, self.causal = self.natural.to(device), self.causal.to(device)
+
     def __call__(self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, mask: Tensor | None = None) -> Tensor:
         """As ops.causal_attention; `mask` is [B, 1, L / c, L]."""
-        device = q_BLHK.device
+        self._move(q_BLHK.device)
         both = torch.stack((k_BLGK, v_BLGK)).transpose(0, 2).contiguous()  # [L / c, B, 2, G, K]
         gathered = all_gather_tensor_autograd(both, 0, self.group)
-        keys, values = gathered[self.natural.to(device)].transpose(0, 2).unbind(0)
-        return ops.causal_attention(q_BLHK, keys, values, self.causal.to(device) if mask is None else mask)
+        keys, values = gathered[self.natural].transpose(0, 2).unbind(0)
+        return ops.causal_attention(q_BLHK, keys, values, self.causal if mask is None else mask)
 
 
 class UlyssesAttention:

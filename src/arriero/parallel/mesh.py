@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from arriero.device import sums_on_host
 from arriero.parallel.config import ParallelConfig
 
 if TYPE_CHECKING:
@@ -103,7 +104,9 @@ class Ranks:
 
         for name in dimensions:
             if self.mesh is not None and self.sizes[name] > 1:
-                dist.all_reduce(value, group=self.mesh.get_group(name))
+                here = value.cpu() if sums_on_host(value.device.type, value.dtype) else value
+                dist.all_reduce(here, group=self.mesh.get_group(name))
+                value.copy_(here)
         return value
 
     def barrier(self) -> None:

@@ -74,6 +74,8 @@ def _forgetful(forward: Callable[..., Any], config: RecomputeConfig) -> Callable
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # no dropout, no random state
     if config.mode == "selective":
         kept = {op for name in config.keep for op in OPERATORS[name]}
+        if "attention" in config.keep and hasattr(torch.ops.npu, "npu_fusion_attention"):
+            kept.add(torch.ops.npu.npu_fusion_attention.default)
 
         def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
             return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
