@@ -22,7 +22,7 @@ def recognises(path: Path) -> bool:
     """Whether `path` is a model directory of any known kind (not a run), a weight file, or a conversion cut short."""
     if path.is_file():
         return path.suffix in _FILES and path.with_suffix(".idx").exists() is False
-    if path.name.endswith(".partial"):
+    if path.name.endswith(".partial") and path.is_dir():
         return True
     try:
         return path.is_dir() and detect(path) != "run"

@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import os
 import shutil
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -75,6 +77,7 @@ def transfer(
         UserError: a value is NaN or infinite, or does not fit `dtype`; a source file ends early.
     """
     routes: dict[str, list[tuple[int, Put]]] = {name: [] for name in hub}
+    locks: dict[int, threading.Lock] = defaultdict(threading.Lock)  # the kernel's own lock on a file spins
     descriptors = [os.open(file.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666) for file in files]
     try:
         for fd, file in zip(descriptors, files, strict=True):
@@ -87,7 +90,8 @@ def transfer(
         def move(name: str, row: int, rows: int) -> int:
             chunk = read_chunk(name, hub[name], row, rows, dtype)
             for fd, put in routes[name]:
-                _send(chunk, first=row, size=ITEMSIZE[dtype or hub[name].dtype], fd=fd, put=put)
+                with locks[fd]:
+                    _send(chunk, first=row, size=ITEMSIZE[dtype or hub[name].dtype], fd=fd, put=put)
             if advance:
                 advance(rows * matrix_shape(hub[name].shape)[1] * ITEMSIZE[hub[name].dtype])
             return partial_fingerprint(chunk, row)
@@ -100,7 +104,7 @@ def transfer(
 
 
 def _reread(written: Mapping[str, Assembly], name: str, row: int, rows: int) -> int:
-    return partial_fingerprint(read_chunk(name, written[name], row, rows), row) if name in written else 0
+    return partial_fingerprint(_read_rows(written[name], row, rows), row) if name in written else 0
 
 
 def chunks(name: str, tensor: Assembly) -> Iterator[tuple[str, int, int]]:
@@ -173,9 +177,7 @@ def read_chunk(name: str, tensor: Assembly, row: int, rows: int, dtype: str | No
 
     The bytes lie in a buffer of the calling thread, which its next call fills anew.
     """
-    columns = matrix_shape(tensor.shape)[1]
-    chunk = buffer("chunk", rows, columns * ITEMSIZE[tensor.dtype])
-    tensor.read_window(row, 0, chunk)
+    chunk = _read_rows(tensor, row, rows)
     if not is_finite(chunk, tensor.dtype):
         where = tensor.pieces[0].source.label
         raise UserError(f"{where}: {name} holds NaN or infinity", "take an earlier checkpoint")
@@ -183,6 +185,12 @@ def read_chunk(name: str, tensor: Assembly, row: int, rows: int, dtype: str | No
         chunk = cast(chunk, tensor.dtype, dtype)
         if not is_finite(chunk, dtype):
             raise UserError(f"{name} holds values too large for {dtype}", "keep the dtype, or use float32 or bfloat16")
+    return chunk
+
+
+def _read_rows(tensor: Assembly, row: int, rows: int) -> Bytes:
+    chunk = buffer("chunk", rows, matrix_shape(tensor.shape)[1] * ITEMSIZE[tensor.dtype])
+    tensor.read_window(row, 0, chunk)
     return chunk
 
 
@@ -259,13 +267,18 @@ def _mix(n: np.ndarray) -> np.ndarray:
     return (z ^ (z >> np.uint64(31))) | np.uint64(1)
 
 
+@functools.lru_cache(maxsize=16)
+def _column_weights(count: int) -> np.ndarray:
+    return _mix(np.arange(count) + 2**32)
+
+
 def partial_fingerprint(chunk: Bytes, row: int) -> int:
     """Sum over rows and 8-byte words of weight(row) * weight(word) * word, mod 2^64; chunks add up to their tensor."""
     unit = next(u for u in (8, 4, 2, 1) if chunk.shape[1] % u == 0)
     words = chunk.view(f"u{unit}")
     if unit != 8:
         words = words.astype(np.uint64)
-    columns = _mix(np.arange(words.shape[1]) + 2**32)
+    columns = _column_weights(words.shape[1])
     rows = _mix(np.arange(row, row + words.shape[0]))
     return int((np.einsum("rc,c->r", words, columns) * rows).sum(dtype=np.uint64))
 
