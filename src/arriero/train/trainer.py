@@ -35,9 +35,13 @@ from arriero.weights.huggingface import open_huggingface
 
 
 def open_batches(recipe: Recipe, split: str) -> Batches:
-    """The batches of one split; the validation split is read from its start at every validation."""
+    """The batches of one split; the validation split is read from its start at every validation.
+
+    The number of samples matters to `data.order = "megatron"` alone, and is Megatron's.
+    """
     train = recipe.train
-    count = train.steps if split == "train" else train.eval_batches
+    validations = train.steps // train.eval_every + 1 if train.eval_every else 1
+    count = train.steps if split == "train" else validations * train.eval_batches
     return Batches(
         recipe.data, sequence_length=train.sequence_length, global_batch=train.global_batch, seed=recipe.seed,
         split=split, samples=count * train.global_batch,
