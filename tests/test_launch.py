@@ -37,6 +37,7 @@ def free_port() -> int:
 
 def start(*words: object, **environment: str) -> subprocess.Popen[str]:
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    clean["ARRIERO_THREADS"] = "1"  # what plays a machine here has not all the cores
     return subprocess.Popen(
         [sys.executable, "-m", "arriero", *map(str, words)], env=clean | environment, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -297,15 +298,15 @@ def wait_for_step(run: Path, step: int, *processes: subprocess.Popen[str]) -> No
 
 def test_a_lost_process_and_a_lost_machine_do_not_change_the_run(tmp_path: Path) -> None:
     recipe, port = write_recipe(tmp_path), free_port()
-    long = ["pretrain", recipe, "--train.steps", 400, "--checkpoint.every", 10, "--log.every", 50]
+    long = ["pretrain", recipe, "--train.steps", 200, "--checkpoint.every", 5, "--log.every", 50]
     both = [*long, "--nodes", 2, "--master-addr", "127.0.0.1", "--master-port", port, "--max-restarts", 3]
     both += ["--nproc-per-node", 1]
     whole = start(*long, "--out", tmp_path / "whole", "--nproc-per-node", 2)
     nodes = [start(*both, "--node-rank", k) for k in range(2)]
     with group(whole, *nodes):
-        wait_for_step(tmp_path / "run", 10, *nodes)
+        wait_for_step(tmp_path / "run", 5, *nodes)
         psutil.Process(nodes[1].pid).children()[0].send_signal(signal.SIGKILL)
-        wait_for_step(tmp_path / "run", 60, *nodes)
+        wait_for_step(tmp_path / "run", 40, *nodes)
         nodes[1].kill()  # its process dies with it
         nodes.append(start(*both, "--node-rank", 1))
         with group(nodes[2]):
@@ -314,6 +315,6 @@ def test_a_lost_process_and_a_lost_machine_do_not_change_the_run(tmp_path: Path)
         assert whole.wait(timeout=200) == 0
     resumed = [int(s) for s in re.findall(r"resumed from \S+ after step (\d+)", said[0])]
     assert len(resumed) == 2
-    assert resumed[0] >= 10
-    assert resumed[1] >= 60
+    assert resumed[0] >= 5
+    assert resumed[1] >= 40
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")

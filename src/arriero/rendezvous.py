@@ -19,7 +19,9 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 from torch.distributed import DistNetworkError, DistStoreError, PrefixStore, Store, TCPStore
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
@@ -35,6 +37,7 @@ class JobEnded(Exception):  # noqa: N818 - a message from another node
     """Another node has ended the job; the text is its reason."""
 
 
+T = TypeVar("T")
 _names = itertools.count()
 
 
@@ -53,6 +56,7 @@ class Meeting(RendezvousHandler):
         self.store.compare_set("end", "", "-")
         self.round = -1
         self._looked = 0.0
+        self.lost = False  # the store no longer answers
         self._beats: dict[int, tuple[int, float]] = {}
 
     @property
@@ -149,14 +153,21 @@ class Meeting(RendezvousHandler):
         if self.nodes == 1 or time.monotonic() - self._looked < 0.5:
             return 0
         self._looked = time.monotonic()
-        try:
-            self.store.add(f"beat-{self.node_rank}", 1)
-            self._raise_if_ended()
-            if self.node_rank == 0:
-                self._look_for_the_lost()
-            return int(int(self.store.get("round")) != self.round)
+        try:  # in a thread: over a line that was cut, the store's answer never comes
+            waiting = within(LOST_AFTER, self._look)
         except (DistNetworkError, DistStoreError):
-            raise JobEnded(f"node 0 ({self.address}:{self.port}) is gone, and the store with it") from None
+            waiting = None
+        if waiting is None:
+            self.lost = True
+            raise JobEnded(f"node 0 ({self.address}:{self.port}), which holds the store, is gone or cut off")
+        return waiting
+
+    def _look(self) -> int:
+        self.store.add(f"beat-{self.node_rank}", 1)
+        self._raise_if_ended()
+        if self.node_rank == 0:
+            self._look_for_the_lost()
+        return int(int(self.store.get("round")) != self.round)
 
     def _look_for_the_lost(self) -> None:
         now = time.monotonic()
@@ -179,7 +190,7 @@ class Meeting(RendezvousHandler):
         """Why another node ended the job, if it says so within `seconds`."""
         deadline = time.monotonic() + seconds
         try:
-            while self.nodes > 1 and time.monotonic() < deadline:
+            while self.nodes > 1 and not self.lost and time.monotonic() < deadline:
                 self._raise_if_ended()
                 time.sleep(0.1)
         except (JobEnded, UserError) as said:
@@ -190,6 +201,8 @@ class Meeting(RendezvousHandler):
 
     def end(self, reason: str, *, user: bool = False) -> None:
         """Tells the other nodes why the job ends; the first reason stays. Node 0 stays for them to read it."""
+        if self.lost:
+            return
         try:
             self.store.compare_set("end", "-", json.dumps([reason, user]))
             if self.node_rank == 0 and self.nodes > 1:
@@ -259,15 +272,28 @@ def connect_store(address: str, port: int, seconds: float, *, who: str) -> TCPSt
             time.sleep(0.2)
     else:
         raise UserError(f"{where} cannot reach node 0 at {address}:{port} in {seconds:g} s: {said}", fix)
-    found: list[TCPStore] = []
+    timeout = timedelta(seconds=seconds)
+    with contextlib.suppress(RuntimeError):
+        store = within(min(seconds, 10.0), lambda: TCPStore(address, port, wait_for_workers=False, timeout=timeout))
+        if store is not None:
+            return store
+    raise UserError(f"{where}: what answers at {address}:{port} is not a run of arriero", fix)
 
-    def connect() -> None:  # in a thread: a stranger that never answers would hold it for ever
-        with contextlib.suppress(RuntimeError):
-            found.append(TCPStore(address, port, wait_for_workers=False, timeout=timedelta(seconds=seconds)))
 
-    thread = threading.Thread(target=connect, daemon=True)
+def within(seconds: float, function: Callable[[], T]) -> T | None:
+    """What `function()` returns or raises, or None when it has done neither in `seconds`; its thread is left behind."""
+    done: list[T] = []
+    failed: list[Exception] = []
+
+    def call() -> None:
+        try:
+            done.append(function())
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
     thread.start()
-    thread.join(min(seconds, 10.0))
-    if not found:
-        raise UserError(f"{where}: what answers at {address}:{port} is not a run of arriero", fix)
-    return found[0]
+    thread.join(seconds)
+    if failed:
+        raise failed[0]
+    return done[0] if done else None
