@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-import toy
 
+import toy
 from arriero import cli
 
 
@@ -57,7 +57,15 @@ def test_resume_extends_and_equals_a_longer_run(run: Path, tmp_path: Path) -> No
     toy.arriero("pretrain", *base, "--train.steps", "6", "--out", tmp_path / "a")
     toy.arriero("pretrain", *base, "--train.steps", "10", "--out", tmp_path / "b")
     printed = toy.arriero(
-        "pretrain", "--resume", tmp_path / "a", "--train.steps", "10", "--nproc-per-node", "2", "--log.style", "megatron"
+        "pretrain",
+        "--resume",
+        tmp_path / "a",
+        "--train.steps",
+        "10",
+        "--nproc-per-node",
+        "2",
+        "--log.style",
+        "megatron",
     )
     assert "resumed from" in printed
     assert "throughput per GPU (TFLOP/s/GPU)" in printed
@@ -71,7 +79,7 @@ def test_start_from_hugging_face(run: Path, tmp_path: Path) -> None:
     toy.arriero("pretrain", run / "toy.toml", "--model", "", "--init", tmp_path / "hf", "--out", tmp_path / "c")
     first = json.loads((tmp_path / "c" / "metrics.jsonl").read_text().splitlines()[0])
     last = json.loads((run / "run" / "metrics.jsonl").read_text().splitlines()[-2])
-    assert first["lm_loss"] < 5.3 < 5.55
+    assert first["lm_loss"] < 5.3  # ln 259 is 5.56
     assert first["lm_loss"] == pytest.approx(last["lm_loss"], abs=0.35)
     refused = toy.arriero("pretrain", run / "toy.toml", "--init", tmp_path / "nowhere", "--out", tmp_path / "d", code=2)
     assert "nowhere" in refused

@@ -72,7 +72,10 @@ def run_verb(name: str, words: list[str]) -> int:
     import tyro
 
     arguments = tyro.cli(
-        getattr(module, verb.arguments), prog=f"arriero {name}", description=f"{verb.summary}.", args=words,
+        getattr(module, verb.arguments),
+        prog=f"arriero {name}",
+        description=f"{verb.summary}.",
+        args=words,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     return int(module.run(arguments))

@@ -26,7 +26,7 @@ class DemoArgs:
 
     out: Path = Path("runs/demo")
     """Directory for everything that the demo makes."""
-    steps: int = 300
+    steps: int = 200
     """Optimizer steps of the main run."""
     overwrite: bool = False
     """Remove an earlier demo in the same directory first."""
@@ -51,13 +51,15 @@ def run(args: DemoArgs) -> int:
     _heading("Token files")
     tokenizer = str(data / "tokenizer")
     prefix = str(data / "python_docs")
-    _arriero("prepare", str(data / "python_docs.parquet"), "--format", "alpaca", "--tokenizer", tokenizer, "--out", prefix)
+    documents = ["--format", "alpaca", "--tokenizer", tokenizer, "--out", prefix]
+    _arriero("prepare", str(data / "python_docs.parquet"), *documents)
     named = ["--data.prefix", f"{prefix}_text_document", "--tokenizer", tokenizer]
     named += ["--schedule.decay-steps", str(args.steps)]
     _heading("Pre-train on one process")
     _arriero("pretrain", "demo", *named, "--train.steps", str(args.steps), "--out", str(one))
     _heading("The same recipe's first ten steps on two tensor-parallel processes")
-    two_words = ["--parallel.tensor-parallel", "2", "--train.steps", "10", "--log.every", "5", "--train.eval-every", "0"]
+    short = ["--train.steps", "10", "--log.every", "5", "--train.eval-every", "0"]
+    two_words = ["--parallel.tensor-parallel", "2", *short]
     _arriero("pretrain", "demo", *named, *two_words, "--out", str(two))
     _heading("Are they the same run?")
     _arriero("compare", str(one), str(two), "--max-rel", "1e-5", "--out", str(out / "compare"))
@@ -94,5 +96,5 @@ def _close(out: Path, seconds: float) -> None:
         print(f"  {name:11} {path}")
     print("Next:")
     print(f'  arriero generate {out / "huggingface"} --prompt "Document the module " --temperature 0.8')
-    print(f"  arriero pretrain --resume {out / 'one-process'} --train.steps 600     # goes on where it stopped")
+    print(f"  arriero pretrain --resume {out / 'one-process'} --train.steps 400     # goes on where it stopped")
     print("  arriero prepare YOUR.txt --tokenizer DIR --out PREFIX                 # your own text")
