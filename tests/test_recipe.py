@@ -79,7 +79,7 @@ def test_cross_checks_come_together(tmp_path: Path) -> None:
     assert "out: not set" in message
     assert "3 does not divide the 4 attention heads" in message
     assert "use one of 1, 2" in message
-    assert "4 processes do not divide into tensor-parallel groups of 3" in message
+    assert "4 processes do not divide into groups of 3 (tensor 3" in message
     assert "global_batch 7 is not a multiple" in message
     assert "warmup_fraction are both set" in message
 
