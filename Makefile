@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 
 NPU := build/npu
 
-.PHONY: demo test lint npu clean
+.PHONY: demo test lint npu cluster clean
 
 demo: $(VENV)/.demo
 	$(BIN)/arriero demo --overwrite
@@ -18,6 +18,11 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# As root: network namespaces and a real SLURM, installed from Debian's packages.
+cluster: $(VENV)/.test
+	tests/cluster/install.sh
+	ARRIERO_CLUSTER=1 $(BIN)/pytest tests/cluster
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -6,7 +6,6 @@ agree on what they run (agreement.py), and a process that fails says so before t
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
@@ -196,6 +195,7 @@ def run_processes(
         raise
     finally:
         children.stop()
+        meeting.close()
 
 
 def hush_agent() -> None:
@@ -283,7 +283,9 @@ def _entry(
     function: Callable[[Any], None], argument: Any, launch: LaunchConfig, facts: Callable[[Any], dict[str, str]] | None
 ) -> None:
     """What a started process runs."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan trains on when the agent is killed
+    from arriero.rendezvous import die_with_parent
+
+    die_with_parent()  # no orphan trains on when the agent is killed
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, signal.SIG_DFL)  # a Python handler would wait for the collective that it interrupts
     try:

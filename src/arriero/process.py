@@ -160,7 +160,7 @@ def open_job_store(place: Place, seconds: float) -> Store:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and place.rank == 0:
         store: Store = host_store(address, port, seconds)[0]
     else:
-        store = connect_store(address, port, seconds, who=f"rank {place.rank}")
+        store = connect_store(address, port, seconds, who=f"rank {place.rank}", knock=ROUND not in os.environ)
     _stores[:] = [store, PrefixStore(f"start-{start_number()}", store)]
     return _stores[1]
 

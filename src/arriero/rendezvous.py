@@ -11,10 +11,11 @@ follow the node ranks that the user gave, so rank 0, which logs, is on node 0. K
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import itertools
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -51,7 +52,7 @@ class Meeting(RendezvousHandler):
         self.name = f"arriero-{next(_names)}"  # under which the agent finds it
         self.nodes, self.node_rank, self.address, self.processes = nodes, node_rank, address, processes
         self.join_seconds, self.restarts = join_seconds, restarts
-        self.store, self.port = open_store(nodes, node_rank, address, port, join_seconds)
+        self.store, self.port, self._host = open_store(nodes, node_rank, address, port, join_seconds)
         self.store.compare_set("round", "", "0")
         self.store.compare_set("end", "", "-")
         self.round = -1
@@ -180,6 +181,13 @@ class Meeting(RendezvousHandler):
                     raise JobEnded(f"node {k} ({self._who(k)['host']}) gave no sign of life for {LOST_AFTER:g} s")
                 self.store.compare_set("round", str(self.round), str(self.round + 1))
 
+    def close(self) -> None:
+        """Ends the store, on node 0."""
+        if self._host:
+            os.kill(self._host, signal.SIGKILL)
+            os.waitpid(self._host, 0)
+            self._host = 0
+
     def _raise_if_ended(self) -> None:
         said = self.store.get("end")
         if said != b"-":
@@ -211,18 +219,59 @@ class Meeting(RendezvousHandler):
             pass
 
 
-def open_store(nodes: int, node_rank: int, address: str, port: int, seconds: float) -> tuple[Store, int]:
-    """The store on node 0: hosted there, connected to elsewhere; and its port, chosen when `port` is 0.
+def die_with_parent() -> None:
+    """Has the kernel end this process when the one that forked it ends, however it ends."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def open_store(nodes: int, node_rank: int, address: str, port: int, seconds: float) -> tuple[Store, int, int]:
+    """The store on node 0: hosted there, connected to elsewhere; its port; the process that hosts it, or 0.
 
     Raises:
         UserError: the port is taken, or the address does not lead there within `seconds`.
     """
     if node_rank > 0:
-        return connect_store(address, port, seconds, who=f"node {node_rank}"), port
+        return connect_store(address, port, seconds, who=f"node {node_rank}"), port, 0
     if nodes > 1 and not is_here(address):
         fix = "give all nodes the address of node 0 as --master-addr, and this node its own --node-rank"
         raise UserError(f"--master-addr {address} is not an address of this machine, which is node 0", fix)
-    return host_store(address, port, seconds)
+    port, host = host_apart(address, port, seconds)
+    try:
+        return connect_store(address, port, seconds, who="node 0", knock=False), port, host
+    except UserError:
+        os.kill(host, signal.SIGKILL)
+        raise
+
+
+def host_apart(address: str, port: int, seconds: float) -> tuple[int, int]:
+    """Hosts a store in a process of its own; returns its port and its process.
+
+    Not in this one: the store's thread asks the resolver for the name of each that connects, and a worker forked in
+    that moment inherits the resolver's lock and hangs (seen in one start of four, with 32 workers and a slow DNS).
+    """
+    reader, writer = os.pipe()
+    host = os.fork()
+    if host == 0:
+        try:
+            die_with_parent()
+            for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+                signal.signal(name, signal.SIG_IGN)  # it is needed until its parent has ended
+            store, port = host_store(address, port, seconds)
+            os.write(writer, json.dumps([port]).encode())
+            while store:
+                signal.pause()
+        except UserError as error:
+            os.write(writer, json.dumps([0, error.problem, error.fix]).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    text = os.read(reader, 1 << 16).decode()
+    os.close(reader)
+    port, *problem = json.loads(text or '[0, "the store did not start", ""]')
+    if problem:
+        os.waitpid(host, 0)
+        raise UserError(*problem)
+    return port, host
 
 
 def host_store(address: str, port: int, seconds: float) -> tuple[TCPStore, int]:
@@ -255,29 +304,31 @@ def is_here(address: str) -> bool:
     return True
 
 
-def connect_store(address: str, port: int, seconds: float, *, who: str) -> TCPStore:
+def connect_store(address: str, port: int, seconds: float, *, who: str, knock: bool = True) -> TCPStore:
     """Connects to the store on node 0, waiting until somebody listens there.
+
+    `knock` looks first whether the port is open, because torch's own error does not say why it is not.
 
     Raises:
         UserError: nobody does within `seconds`, or it is no store; the text has the network's own word for it.
     """
     where, deadline, said = f"{who} ({socket.gethostname()})", time.monotonic() + seconds, ""
     fix = "start node 0 there, or mend --master-addr and --master-port; --join-timeout waits longer"
-    while time.monotonic() < deadline:
+    timeout = timedelta(seconds=seconds)
+    while (left := deadline - time.monotonic()) > 0:
         try:
-            socket.create_connection((address, port), timeout=min(5.0, seconds)).close()
-            break
+            if knock:
+                socket.create_connection((address, port), timeout=max(0.5, min(5.0, left))).close()
+            store = within(left, lambda: TCPStore(address, port, wait_for_workers=False, timeout=timeout))
+            if store is not None:
+                return store
+            said = "what answers there is not a run of arriero"
         except OSError as error:
             said = error.strerror or str(error)
-            time.sleep(0.2)
-    else:
-        raise UserError(f"{where} cannot reach node 0 at {address}:{port} in {seconds:g} s: {said}", fix)
-    timeout = timedelta(seconds=seconds)
-    with contextlib.suppress(RuntimeError):
-        store = within(min(seconds, 10.0), lambda: TCPStore(address, port, wait_for_workers=False, timeout=timeout))
-        if store is not None:
-            return store
-    raise UserError(f"{where}: what answers at {address}:{port} is not a run of arriero", fix)
+        except RuntimeError as error:
+            said = str(error).partition("\n")[0]
+        time.sleep(0.2)
+    raise UserError(f"{where} cannot reach node 0 at {address}:{port} in {seconds:g} s: {said}", fix)
 
 
 def within(seconds: float, function: Callable[[], T]) -> T | None:

@@ -103,7 +103,7 @@ def _text(args: SlurmArgs, tasks: int, out: str, pretrain: str) -> str:
 #SBATCH --open-mode=append
 # After preemption or the loss of a node SLURM starts this file again; then it goes on from the newest checkpoint.
 #SBATCH --requeue
-# Two minutes before the time limit or preemption, every process is asked to save and stop.
+# SIGUSR1 reaches every process two minutes before the time limit or preemption.
 #SBATCH --signal=USR1@120
 
 resume=""

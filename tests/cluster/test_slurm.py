@@ -90,8 +90,9 @@ def test_the_batch_file_trains_the_run_of_one_machine(slurm: dict[str, str], tmp
     assert losses(tmp_path / "run") == losses(tmp_path / "one")
 
 
+@pytest.mark.timeout(600)  # SLURM waits two minutes before it starts a requeued job
 def test_a_requeued_job_goes_on(slurm: dict[str, str], tmp_path: Path) -> None:
-    job = batch_file(tmp_path, "--train.steps", 300, "--checkpoint.every", 10)
+    job = batch_file(tmp_path, "--train.steps", 150, "--checkpoint.every", 10)
     number = subprocess.check_output(["sbatch", "--parsable", job], cwd=tmp_path, env=slurm, text=True).strip()
     run = tmp_path / "run"
     for _ in range(1000):
@@ -99,14 +100,13 @@ def test_a_requeued_job_goes_on(slurm: dict[str, str], tmp_path: Path) -> None:
             break
         time.sleep(0.1)
     subprocess.run(["scontrol", "requeue", number], env=slurm, check=True)
-    subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], env=slurm, check=False)
     for _ in range(2500):
         if (run / "loss.png").exists():
             break
         time.sleep(0.1)
     log = next(tmp_path.glob("*.log")).read_text()
     assert "resumed from" in log, log
-    assert len(losses(run)) == 300
+    assert len(losses(run)) == 150
 
 
 def test_srun_shows_the_first_error_and_ends_all(slurm: dict[str, str], tmp_path: Path) -> None:
