@@ -14,6 +14,7 @@ from small_inputs import train_sentencepiece
 
 from arriero.data import fast
 from arriero.data.fast import FastTokenizer, fast_or_reason
+from arriero.data.indexed import IndexedDataset
 from arriero.data.tokenizer import Tokenizer, cut, load_tokenizer
 from arriero.errors import UserError
 
@@ -101,3 +102,21 @@ def test_asking_for_the_fast_engine_without_it_is_an_error(
         prepare(source, engine="fast")
     prepare(source, engine="auto")
     assert "engine     sentencepiece: gigatoken is not installed" in capsys.readouterr().out
+
+
+def test_a_document_of_200_megabytes(tmp_path: Path, prepare: Callable[..., str], tokenizer: Tokenizer) -> None:
+    """Far longer than a chunk of the reader, between two short ones: the three keep their bounds and their ends."""
+    unit = " the documentation of the standard library tells what each function does,"  # of 74 characters
+    source = tmp_path / "long.jsonl"
+    with source.open("w") as file:
+        file.write(
+            '{"text": "first"}\n{"text": "start' + unit * (200_000_000 // len(unit)) + ' end"}\n{"text": "last"}\n'
+        )
+    data = IndexedDataset(prepare(source, engine="fast") + "_text_document")
+    assert len(data) == 3
+    inner, whole = len(data[1]), 200_000_000 // len(unit)
+    assert inner % whole < 200  # the same ids for every unit, and a few at either end
+    assert tokenizer.decode(data[1][:100]).startswith("start" + unit)
+    assert tokenizer.decode(data[1][-100:]).endswith(unit + " end")
+    assert [int(data[i][0]) for i in range(3)] == [1, 1, 1]
+    assert [int(data[i][-1]) for i in range(3)] == [2, 2, 2]
