@@ -244,7 +244,7 @@ def misbehaved() -> dict[str, dict[str, Any]]:
     ("way", "kind", "said"),
     [
         ("well", "NoneType", "None"),
-        ("raise", "ProcessFailed", r"process 1 failed:\nTraceback[\s\S]*ValueError: the cause\n$"),
+        ("raise", "ProcessFailed", r"process 1 failed \(exit 1\):\nTraceback[\s\S]*ValueError: the cause\n$"),
         ("user", "UserError", r"^the data is wrong\n  fix: mend it$"),
         ("kill", "ProcessFailed", "process 1 was killed by SIGKILL"),
         ("stop", "ProcessFailed", "process 1 stood still .* for 2 s and was ended"),
