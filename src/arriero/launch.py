@@ -274,7 +274,8 @@ def _failure(error: Any, children: Children, meeting: Meeting) -> Exception:
         hint = "; the kernel does that when memory runs out" if failure.exitcode == -signal.SIGKILL else ""
         text = f"{where} was killed by {failure.signal_name()}{hint}"
     else:
-        said = failure.message if failure.error_file_data.get("message") else "it left no message; LOGLEVEL=INFO shows the log of torch's agent"
+        silent = "it left no message; LOGLEVEL=INFO shows the log of torch's agent"
+        said = failure.message if failure.error_file_data.get("message") else silent
         text = f"{where} failed (exit {failure.exitcode}):\n{said}"
     meeting.end(text)
     return ProcessFailed(text)
