@@ -285,7 +285,7 @@ def _entry(
     function: Callable[[Any], None], argument: Any, launch: LaunchConfig, facts: Callable[[Any], dict[str, str]] | None
 ) -> None:
     """What a started process runs."""
-    from arriero.rendezvous import die_with_parent
+    from arriero.store import die_with_parent
 
     die_with_parent()  # no orphan trains on when the agent is killed
     for name in (signal.SIGTERM, signal.SIGINT):

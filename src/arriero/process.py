@@ -154,7 +154,7 @@ def open_job_store(place: Place, seconds: float) -> Store:
     """
     from torch.distributed import PrefixStore
 
-    from arriero.rendezvous import connect_store, host_store
+    from arriero.store import connect_store, host_store
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and place.rank == 0:
