@@ -95,17 +95,6 @@ def synchronize(kind: str) -> None:
         torch.accelerator.synchronize()
 
 
-def peak_memory_bytes(kind: str) -> int:
-    """Largest memory held so far by this process: on the device, or resident for the CPU."""
-    if kind == "cpu":
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    import torch
-
-    return int(torch.accelerator.max_memory_allocated())
-
-
 def tune_allocator() -> None:
     """Keeps glibc from giving memory back to the kernel at every step: a quarter of a CPU step's time.
 

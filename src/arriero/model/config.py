@@ -7,7 +7,7 @@ top, files of transformers 5 keep both in `rope_parameters`: both are read, and 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -171,17 +171,6 @@ class LlamaConfig:
             "bos_token_id": self.bos_token_id,
             "eos_token_id": self.eos_token_id,
         }
-
-    def scaled_to(self, *, hidden_size: int, vocab_size: int | None = None) -> LlamaConfig:
-        """The same depth, heads and options at a smaller width, for checks of a layout (head_dim shrinks with it)."""
-        head_dim = max(2, hidden_size // self.num_attention_heads // 2 * 2)
-        return replace(
-            self,
-            hidden_size=hidden_size,
-            head_dim=head_dim,
-            intermediate_size=max(8, round(self.intermediate_size * hidden_size / self.hidden_size / 8) * 8),
-            vocab_size=vocab_size or self.vocab_size,
-        )
 
 
 def _read_scaling(raw: dict[str, Any], where: str) -> RopeScaling:
