@@ -333,3 +333,10 @@ def test_a_lost_process_and_a_lost_machine_do_not_change_the_run(tmp_path: Path)
     assert resumed[0] >= 5
     assert resumed[1] >= 25
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_watching_the_children_takes_no_exit_code_from_the_agent() -> None:
+    done = subprocess.run(
+        [sys.executable, HERE / "launch_often.py", "5"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["LaunchConfig", "Place", "ProcessFailed", "in_process_group", "leave", "run_processes", "start_number",
            "started_by_another", "stop_wanted", "take_place"]  # fmt: skip
 
+WATCH_EVERY = 1.0
+"""Seconds between two looks at the children."""
 STOPPED_AFTER = 10
 """Seconds that a stopped process (SIGSTOP) is waited for before it counts as failed."""
 
@@ -175,10 +177,10 @@ def run_processes(
         min_nodes=launch.nodes, max_nodes=launch.nodes, nproc_per_node=processes, run_id="arriero",
         rdzv_backend=meeting.name, max_restarts=launch.max_restarts, monitor_interval=0.1, start_method="fork",
     )  # fmt: skip
-    children = Children()
+    children = Children(processes)
     hush_agent()
     try:
-        elastic_launch(config, _entry)(function, argument, launch, facts)
+        elastic_launch(config, _entry)(function, argument, launch, facts, children)
     except ChildFailedError as error:
         raise _failure(error, children, meeting) from None
     except JobEnded as error:
@@ -213,35 +215,40 @@ class Children:
     terminal stops the whole job (Ctrl-Z), this thread is stopped with it and counts nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: int) -> None:
+        from multiprocessing.sharedctypes import RawArray
+
         self.ended: set[int] = set()
+        self._pids = RawArray("l", processes)  # each child writes its own: multiprocessing's list of them may be read
+        # by the agent's thread alone, since whoever reads it collects exit codes, and one is handed out only once
         self._done = threading.Event()
         self._before: Any = None
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGUSR1, lambda *_: self.tell(signal.SIGUSR1))
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def _pids(self) -> list[int]:
-        import torch.multiprocessing as mp
+    def here(self) -> None:
+        """Called in each child, first of all."""
+        self._pids[int(os.environ["LOCAL_RANK"])] = os.getpid()
 
-        return [child.pid for child in mp.active_children() if child.pid is not None]
+    def _in_state(self, letters: str) -> list[int]:
+        """The children in one of these states of the kernel; a process that took a dead child's number is none."""
+        seen = [(pid, *process_state(pid)) for pid in self._pids if pid]
+        return [pid for pid, state, parent in seen if parent == os.getpid() and state in letters]
 
     def tell(self, what: signal.Signals) -> None:
-        """Sends a signal to all of them."""
-        for pid in self._pids():
+        """Sends a signal to all of them that live."""
+        for pid in self._in_state("RSDT"):
             os.kill(pid, what)
 
     def _watch(self) -> None:
         still: dict[int, int] = {}
-        while not self._done.wait(1.0):
-            still = {pid: still.get(pid, 0) + 1 for pid in self._stopped()}
+        while not self._done.wait(WATCH_EVERY):
+            still = {pid: still.get(pid, 0) + 1 for pid in self._in_state("T")}
             for pid, seconds in still.items():
                 if seconds >= STOPPED_AFTER:
                     self.ended.add(pid)
                     os.kill(pid, signal.SIGKILL)
-
-    def _stopped(self) -> list[int]:
-        return [pid for pid in self._pids() if process_state(pid) == "T"]
 
     def stop(self) -> None:
         """Ends the thread."""
@@ -250,13 +257,14 @@ class Children:
             signal.signal(signal.SIGUSR1, self._before)
 
 
-def process_state(pid: int) -> str:
-    """The kernel's letter for what a process does: R, S, D, T for stopped, Z; empty where it cannot be told."""
+def process_state(pid: int) -> tuple[str, int]:
+    """The kernel's letter for what a process does (R, S, D, T for stopped, Z) and its parent; ("", 0) if none is."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
-            return file.read().rpartition(")")[2].split()[0]
+            state, parent = file.read().rpartition(")")[2].split()[:2]
+            return state, int(parent)
     except OSError:
-        return ""
+        return "", 0
 
 
 def _failure(error: Any, children: Children, meeting: Meeting) -> Exception:
@@ -282,11 +290,13 @@ def _failure(error: Any, children: Children, meeting: Meeting) -> Exception:
 
 
 def _entry(
-    function: Callable[[Any], None], argument: Any, launch: LaunchConfig, facts: Callable[[Any], dict[str, str]] | None
-) -> None:
+    function: Callable[[Any], None], argument: Any, launch: LaunchConfig, facts: Callable[[Any], dict[str, str]] | None,
+    children: Children,
+) -> None:  # fmt: skip
     """What a started process runs."""
     from arriero.store import die_with_parent
 
+    children.here()
     die_with_parent()  # no orphan trains on when the agent is killed
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, signal.SIG_DFL)  # a Python handler would wait for the collective that it interrupts

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed._functional_collectives import all_gather_tensor_autograd, all_to_all_single_autograd
+from torch.distributed import _functional_collectives as collectives
 
 from arriero.model import ops
 from arriero.model.llama import Llama
@@ -25,6 +25,10 @@ def positions_of(rank: int, config: ParallelConfig, length: int) -> Tensor:
         return everything.chunk(degree)[rank]
     pieces = everything.chunk(2 * degree)
     return torch.cat((pieces[rank], pieces[2 * degree - 1 - rank])) if degree > 1 else everything
+
+
+# torch 2.13 renamed it, and warns under the old name
+all_gather = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
 
 
 def apply_context_parallel(model: Llama, config: ParallelConfig, ranks: Ranks, length: int) -> None:
@@ -54,7 +58,7 @@ class GatheredAttention:
         """As ops.causal_attention; `mask` is [B, 1, L / c, L]."""
         self._move(q_BLHK.device)
         both = torch.stack((k_BLGK, v_BLGK)).transpose(0, 2).contiguous()  # [L / c, B, 2, G, K]
-        gathered = all_gather_tensor_autograd(both, 0, self.group)
+        gathered = all_gather(both, 0, self.group)
         keys, values = gathered[self.natural].transpose(0, 2).unbind(0)
         return ops.causal_attention(q_BLHK, keys, values, self.causal if mask is None else mask)
 
@@ -86,5 +90,5 @@ class UlyssesAttention:
         return received.permute(2, 1, 0, 3, 4).reshape(B, L // self.degree, self.degree * part, K)
 
     def _exchange(self, send: Tensor) -> Tensor:
-        out: Tensor = all_to_all_single_autograd(send, None, None, self.group)
+        out: Tensor = collectives.all_to_all_single_autograd(send, None, None, self.group)
         return out.view(send.shape)

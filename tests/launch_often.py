@@ -1,0 +1,17 @@
+"""Starts eight processes TIMES times while the watching thread looks without a pause: `python launch_often.py TIMES`."""
+
+from __future__ import annotations
+
+import sys
+
+import arriero.launch
+
+
+def nothing(_: None) -> None:
+    pass
+
+
+if __name__ == "__main__":
+    arriero.launch.WATCH_EVERY = 0.0003
+    for _ in range(int(sys.argv[1])):
+        arriero.launch.run_processes(nothing, None, 8)
