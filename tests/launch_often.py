@@ -1,4 +1,4 @@
-"""Starts eight processes TIMES times while the watching thread looks without a pause: `python launch_often.py TIMES`."""
+"""Starts eight processes again and again, the watching thread looking without a pause: `launch_often.py TIMES`."""
 
 from __future__ import annotations
 
