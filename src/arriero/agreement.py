@@ -37,8 +37,14 @@ def run_facts(recipe: Recipe) -> dict[str, str]:
     import torch
 
     facts = {"arriero version": __version__, "arriero source": source_digest(), "torch version": torch.__version__}
-    facts |= {key: str(value) for key, value in _flat(recipe).items() if key not in PATHS}
+    facts |= {key: str(value) for key, value in flat(recipe).items() if key not in PATHS}
     facts |= {f"model's {key}": str(value) for key, value in recipe.model_config().to_json().items()}
+    return facts | input_digests(recipe)
+
+
+def input_digests(recipe: Recipe) -> dict[str, str]:
+    """Digests of the tokenizer and of each data file, wherever they lie."""
+    facts: dict[str, str] = {}
     if recipe.tokenizer:
         facts["tokenizer"] = tokenizer_digest(Path(recipe.tokenizer))
     for number, word in enumerate(recipe.data.prefix.split()):
@@ -48,11 +54,12 @@ def run_facts(recipe: Recipe) -> dict[str, str]:
     return facts
 
 
-def _flat(part: Any, prefix: str = "") -> dict[str, Any]:
+def flat(part: Any, prefix: str = "") -> dict[str, Any]:
+    """Every key of a recipe, dotted, with its value."""
     found: dict[str, Any] = {}
     for f in dataclasses.fields(part):
         value = getattr(part, f.name)
-        found |= _flat(value, f"{prefix}{f.name}.") if dataclasses.is_dataclass(value) else {prefix + f.name: value}
+        found |= flat(value, f"{prefix}{f.name}.") if dataclasses.is_dataclass(value) else {prefix + f.name: value}
     return found
 
 

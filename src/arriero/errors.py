@@ -8,6 +8,7 @@ from collections.abc import Iterable
 EXIT_OK = 0
 EXIT_CHECK_FAILED = 1  # a comparison or a verification ran, and its answer is no
 EXIT_USAGE = 2  # the command, the recipe or an input is wrong; nothing was changed
+EXIT_STOPPED = 75  # a run was asked to stop, saved its state and can be resumed (sysexits' "try again")
 
 
 class UserError(Exception):

@@ -12,13 +12,22 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from arriero import slurm
 from arriero.errors import EXIT_USAGE, UserError, join_problems
-from arriero.process import Place, in_process_group, leave, start_number, started_by_another, stop_wanted
+from arriero.process import (
+    Place,
+    also_stop_when,
+    in_process_group,
+    leave,
+    start_number,
+    started_by_another,
+    stop_wanted,
+)
 
 if TYPE_CHECKING:
     from arriero.rendezvous import Meeting
@@ -28,6 +37,7 @@ __all__ = ["LaunchConfig", "Place", "ProcessFailed", "in_process_group", "leave"
 
 WATCH_EVERY = 1.0
 """Seconds between two looks at the children."""
+T = TypeVar("T")
 STOPPED_AFTER = 10
 """Seconds that a stopped process (SIGSTOP) is waited for before it counts as failed."""
 
@@ -50,6 +60,8 @@ class LaunchConfig:
     """How often the job starts again from its newest checkpoint after a process or a machine was lost."""
     join_timeout: float = 30.0
     """Seconds in which all machines and processes must have come, at the start and after a restart."""
+    stop_timeout: float = 120.0
+    """Seconds in which the processes must have saved and left after a signal asked them to; then they are ended."""
     collective_timeout: float = 600.0
     """Seconds that a process waits for the others in a collective before the job ends."""
 
@@ -113,7 +125,7 @@ def launch_problems(config: LaunchConfig, *, counted: bool, given: LaunchConfig)
         if getattr(config, name) < 0:
             flag = "--" + name.replace("_", "-")
             found.append(UserError(f"{flag} is {getattr(config, name)}", "give a whole number from 0"))
-    for name in ("join_timeout", "collective_timeout"):
+    for name in ("join_timeout", "stop_timeout", "collective_timeout"):
         if not 0 < getattr(config, name) < 1e6:
             flag = "--" + name.replace("_", "-")
             found.append(UserError(f"{flag} is {getattr(config, name):g}", "give seconds, more than 0"))
@@ -140,10 +152,10 @@ def take_place(config: LaunchConfig, environment: MutableMapping[str, str]) -> L
 
 
 def run_processes(
-    function: Callable[[Any], None], argument: Any, processes: int, *, launch: LaunchConfig | None = None,
+    function: Callable[[Any], T], argument: Any, processes: int, *, launch: LaunchConfig | None = None,
     facts: Callable[[Any], dict[str, str]] | None = None,
-) -> None:  # fmt: skip
-    """Calls `function(argument)` in each of `processes` new processes of this machine and waits for all.
+) -> list[T]:  # fmt: skip
+    """Calls `function(argument)` in each of `processes` new processes of this machine; their results by local rank.
 
     The first failure ends the others, or starts them all again where `launch.max_restarts` allows. A UserError in a
     process is raised here as itself.
@@ -176,11 +188,13 @@ def run_processes(
     config = ElasticConfig(
         min_nodes=launch.nodes, max_nodes=launch.nodes, nproc_per_node=processes, run_id="arriero",
         rdzv_backend=meeting.name, max_restarts=launch.max_restarts, monitor_interval=0.1, start_method="fork",
+        signals_to_handle="SIGHUP,SIGQUIT",  # Children hears the others
     )  # fmt: skip
-    children = Children(processes)
+    children = Children(processes, launch.stop_timeout)
     hush_agent()
     try:
-        elastic_launch(config, _entry)(function, argument, launch, facts, children)
+        results = elastic_launch(config, _entry)(function, argument, launch, facts, children)
+        return [results[rank] for rank in sorted(results)]
     except ChildFailedError as error:
         raise _failure(error, children, meeting) from None
     except JobEnded as error:
@@ -190,7 +204,7 @@ def run_processes(
         meeting.end(f"node {launch.node_rank} ({socket.gethostname()}) was ended by {error.sigval.name}")
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
-        print(f"arriero: ended by {error.sigval.name}", file=sys.stderr)
+        print(f"arriero: ended by {error.sigval.name}, the newest checkpoint is the last one", file=sys.stderr)
         sys.exit(128 + error.sigval)
     except UserError as error:
         meeting.end(str(error), user=True)
@@ -209,37 +223,56 @@ def hush_agent() -> None:
 
 
 class Children:
-    """A thread in the starting process that ends children which stand still, and hands on SIGUSR1.
+    """A thread in the starting process that ends children which stand still, and hands on the wish to stop.
 
+    SIGTERM, SIGUSR1 and the first Ctrl-C ask them to save and leave; another Ctrl-C, or `stop_timeout`, ends them.
     SIGTERM does not end a stopped process, and the others would wait for it until their collective times out. When the
     terminal stops the whole job (Ctrl-Z), this thread is stopped with it and counts nothing.
     """
 
-    def __init__(self, processes: int) -> None:
+    def __init__(self, processes: int, stop_seconds: float) -> None:
         from multiprocessing.sharedctypes import RawArray
 
         self.ended: set[int] = set()
         self._pids = RawArray("l", processes)  # each child writes its own: multiprocessing's list of them may be read
         # by the agent's thread alone, since whoever reads it collects exit codes, and one is handed out only once
+        self._stop = RawArray("d", 1)  # when the children were asked to stop, by the monotonic clock; 0 for not yet
+        self._stop_seconds, self._reason = stop_seconds, signal.SIGTERM
         self._done = threading.Event()
-        self._before: Any = None
+        self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGUSR1, lambda *_: self.tell(signal.SIGUSR1))
+            for one in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+                self._before[one] = signal.signal(one, self._hear)
+            self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._give_up)
         threading.Thread(target=self._watch, daemon=True).start()
 
     def here(self) -> None:
         """Called in each child, first of all."""
         self._pids[int(os.environ["LOCAL_RANK"])] = os.getpid()
+        also_stop_when(lambda: bool(self._stop[0]))
+        for one, handler in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.SIG_IGN)):
+            signal.signal(one, handler)  # a Python handler would wait for the collective that it interrupts, and a
+            # terminal's Ctrl-C comes to the starting process too, which hands it on
+
+    def _hear(self, number: int, _: object) -> None:
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+
+        if (number == signal.SIGINT and self._stop[0]) or not self._in_state("RSDTt"):
+            raise SignalException("nothing to wait for", signal.Signals(number))
+        if not self._stop[0]:
+            self._stop[0], self._reason = time.monotonic(), signal.Signals(number)
+            said = f"{self._reason.name}: saving after this step, then stopping; {self._stop_seconds:g} s at most"
+            print(f"arriero: {said}", file=sys.stderr, flush=True)
+
+    def _give_up(self, *_: object) -> None:
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+
+        raise SignalException("not saved in time", self._reason)
 
     def _in_state(self, letters: str) -> list[int]:
         """The children in one of these states of the kernel; a process that took a dead child's number is none."""
         seen = [(pid, *process_state(pid)) for pid in self._pids if pid]
         return [pid for pid, state, parent in seen if parent == os.getpid() and state in letters]
-
-    def tell(self, what: signal.Signals) -> None:
-        """Sends a signal to all of them that live."""
-        for pid in self._in_state("RSDT"):
-            os.kill(pid, what)
 
     def _watch(self) -> None:
         still: dict[int, int] = {}
@@ -249,12 +282,15 @@ class Children:
                 if seconds >= STOPPED_AFTER:
                     self.ended.add(pid)
                     os.kill(pid, signal.SIGKILL)
+            if self._stop[0] and time.monotonic() - self._stop[0] > self._stop_seconds and self._before:
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+                return
 
     def stop(self) -> None:
         """Ends the thread."""
         self._done.set()
-        if self._before is not None:
-            signal.signal(signal.SIGUSR1, self._before)
+        for one, handler in self._before.items():
+            signal.signal(one, handler)
 
 
 def process_state(pid: int) -> tuple[str, int]:
@@ -290,18 +326,16 @@ def _failure(error: Any, children: Children, meeting: Meeting) -> Exception:
 
 
 def _entry(
-    function: Callable[[Any], None], argument: Any, launch: LaunchConfig, facts: Callable[[Any], dict[str, str]] | None,
+    function: Callable[[Any], T], argument: Any, launch: LaunchConfig, facts: Callable[[Any], dict[str, str]] | None,
     children: Children,
-) -> None:  # fmt: skip
+) -> T:  # fmt: skip
     """What a started process runs."""
     from arriero.store import die_with_parent
 
     children.here()
     die_with_parent()  # no orphan trains on when the agent is killed
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, signal.SIG_DFL)  # a Python handler would wait for the collective that it interrupts
     try:
-        in_process_group(
+        return in_process_group(
             function, argument, facts=facts, join_seconds=launch.join_timeout,
             collective_seconds=launch.collective_timeout,
         )  # fmt: skip

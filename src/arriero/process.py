@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from arriero.agreement import Disagreement, agree, ranges
 from arriero.device import process_group_backend, share_cores, tune_allocator
@@ -25,6 +25,7 @@ from arriero.errors import EXIT_USAGE, UserError
 if TYPE_CHECKING:
     from torch.distributed import Store
 
+T = TypeVar("T")
 ROUND = "ARRIERO_ROUND"
 """Environment of a process that arriero's own agent started: 0 at first, more after each restart of the job."""
 TELL_FIRST = 3.0
@@ -107,10 +108,10 @@ def silent_ranks(place: Place) -> str:
 
 
 def in_process_group(
-    function: Callable[[Any], None], argument: Any, *, facts: Callable[[Any], dict[str, str]] | None = None,
+    function: Callable[[Any], T], argument: Any, *, facts: Callable[[Any], dict[str, str]] | None = None,
     join_seconds: float = 30.0, collective_seconds: float = 600.0,
-) -> None:  # fmt: skip
-    """Calls `function(argument)` as the process that the environment says, within the group of all.
+) -> T:  # fmt: skip
+    """Calls `function(argument)` as the process that the environment says, within the group of all; returns its result.
 
     Args:
         function: what this process does.
@@ -127,11 +128,9 @@ def in_process_group(
     place = Place.from_environment()
     tune_allocator()
     share_cores(place.local_world)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGUSR1, lambda *_: _stop.set())
+    listen_for_stop()
     if place.world == 1:
-        function(argument)
-        return
+        return function(argument)
     store = open_job_store(place, join_seconds)
     if facts is not None:
         agree(store, place.rank, place.world, facts(argument), seconds=join_seconds)
@@ -141,9 +140,10 @@ def in_process_group(
         process_group_backend(kind), store=store, rank=place.rank, world_size=place.world,
         timeout=timedelta(seconds=collective_seconds),
     )  # fmt: skip
-    function(argument)
+    result = function(argument)
     sys.stdout.flush()
     dist.destroy_process_group()
+    return result
 
 
 def open_job_store(place: Place, seconds: float) -> Store:
@@ -185,11 +185,39 @@ def use_interface_towards(address: str) -> None:
 
 
 _stop = threading.Event()
+_asked: list[Callable[[], bool]] = [_stop.is_set]
+_begun = time.monotonic()
 
 
 def stop_wanted() -> bool:
-    """Whether SIGUSR1 asked this process to save and stop, as SLURM does before it takes the machine away."""
-    return _stop.is_set()
+    """Whether a signal asked this process, or the one that started it, to save and stop."""
+    return any(asked() for asked in _asked)
+
+
+def also_stop_when(asked: Callable[[], bool]) -> None:
+    """Adds a way to be asked to stop."""
+    _asked[:] = [_stop.is_set, asked]
+
+
+def seconds_since_start() -> float:
+    """Since this process, or the one that it was forked from, began."""
+    return time.monotonic() - _begun
+
+
+def listen_for_stop() -> None:
+    """SIGTERM, SIGUSR1 and the first SIGINT ask for a checkpoint and an end after the present step; later ones change
+    nothing, but for a second SIGINT, which ends at once. Started by arriero's own agent, which listens itself and ends
+    its children by SIGTERM, a process hears SIGUSR1 alone."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+
+    def stop(number: int, _: object) -> None:
+        if number == signal.SIGINT and _stop.is_set():
+            raise KeyboardInterrupt
+        _stop.set()
+
+    for one in [signal.SIGUSR1] if ROUND in os.environ else [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT]:
+        signal.signal(one, stop)
 
 
 def start_number() -> int:

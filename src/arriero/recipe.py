@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, get_type_hints
 
 import tyro
 
-from arriero.checkpoint.save import CheckpointConfig
+from arriero.checkpoint.config import CheckpointConfig
 from arriero.data.batches import DataConfig
 from arriero.errors import UserError, join_problems, nearest
 from arriero.model.config import LlamaConfig

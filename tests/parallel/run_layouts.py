@@ -23,9 +23,9 @@ def run_case(case: dict[str, Any]) -> dict[str, Any] | None:
                 for key, value in case["settings"].items()]  # fmt: skip
     recipe: Recipe = parse(Recipe, settings, prog="case")
     ranks = Ranks.build(recipe.parallel, "cpu")
+    recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, keep=0))
     trainer = Trainer(recipe, ranks, local_rank=0, device_kind="cpu")
     trainer.start(Path(case["resume"]) if case.get("resume") else None)
-    trainer.recipe = replace(trainer.recipe, checkpoint=replace(recipe.checkpoint, keep=0))
     result: dict[str, Any] = {"name": case["name"], "loss": [], "grad_norm": [], "scale": [], "skipped": []}
     while trainer.done < 5:
         step = trainer.step()

@@ -18,7 +18,7 @@ from arriero.checkpoint.load import CheckpointReader
 from arriero.errors import UserError
 from arriero.parallel.mesh import Ranks
 from arriero.recipe import Recipe, file_settings, parse
-from arriero.train.loop import train
+from arriero.train.loop import Continuation, train
 from arriero.train.precision import LossScale
 from arriero.train.schedule import learning_rate
 from arriero.train.trainer import Trainer
@@ -159,7 +159,7 @@ def test_a_nonfinite_step_is_printed_counted_and_harms_nothing(
         return loss
 
     monkeypatch.setattr(Trainer, "forward_backward", poisoned)
-    arguments = {"local_rank": 0, "device_kind": "cpu", "checkpoint": None}
+    arguments = {"local_rank": 0, "device_kind": "cpu", "start": Continuation()}
     if policy == "stop":
         with pytest.raises(UserError, match="step 2"):
             train(recipe, Ranks(), **arguments)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from arriero.checkpoint.layout import MARKER, STATE, TEMPORARY, committed, read_json
-from arriero.checkpoint.layout import verify as verify_files
+from arriero.checkpoint.verify import verify as verify_files
 from arriero.errors import EXIT_CHECK_FAILED, EXIT_OK
 from arriero.model.config import LlamaConfig, count_parameters
 from arriero.observe.metrics import read_metrics

@@ -1,29 +1,32 @@
-"""Names inside a run's `checkpoints/`, the manifest, and how a directory becomes whole all at once.
+"""Names inside a run's `checkpoints/`, the chain of digests, and how a directory becomes whole all at once.
 
 checkpoints/step-00000100/
     config.json            the model's shape, Hugging Face's form
     recipe.toml            the recipe of the run that wrote it
-    state.json             step, consumed samples, loss scale, ...
+    state.json             step, consumed samples, loss scale, versions, ...
     rank-00000.safetensors what one process wrote: weights and moments, under global names
-    rank-00000.json        where each of those parts lies in its whole tensor
-    manifest.json          size and SHA-256 of every file above
-    COMMITTED              written last: a directory without it does not count
+    rank-00000.json        of each of those parts: its place in the whole tensor, and the SHA-256 of its bytes
+    manifest.json          size and SHA-256 of every small file above
+    COMMITTED              SHA-256 of the manifest, written last: a directory without it does not count
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from arriero.checkpoint import disk
 from arriero.errors import UserError
 
+FORMAT = 1
 MARKER = "COMMITTED"
 MANIFEST = "manifest.json"
 STATE = "state.json"
 TEMPORARY = ".tmp"
+DAMAGED = "the checkpoint is damaged: use another one"
+MAX_JSON_BYTES = 1 << 30
 
 
 def step_directory(root: Path, step: int) -> Path:
@@ -31,9 +34,15 @@ def step_directory(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's directory is named after."""
+    return int(path.name.removeprefix("step-"))
+
+
 def committed(root: Path) -> list[Path]:
-    """All whole checkpoints below `root`, oldest first."""
-    return sorted(path for path in root.glob("step-*") if path.suffix != TEMPORARY and (path / MARKER).is_file())
+    """All checkpoints below `root` that were written to the end, oldest first."""
+    named = [p for p in root.glob("step-*") if p.name.removeprefix("step-").isdigit() and (p / MARKER).is_file()]
+    return sorted(named, key=step_of)
 
 
 def file_digest(path: Path) -> dict[str, Any]:
@@ -44,11 +53,7 @@ def file_digest(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: object) -> None:
     """Writes JSON and waits until the disk has it."""
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    disk.write_file(path, json.dumps(value, indent=1).encode() + b"\n")
 
 
 def read_json(path: Path) -> Any:
@@ -58,45 +63,30 @@ def read_json(path: Path) -> Any:
         UserError: the file is missing or broken.
     """
     try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise UserError(f"{path}: {path.stat().st_size:,} bytes are too many", DAMAGED)
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file", "the checkpoint is not whole: use another one") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})", "the checkpoint is damaged: use another one") from None
-
-
-def sync_directory(path: Path) -> None:
-    """Waits until the disk has the directory's entries."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})", DAMAGED) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error})", DAMAGED) from None
 
 
 def commit(temporary: Path, final: Path) -> None:
-    """Writes the manifest of what is in `temporary`, renames it to `final` and marks it whole."""
-    files = sorted(path for path in temporary.iterdir() if path.is_file())
-    write_json(temporary / MANIFEST, {"files": {path.name: file_digest(path) for path in files}})
-    sync_directory(temporary)
-    os.rename(temporary, final)
-    sync_directory(final.parent)
+    """Writes the manifest of what is in `temporary`, renames it to `final` and marks it whole.
+
+    The files that processes wrote are covered through their `rank-*.json`, so that nobody reads them again here.
+    """
+    small = sorted(path for path in temporary.iterdir() if path.suffix != ".safetensors")
+    large = sorted(path.name for path in temporary.iterdir() if path.suffix == ".safetensors")
+    files = {path.name: file_digest(path) for path in small}
+    write_json(temporary / MANIFEST, {"format": FORMAT, "files": files, "data": large})
+    disk.sync_directory(temporary)
+    if final.exists():  # of an earlier start, and damaged: this one began before it
+        disk.remove_tree(final)
+    disk.rename(temporary, final)
+    disk.sync_directory(final.parent)
     write_json(final / MARKER, {"manifest": file_digest(final / MANIFEST)})
-    sync_directory(final)
-
-
-def verify(path: Path) -> list[str]:
-    """Checks every file against the manifest; returns what is wrong, one sentence each."""
-    if not (path / MARKER).is_file():
-        return [f"{path}: not committed, its writing was cut off"]
-    marker = read_json(path / MARKER)
-    if marker.get("manifest") != file_digest(path / MANIFEST):
-        return [f"{path / MANIFEST}: not the manifest that was committed"]
-    wrong, listed = [], read_json(path / MANIFEST)["files"]
-    for name, expected in listed.items():
-        if not (path / name).is_file():
-            wrong.append(f"{path / name}: missing")
-        elif file_digest(path / name) != expected:
-            wrong.append(f"{path / name}: size or SHA-256 differs from the manifest")
-    extra = {p.name for p in path.iterdir()} - set(listed) - {MANIFEST, MARKER}
-    return wrong + [f"{path / name}: not in the manifest" for name in sorted(extra)]
+    disk.sync_directory(final)

@@ -2,31 +2,58 @@
 
 from __future__ import annotations
 
+import mmap
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from arriero.checkpoint.layout import STATE, committed, read_json, verify
+from arriero.checkpoint.layout import DAMAGED, STATE, committed, read_json
+from arriero.checkpoint.verify import verify
 from arriero.errors import UserError
+from arriero.parallel.mesh import Ranks
+from arriero.weights.safetensors_file import SafetensorsFile
+from arriero.weights.stream import TORCH_NAMES
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """A piece of a whole tensor in a file."""
+
+    path: Path
+    offset: tuple[int, ...]
+    """Where the piece begins in the whole."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    start: int
+    """Byte of the file at which it begins."""
 
 
 class CheckpointReader:
     """Gives slices of whole tensors out of the parts that the processes of another layout wrote.
 
     Keys are the parameters' global names, and `exp_avg.NAME` and `exp_avg_sq.NAME` for the moments.
+
+    Raises:
+        UserError: on opening, if an index or a data file's header is not what it should be.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._parts: dict[str, list[tuple[Path, tuple[int, ...]]]] = {}
-        self._open: dict[Path, Any] = {}
+        self._parts: dict[str, list[StoredPart]] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
         for index in sorted(directory.glob("rank-*.json")):
-            for key, part in read_json(index).items():
-                self._shapes[key] = tuple(part["shape"])
-                self._parts.setdefault(key, []).append((index.with_suffix(".safetensors"), tuple(part["offset"])))
+            path = index.with_suffix(".safetensors")
+            file = SafetensorsFile(path)
+            for key, (whole, offset) in places(index).items():
+                part = file.assembly(key)
+                dtype = getattr(torch, TORCH_NAMES[part.dtype])
+                start = part.pieces[0].source.offset  # type: ignore[attr-defined]
+                self._shapes[key] = whole
+                self._parts.setdefault(key, []).append(StoredPart(path, offset, part.shape, dtype, start))
 
     def keys(self) -> list[str]:
         """Weights and moments."""
@@ -42,8 +69,7 @@ class CheckpointReader:
 
     def dtype(self, name: str) -> torch.dtype:
         """The stored dtype."""
-        path, _ = self._parts[name][0]
-        return self._file(path).get_slice(name)[:0].dtype
+        return self._parts[name][0].dtype
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> torch.Tensor:
         """The part of `name` that `index` (a slice a dimension, step 1) selects.
@@ -54,36 +80,51 @@ class CheckpointReader:
         if name not in self._parts:
             raise UserError(f"{self.directory}: holds no tensor {name}", "use a checkpoint of the same model")
         wanted = [range(n)[s] for n, s in zip(self._shapes[name], index or (slice(None),) * 9, strict=False)]
-        out, filled = torch.empty([len(r) for r in wanted], dtype=self.dtype(name)), 0
-        for path, offset in self._parts[name]:
-            source = self._file(path).get_slice(name)
-            here, there = [], []
-            for r, o, n in zip(wanted, offset, source.get_shape(), strict=True):
-                start, stop = max(r.start, o), min(r.stop, o + n)
-                here.append(slice(start - o, max(start, stop) - o))
-                there.append(slice(start - r.start, max(start, stop) - r.start))
-            if all(s.stop > s.start for s in here):
-                piece = source[tuple(here)]
-                out[tuple(there)] = piece
-                filled += piece.numel()
-        if filled != out.numel():
-            fix = "the checkpoint is damaged: use another one"
-            raise UserError(f"{self.directory}: {name} has {filled} of {out.numel()} elements", fix)
+        out = torch.empty([len(r) for r in wanted], dtype=self.dtype(name))
+        self.read_into(name, [r.start for r in wanted], out)
         return out
 
-    def _file(self, path: Path) -> Any:
-        if path not in self._open:
-            try:
-                self._open[path] = safe_open(path, framework="pt")
-            except Exception as error:  # the library's own error class is private
-                fix = "the checkpoint is damaged: use another one"
-                raise UserError(f"{path}: cannot be read ({error})", fix) from None
-        return self._open[path]
+    def read_into(self, name: str, start: list[int], out: torch.Tensor) -> None:
+        """Fills `out` with the part of `name` that begins at `start`, without another copy of it.
+
+        Raises:
+            UserError: as `read`.
+        """
+        filled = 0
+        for part in self._parts[name]:
+            here, there = [], []
+            for first, length, o, n in zip(start, out.shape, part.offset, part.shape, strict=True):
+                low, high = max(first, o), min(first + length, o + n)
+                here.append(slice(low - o, max(low, high) - o))
+                there.append(slice(low - first, max(low, high) - first))
+            if all(s.stop > s.start for s in here):
+                target = out[tuple(there)]
+                target.copy_(self._view(part)[tuple(here)])
+                filled += target.numel()
+        if filled != out.numel():
+            raise UserError(f"{self.directory}: {name} has {filled} of {out.numel()} elements", DAMAGED)
+
+    def _view(self, part: StoredPart) -> torch.Tensor:
+        """The part in the file's own pages: only what is touched is read."""
+        if part.path not in self._maps:
+            with open(part.path, "rb") as file:
+                self._maps[part.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        count = torch.Size(part.shape).numel()
+        flat = torch.frombuffer(self._maps[part.path], dtype=part.dtype, count=count, offset=part.start)
+        return flat.view(part.shape)
 
 
-def open_checkpoint(path: Path) -> CheckpointReader:
-    """Opens a checkpoint directory, or the newest checkpoint of a run directory."""
-    return CheckpointReader(find_checkpoint(path))
+def places(index: Path) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Of each tensor in a process's file: the whole's shape, and where the part begins in it.
+
+    Raises:
+        UserError: the index is not one.
+    """
+    try:
+        tensors = read_json(index)["tensors"]
+        return {key: (tuple(map(int, t["shape"])), tuple(map(int, t["offset"]))) for key, t in tensors.items()}
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise UserError(f"{index}: is not an index of parts", DAMAGED) from None
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -92,24 +133,49 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         UserError: there is none.
     """
+    return candidates(path)[0]
+
+
+def candidates(path: Path) -> list[Path]:
+    """The checkpoints from which `path` can be resumed, the best first: itself, or all of a run.
+
+    Raises:
+        UserError: there is none.
+    """
     if not path.exists():
         raise UserError(f"{path}: no such directory", "name a run directory, or one of its checkpoints/step-*")
     if (path / STATE).is_file():
-        return path
+        return [path]
     found = committed(path / "checkpoints")
     if not found:
         raise UserError(f"{path}: holds no checkpoint", "start the run without --resume, or name another directory")
-    return found[-1]
+    return found[::-1]
+
+
+def newest_that_verifies(paths: list[Path], ranks: Ranks, *, say: Callable[[str], None]) -> Path:
+    """The first of these checkpoints in which every byte is as it was written; the processes share the reading.
+
+    Args:
+        paths: the best first; the same on every process.
+        ranks: this process's place.
+        say: is told loudly of each one that is damaged.
+
+    Raises:
+        UserError: none of them is whole.
+    """
+    for path in paths:
+        mine = "\n".join(verify(path, share=ranks.rank, of=ranks.world))
+        wrong = list(dict.fromkeys(line for text in ranks.texts(mine) for line in text.splitlines()))
+        if not wrong:
+            return path
+        shown = [*wrong[:4], f"and {len(wrong) - 4} more"] if len(wrong) > 5 else wrong
+        for line in shown:
+            say(f" DAMAGED: {line}")
+        say(f" DAMAGED: {path} is not used")
+    raise UserError(f"{paths[0].parent}: no checkpoint there is whole", "start again, or from a copy kept elsewhere")
 
 
 def load_state(directory: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint, after every file of it was checked against the manifest.
-
-    Raises:
-        UserError: a file is missing, changed or cut short; the error names it.
-    """
-    wrong = verify(directory)
-    if wrong:
-        raise UserError("\n".join(wrong), f"remove {directory} to resume from the checkpoint before it")
+    """The JSON part of a checkpoint."""
     state: dict[str, Any] = read_json(directory / STATE)
     return state

@@ -1,93 +1,199 @@
-"""Saving the training state: each process writes the parts that it alone, or it first, holds."""
+"""Saving the training state: each process writes the parts that it alone, or it first, holds.
+
+The step stands still only while the parts are copied; a thread writes the copy. What the processes must agree on
+during a save goes through a group of its own, so that it never meets the collectives of the steps that go on.
+"""
 
 from __future__ import annotations
 
-import os
 import shutil
-from dataclasses import dataclass
+import threading
+import time
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save_file
-from torch import Tensor
+import torch
 
-from arriero.checkpoint.layout import STATE, TEMPORARY, commit, committed, step_directory, sync_directory, write_json
+from arriero.checkpoint import disk
+from arriero.checkpoint.config import CheckpointConfig
+from arriero.checkpoint.layout import STATE, TEMPORARY, commit, step_directory, write_json
+from arriero.checkpoint.parts import Part, data_file, write_parts
+from arriero.checkpoint.retention import forget, superfluous, sweep
+from arriero.checkpoint.verify import verify
 from arriero.errors import UserError
-from arriero.model.llama import Llama
 from arriero.parallel.mesh import Ranks
-from arriero.parallel.shards import local, shards
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
+
+PAUSE = 1.0
+"""Seconds before a failed save is tried again."""
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
-    """When to save, and what to keep."""
+class Saved:
+    """What became of one save."""
 
-    every: int = 1000
-    """Steps between checkpoints; 0 saves only the last step."""
-    keep: int = 2
-    """Newest checkpoints to keep; 0 keeps all."""
-
-    def problems(self) -> list[UserError]:
-        """All that is impossible about it."""
-        if self.every < 0 or self.keep < 0:
-            return [UserError("checkpoint.every and checkpoint.keep cannot be negative", "give 0 or more")]
-        return []
-
-
-def save_checkpoint(
-    root: Path, step: int, *, parts: list[Llama], moments: dict[str, dict[str, Tensor]], state: dict[str, Any],
-    texts: dict[str, str], ranks: Ranks,
-) -> Path:  # fmt: skip
-    """Writes `checkpoints/step-N`, whole or not at all; every process must call it.
-
-    Args:
-        root: the run's `checkpoints` directory, seen by all processes.
-        step: steps completed.
-        parts: what this process holds of the model.
-        moments: the optimizer's, as `Optimizer.moments` gives them.
-        state: everything else that a resumed run needs, as JSON.
-        texts: further files by name, such as config.json and recipe.toml.
-        ranks: this process's place.
-    """
-    final = step_directory(root, step)
-    temporary = final.with_name(final.name + TEMPORARY)
-    if ranks.first:
-        for leftover in (temporary, final):  # of a run that was killed here, before it committed
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    ranks.barrier()
-    _write_parts(temporary, parts, moments, ranks)
-    ranks.barrier()
-    if ranks.first:
-        write_json(temporary / STATE, {"step": step, **state})
-        for name, text in texts.items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        commit(temporary, final)
-    ranks.barrier()
-    return final
+    step: int
+    path: Path
+    blocked: float
+    """Seconds that the step stood still."""
+    seconds: float = 0.0
+    """Seconds until it was committed."""
+    problem: str = ""
+    """Why it could not be written; empty if it was."""
+    notice: str = ""
+    """What else the user should know."""
 
 
-def _write_parts(directory: Path, parts: list[Llama], moments: dict[str, dict[str, Tensor]], ranks: Ranks) -> None:
-    tensors: dict[str, Tensor] = {}
-    where: dict[str, Any] = {}
-    for path, (shard, parameter) in shards(parts, ranks).items():
-        if not shard.written_by(ranks) or 0 in shard.local_shape:
-            continue
-        values = {shard.name: local(parameter).detach()}
-        values |= {f"{moment}.{shard.name}": by_path[path] for moment, by_path in moments.items()}
-        for key, value in values.items():
-            tensors[key] = value.cpu().contiguous()
-            where[key] = {"shape": list(shard.shape), "offset": list(shard.offset)}
-    file = directory / f"rank-{ranks.rank:05d}.safetensors"
-    save_file(tensors, file)
-    with open(file, "rb") as handle:
-        os.fsync(handle.fileno())
-    write_json(file.with_suffix(".json"), where)
-    sync_directory(directory)
+class Saver:
+    """Writes checkpoints of one run, one at a time. All its methods are called by every process at the same steps."""
+
+    def __init__(self, root: Path, config: CheckpointConfig, ranks: Ranks) -> None:
+        """`root` is the run's `checkpoints` directory, seen by all processes."""
+        self.root, self.config, self.ranks = root, config, ranks
+        self._group: ProcessGroup | None = None
+        if ranks.mesh is not None:
+            import torch.distributed as dist
+
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # a slow disk is not a lost rank
+        self._copies: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._done: list[Saved] = []
+
+    def save(self, step: int, parts: dict[str, Part], *, state: dict[str, Any], texts: dict[str, str]) -> None:
+        """Starts writing `checkpoints/step-N`, whole or not at all; waits for the one before it.
+
+        Args:
+            step: steps completed.
+            parts: what this process writes, by global name; free to change once this returns.
+            state: everything else that a resumed run needs, as JSON.
+            texts: further small files by name.
+        """
+        began = time.perf_counter()
+        self.wait()
+        if self.config.asynchronous:
+            parts = {key: replace(part, value=self._copy(key, part.value)) for key, part in parts.items()}
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
+        else:
+            parts = {key: replace(part, value=part.value.cpu().contiguous()) for key, part in parts.items()}
+        saved = Saved(step, step_directory(self.root, step), time.perf_counter() - began)
+        small = {"step": step, **state}
+        self._thread = threading.Thread(target=self._write, args=(saved, parts, small, texts), name="checkpoint")
+        self._thread.start()
+        if not self.config.asynchronous:
+            self.wait()
+
+    def reserve(self, parts: dict[str, Part]) -> None:
+        """Makes room for the copies on a thread: the first touch of memory costs more than the copy."""
+        if self.config.asynchronous:
+            self._thread = threading.Thread(
+                target=lambda: [self._room(k, p.value).zero_() for k, p in parts.items()], name="checkpoint-reserve"
+            )
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Waits until nothing is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def results(self) -> list[Saved]:
+        """What was finished since the last call."""
+        done, self._done = self._done, []
+        return done
+
+    def _room(self, key: str, value: Tensor) -> Tensor:
+        room = self._copies.get(key)
+        if room is None or room.shape != value.shape or room.dtype != value.dtype:
+            pinned = value.device.type == "cuda"
+            room = self._copies[key] = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
+        return room
+
+    def _copy(self, key: str, value: Tensor) -> Tensor:
+        return self._room(key, value).copy_(value.detach(), non_blocking=True)
+
+    def _write(self, saved: Saved, parts: dict[str, Part], state: dict[str, Any], texts: dict[str, str]) -> None:
+        """Runs on the thread: tries, agrees, tries again, and notes what became of it."""
+        began, problem, notice = time.perf_counter(), "", ""
+        for attempt in range(1 + self.config.retries):
+            problem = self._attempt(saved.path, parts, state, texts)
+            if not problem:
+                break
+            if attempt < self.config.retries:
+                time.sleep(PAUSE)
+        seconds = saved.blocked + time.perf_counter() - began
+        if problem and self.config.retries:
+            problem += f" (tried {1 + self.config.retries} times)"
+        if not problem:
+            notice = self._forget_old(saved.path)
+        self._done.append(replace(saved, seconds=seconds, problem=problem, notice=notice))
+
+    def _attempt(self, final: Path, parts: dict[str, Part], state: dict[str, Any], texts: dict[str, str]) -> str:
+        """Why this attempt failed, the same on every process; empty if the checkpoint is committed."""
+        temporary = final.with_name(final.name + TEMPORARY)
+
+        def prepare() -> None:
+            sweep(self.root)
+            disk.make_directory(temporary)
+
+        def finish() -> None:
+            write_json(temporary / STATE, state)
+            for name, text in texts.items():
+                disk.write_file(temporary / name, text.encode())
+            commit(temporary, final)
+
+        problem = (
+            self._agree(prepare if self.ranks.first else None, temporary)
+            or self._agree(lambda: write_parts(data_file(temporary, self.ranks.rank), parts), temporary)
+            or self._agree(finish if self.ranks.first else None, temporary)
+        )
+        if problem and self.ranks.first:
+            shutil.rmtree(temporary, ignore_errors=True)  # room for the next attempt
+        return problem
+
+    def _agree(self, work: Any, directory: Path) -> str:
+        """Does this process's part of a phase; the first problem that any process had."""
+        problem = ""
+        try:
+            if work is not None:
+                work()
+        except OSError as error:
+            problem = f"{error.filename or directory}: {error.strerror}{free_space(directory)}"
+        except Exception as error:
+            problem = f"{directory}: {type(error).__name__}: {error}"
+        return next((p for p in self.ranks.texts(problem, self._group) if p), "")
+
+    def _forget_old(self, newest: Path) -> str:
+        """Deletes what the policy does not keep, once the newest was read back from the disk and found whole."""
+        old = superfluous(self.root, self.config) if self.ranks.first else []
+        if not any(self.ranks.texts("old" if old else "", self._group)):
+            return ""
+        mine = data_file(newest, self.ranks.rank)
+        wrong = [line for text in self.ranks.texts("\n".join(verify(newest, only=mine)), self._group) if (line := text)]
+        if wrong:
+            return f"{wrong[0]}: it was written, but does not read back; older checkpoints are kept"
+        try:
+            for path in old:
+                forget(path)
+        except OSError as error:
+            return f"{error.filename}: cannot be deleted: {error.strerror}"
+        return ""
 
 
-def forget_old(root: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints; 0 keeps all."""
-    for path in committed(root)[:-keep] if keep else []:
-        (path / "COMMITTED").unlink()  # first of all, so that a half-deleted one never counts as whole
-        shutil.rmtree(path)
+def free_space(path: Path) -> str:
+    """How much room is left where `path` lies, for an error message."""
+    here = next((p for p in (path, *path.parents) if p.exists()), Path("/"))
+    return f" ({shutil.disk_usage(here).free / 1e9:.2f} GB free there)"
+
+
+def last_word(saved: list[Saved]) -> None:
+    """Raises UserError if the last of these saves failed: the end of a run must not be lost in silence."""
+    if saved and saved[-1].problem:
+        step, problem = saved[-1].step, saved[-1].problem
+        fix = "make room or mend the directory, then go on with --resume from the checkpoint before it"
+        raise UserError(f"the last checkpoint, of step {step}, could not be written: {problem}", fix)

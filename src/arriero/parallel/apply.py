@@ -6,7 +6,7 @@ reads just those from a source: initial weights, a Hugging Face directory or a c
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -28,6 +28,19 @@ class WeightSource(Protocol):
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> torch.Tensor:
         """The part of `name` that `index` selects."""
+        ...
+
+
+@runtime_checkable
+class CheckpointSource(WeightSource, Protocol):
+    """A source that fills memory in place, as a checkpoint does."""
+
+    def read_into(self, name: str, start: list[int], out: torch.Tensor) -> None:
+        """Fills `out` with the part of `name` that begins at `start`."""
+        ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The stored dtype."""
         ...
 
 
@@ -83,7 +96,15 @@ def load_weights(parts: list[Llama], source: WeightSource, ranks: Ranks) -> None
     """
     with torch.no_grad():
         for shard, parameter in shards(parts, ranks).values():
-            target, value = local(parameter), source.read(shard.name, shard.index)
+            target = local(parameter)
+            if (
+                isinstance(source, CheckpointSource)
+                and target.device.type == "cpu"
+                and target.dtype == source.dtype(shard.name)
+            ):
+                source.read_into(shard.name, list(shard.offset), target)
+                continue
+            value = source.read(shard.name, shard.index)
             if target.shape != value.shape:
                 raise UserError(
                     f"{shard.name}: the source gives {tuple(value.shape)}, the model needs {tuple(target.shape)}",

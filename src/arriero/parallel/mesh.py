@@ -109,6 +109,30 @@ class Ranks:
                 value.copy_(here)
         return value
 
+    def any(self, wanted: bool) -> bool:
+        """Whether any process wants it."""
+        import torch
+        import torch.distributed as dist
+
+        if self.mesh is None:
+            return wanted
+        flag = torch.tensor(int(wanted), dtype=torch.int32, device=self.mesh.device_type)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def texts(self, text: str, group: ProcessGroup | None = None, *, limit: int = 1024) -> list[str]:
+        """What every process says, by rank, cut at `limit` bytes; `group` is one of all processes on the CPU."""
+        import torch
+        import torch.distributed as dist
+
+        if self.mesh is None:
+            return [text]
+        raw = text.encode()[:limit]
+        mine = torch.tensor(list(raw.ljust(limit, b"\0")), dtype=torch.uint8)
+        all_ = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(all_, mine, group=group)
+        return [bytes(one.tolist()).rstrip(b"\0").decode(errors="replace") for one in all_]
+
     def barrier(self) -> None:
         """Waits for all processes."""
         import torch.distributed as dist

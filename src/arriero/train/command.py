@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
+import re
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,11 +14,12 @@ import tyro
 
 from arriero.agreement import file_sample, run_facts
 from arriero.checkpoint.layout import MANIFEST, committed
-from arriero.checkpoint.load import find_checkpoint
+from arriero.checkpoint.load import candidates, find_checkpoint
+from arriero.checkpoint.lock import RunLock
 from arriero.data.check import check_data_against
 from arriero.data.tokenizer import load_tokenizer
 from arriero.device import device_count, device_type
-from arriero.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError, join_problems
+from arriero.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_STOPPED, UserError, join_problems
 from arriero.launch import (
     LaunchConfig,
     Place,
@@ -29,7 +31,6 @@ from arriero.launch import (
     started_by_another,
     take_place,
 )  # fmt: skip
-from arriero.model.config import LlamaConfig
 from arriero.parallel.mesh import Ranks
 from arriero.recipe import (
     Recipe,
@@ -41,7 +42,8 @@ from arriero.recipe import (
     parse,
     to_toml,
 )  # fmt: skip
-from arriero.train.loop import train
+from arriero.train.loop import Continuation, train
+from arriero.train.resume import check_changes, readable
 from arriero.train.trainer import open_batches
 from arriero.train.verify import verify_layout
 
@@ -51,7 +53,12 @@ class Start:
     """How this start of the run differs from another start of the same run."""
 
     resume: str = ""
-    """A run directory to continue from its newest checkpoint; its own recipe is used where none is named."""
+    """A run directory to continue from its newest checkpoint that is whole, or one of its checkpoints; the run's own
+    recipe is used where none is named. "auto" continues `out` where it holds a checkpoint, and begins it otherwise."""
+    allow_change: tuple[str, ...] = ()
+    """On resume: keys that may differ from the run that is continued although they make it another run."""
+    stop_after: str = ""
+    """Save and stop after this long, such as 55m, 90s or 11.5h; the exit code is then 75."""
     verify_layout: bool = False
     """Train nothing: prove on the CPU, at reduced width in float64, that the layout gives one process's numbers."""
     launch: Annotated[LaunchConfig, tyro.conf.arg(name="")] = field(default_factory=LaunchConfig)
@@ -63,7 +70,7 @@ class Job:
 
     recipe: Recipe
     device_kind: str
-    checkpoint: Path | None
+    start: Continuation
     facts: dict[str, str]
     """What all processes must agree on; see agreement.py."""
 
@@ -80,24 +87,40 @@ def run(words: list[str]) -> int:
     world = here * max(1, launch.nodes)
     if start.verify_layout:
         return verify(recipe, world)
-    checkpoint = find_checkpoint(Path(start.resume)) if start.resume else None
-    check(recipe, world, checkpoint, kind=kind, joining=launch.node_rank > 0 or Place.from_environment().rank > 0)
-    job = Job(recipe, kind, checkpoint, run_facts(recipe) if world > 1 else {})
+    paths = candidates(Path(start.resume)) if start.resume else []
+    joining = launch.node_rank > 0 or Place.from_environment().rank > 0
+    changed = check(recipe, world, paths, kind=kind, joining=joining, allowed=start.allow_change)
+    continuation = Continuation(tuple(paths), tuple(changed), duration(start.stop_after))
+    job = Job(recipe, kind, continuation, run_facts(recipe) if world > 1 else {})
     seconds = {"join_seconds": launch.join_timeout, "collective_seconds": launch.collective_timeout}
     if world == 1 and not launch.max_restarts:
-        in_process_group(work, job)
+        complete = in_process_group(work, job)
     elif started_by_another():
         try:
-            in_process_group(work, job, facts=facts, **seconds)
+            complete = in_process_group(work, job, facts=facts, **seconds)
         except BaseException as error:
             leave(error)
     else:
         try:
-            run_processes(work, job, here, launch=launch, facts=facts)
+            complete = all(run_processes(work, job, here, launch=launch, facts=facts))
         except ProcessFailed as error:
             print(f"arriero: {error}", file=sys.stderr)
             return EXIT_CHECK_FAILED
-    return EXIT_OK
+    return EXIT_OK if complete else EXIT_STOPPED
+
+
+def duration(text: str) -> float:
+    """Seconds of "90s", "55m", "11.5h" or "1d"; 0 of nothing.
+
+    Raises:
+        UserError: it is not a duration.
+    """
+    if not text:
+        return 0.0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+    if not match or not float(match[1]):
+        raise UserError(f"--stop-after is {text!r}", "give a number and s, m, h or d, such as 55m")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
 def read_command(words: list[str]) -> tuple[Recipe, Start]:
@@ -105,12 +128,14 @@ def read_command(words: list[str]) -> tuple[Recipe, Start]:
     named, words = (words[0], words[1:]) if words and not words[0].startswith("-") else ("", words)
     given = command_line_settings(words)
     launch_keys = set(field_types(LaunchConfig))
-    start_keys = {"resume", "verify_layout", *launch_keys}
+    start_keys = {"resume", "verify_layout", "allow_change", "stop_after", *launch_keys}
     start_settings = [s for s in given if s.key in start_keys]
+    words_of = {s.key: s.words for s in start_settings}
     launch = parse(LaunchConfig, [s for s in start_settings if s.key in launch_keys], prog="arriero pretrain")
-    resume = next((" ".join(s.words) for s in start_settings if s.key == "resume"), "")
-    verifying = any(s.key == "verify_layout" for s in start_settings)
+    resume = " ".join(words_of.get("resume", []))
     settings: list[Setting] = []
+    if resume == "auto":
+        resume = _begun(named, given)
     if resume:
         find_checkpoint(Path(resume))  # a wrong directory is named before its missing recipe is
     if resume and not named:
@@ -124,7 +149,20 @@ def read_command(words: list[str]) -> tuple[Recipe, Start]:
     settings += [s for s in given if s.key not in start_keys]
     if resume:
         settings.append(Setting("out", [resume], "--resume"))
-    return parse(Recipe, settings, prog="arriero pretrain"), Start(resume, verifying, launch)
+    start = Start(
+        resume=resume, verify_layout="verify_layout" in words_of, launch=launch,
+        allow_change=tuple(words_of.get("allow_change", [])), stop_after=" ".join(words_of.get("stop_after", [])),
+    )  # fmt: skip
+    if start.allow_change and not resume:
+        raise UserError("--allow-change without --resume has no effect", "leave it out, or say what is resumed")
+    return parse(Recipe, settings, prog="arriero pretrain"), start
+
+
+def _begun(named: str, given: list[Setting]) -> str:
+    """The run directory that these settings name, if it holds a checkpoint already; else nothing."""
+    settings = file_settings(find_bundled("", named, ".toml")) if named else []
+    out = next((" ".join(s.words) for s in reversed([*settings, *given]) if s.key == "out"), "")
+    return out if out and committed(Path(out) / "checkpoints") else ""
 
 
 def process_count(recipe: Recipe, launch: LaunchConfig, kind: str) -> int:
@@ -150,10 +188,22 @@ def verify(recipe: Recipe, processes: int) -> int:
     return verify_layout(recipe, processes)
 
 
-def check(recipe: Recipe, processes: int, checkpoint: Path | None, *, kind: str = "cpu", joining: bool = False) -> None:
+def check(
+    recipe: Recipe, processes: int, checkpoints: Sequence[Path], *, kind: str = "cpu", joining: bool = False,
+    allowed: Sequence[str] = (),
+) -> list[str]:  # fmt: skip
     """Refuses what cannot work, all problems together, before any process is started.
 
-    `joining`: this is not the machine of rank 0, so it may come back to a run that has begun.
+    Args:
+        recipe: what shall be run.
+        processes: on how many.
+        checkpoints: from which it may go on.
+        kind: of device.
+        joining: this is not the machine of rank 0, so it may come back to a run that has begun.
+        allowed: changed keys that are meant.
+
+    Returns:
+        Lines that tell what has changed since the checkpoint.
 
     Raises:
         UserError: what is wrong, each with its fix.
@@ -161,25 +211,23 @@ def check(recipe: Recipe, processes: int, checkpoint: Path | None, *, kind: str 
     problems = recipe.problems(processes)
     if recipe.optim.offload and kind == "cpu":
         problems.append(UserError("optim.offload has no effect on the CPU", "leave it out"))
+    changed: list[str] = []
     if not problems:
-        problems += _input_problems(recipe, checkpoint)
-    if recipe.out and not joining and checkpoint is None and committed(Path(recipe.out) / "checkpoints"):
+        problems += _input_problems(recipe)
+    if not problems and checkpoints:
+        changed, problems = check_changes(recipe, readable(checkpoints), allowed)
+    if recipe.out and not joining and not checkpoints and committed(Path(recipe.out) / "checkpoints"):
         fix = f"continue it with --resume {recipe.out}, or write elsewhere with --out"
         problems.append(UserError(f"out: {recipe.out} already holds a run", fix))
     if problems:
         raise join_problems(problems)
+    return changed
 
 
-def _input_problems(recipe: Recipe, checkpoint: Path | None) -> list[UserError]:
-    """Data, tokenizer and checkpoint against the model."""
+def _input_problems(recipe: Recipe) -> list[UserError]:
+    """Data and tokenizer against the model."""
     found: list[UserError] = []
     model = recipe.model_config()
-    if checkpoint is not None:
-        saved = LlamaConfig.from_json(checkpoint)
-        differing = [f.name for f in dataclasses.fields(model) if getattr(model, f.name) != getattr(saved, f.name)]
-        if differing:
-            fix = "resume with the model that the run began with"
-            found.append(UserError(f"{checkpoint}: its model differs in {', '.join(differing)}", fix))
     try:
         tokenizer = load_tokenizer(Path(recipe.tokenizer)) if recipe.tokenizer else None
         for split in ("train", *(["valid"] if recipe.train.eval_every else [])):
@@ -199,25 +247,31 @@ def prepare_run_directory(recipe: Recipe) -> None:
         load_tokenizer(Path(recipe.tokenizer)).save_to(out / "tokenizer")
 
 
-def present_checkpoint(job: Job) -> Path | None:
-    """Where this start begins: after a loss, from the newest checkpoint that the run has written."""
-    newest = committed(Path(job.recipe.out) / "checkpoints") if start_number() > 0 else []
-    return newest[-1] if newest else job.checkpoint
+def present_checkpoints(job: Job) -> tuple[Path, ...]:
+    """Where this start may begin: after a loss, from what the run itself has written."""
+    written = committed(Path(job.recipe.out) / "checkpoints") if start_number() > 0 else []
+    return tuple(written[::-1]) or job.start.checkpoints
 
 
 def facts(job: Job) -> dict[str, str]:
     """What all processes must agree on at this start."""
-    path = present_checkpoint(job)
+    path = next(iter(present_checkpoints(job)), None)
     return job.facts | {"checkpoint": f"{path.name}, {file_sample(path / MANIFEST)}" if path else "none"}
 
 
-def work(job: Job) -> None:
-    """What each process does."""
-    place, checkpoint = Place.from_environment(), present_checkpoint(job)
+def work(job: Job) -> bool:
+    """What each process does; returns whether the run is complete."""
+    place, start, lock = Place.from_environment(), replace(job.start, checkpoints=present_checkpoints(job)), None
     if place.rank == 0:
+        lock = RunLock(Path(job.recipe.out))
+        if lock.stale:
+            start = replace(start, notices=(f" the last job was cut off: {lock.stale}", *start.notices))
         prepare_run_directory(job.recipe)
     ranks = Ranks.build(job.recipe.parallel, job.device_kind)
-    train(job.recipe, ranks, local_rank=place.local_rank, device_kind=job.device_kind, checkpoint=checkpoint)
+    complete = train(job.recipe, ranks, local_rank=place.local_rank, device_kind=job.device_kind, start=start)
+    if lock is not None:
+        lock.release()
+    return complete
 
 
 def print_help() -> None:

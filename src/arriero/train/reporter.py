@@ -11,14 +11,17 @@ import platform
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Literal, TextIO
 
 import torch
 
 from arriero import __version__
+from arriero.checkpoint.save import Saved
 from arriero.errors import UserError
 from arriero.model.config import LlamaConfig
 from arriero.observe.figure import loss_figure
@@ -75,6 +78,7 @@ class Reporter:
         self._peak = peak or None
         self._recent: deque[float] = deque(maxlen=20)
         self._skipped = self._nan = 0
+        self._full = False
         self._text: TextIO | None = None
         self._metrics: MetricsWriter | None = None
         if first:
@@ -93,7 +97,28 @@ class Reporter:
         if self._text is not None:
             print(text, flush=True)
             self._text.write(text + "\n")
-            self._text.flush()
+            self._keep(self._text.flush)
+
+    def _keep(self, write: Callable[[], object]) -> None:
+        """Writes to a file of the run. A full disk is told of and does not end the run: what waits is written later."""
+        try:
+            write()
+            self._full = False
+        except OSError as error:
+            if not self._full:
+                told = f"{self.out}: {error.strerror}: log.txt and metrics.jsonl wait until there is room"
+                print(f"arriero: {told}", file=sys.stderr, flush=True)
+            self._full = True
+
+    def saved(self, results: list[Saved]) -> None:
+        """Tells what became of saves that have ended."""
+        for one in results:
+            if one.problem:
+                self.say(f" CHECKPOINT of step {one.step} NOT written: {one.problem}; the run goes on without it")
+            else:
+                self.say(f" saved checkpoint: {one.path} (held up {one.blocked:.2f} s, on disk in {one.seconds:.2f} s)")
+            if one.notice:
+                self.say(f" NOTICE: {one.notice}")
 
     def resume_after(self, step: int) -> None:
         """Drops the metrics of steps that will be run again."""
@@ -131,7 +156,7 @@ class Reporter:
             data_wait_ms=result.data_seconds * 1000,
             eta_seconds=(train.steps - result.step) * sum(self._recent) / len(self._recent),
         )
-        self._metrics.write(metrics)
+        self._keep(partial(self._metrics.write, metrics))
         if result.step % self.log.every == 0 or result.step == train.steps:
             self.say(megatron_line(metrics, datetime.now()) if self.log.style == "megatron" else arriero_line(metrics))
             self._skipped = self._nan = 0
@@ -141,16 +166,16 @@ class Reporter:
         if self._metrics is not None:
             perplexity = math.exp(min(loss, 20.0)) if math.isfinite(loss) else math.nan  # as Megatron caps it
             metrics = ValidationMetrics(iteration=step, lm_loss=loss, perplexity=perplexity)
-            self._metrics.write(metrics)
+            self._keep(partial(self._metrics.write, metrics))
             self.say(validation_line(metrics, framed=self.log.style == "megatron"))
 
     def finish(self) -> None:
         """Draws the figure and closes the files."""
         if self._metrics is not None and self._text is not None:
-            self._metrics.close()
-            loss_figure(self.out / "metrics.jsonl", self.out / "loss.png")
+            self._keep(self._metrics.close)
+            self._keep(partial(loss_figure, self.out / "metrics.jsonl", self.out / "loss.png"))
             self.say(f" figure: {self.out / 'loss.png'}")
-            self._text.close()
+            self._keep(self._text.close)
 
 
 class Stopwatch:

@@ -14,8 +14,12 @@ from pathlib import Path
 
 import torch
 
+from arriero import __version__
+from arriero.agreement import input_digests
+from arriero.checkpoint.layout import step_directory
 from arriero.checkpoint.load import CheckpointReader, load_state
-from arriero.checkpoint.save import forget_old, save_checkpoint
+from arriero.checkpoint.parts import Part
+from arriero.checkpoint.save import Saver
 from arriero.data.batches import Batches
 from arriero.data.prefetch import Prefetch
 from arriero.device import synchronize, take_device
@@ -24,6 +28,7 @@ from arriero.parallel.apply import build_parts, load_weights
 from arriero.parallel.mesh import BATCH, Ranks
 from arriero.parallel.microbatch import MicroBatch, micro_batch
 from arriero.parallel.pipeline import Pipeline, sum_tied_gradients
+from arriero.parallel.shards import local, shards
 from arriero.parallel.zero import cut_again, sum_gradients_now
 from arriero.recipe import Recipe, to_toml
 from arriero.train.loss import IGNORED, loss_context, summed_loss
@@ -78,6 +83,7 @@ class Trainer:
         self.updates = 0
         """Steps whose update was not skipped."""
         self.batches = open_batches(recipe, "train")
+        self.saver = Saver(Path(recipe.out) / "checkpoints", recipe.checkpoint, ranks)
         self._feed: Iterator[list[MicroBatch]] | None = None
 
     def start(self, checkpoint: Path | None) -> None:
@@ -97,18 +103,34 @@ class Trainer:
         self.optimizer.load_moments(moments, self.updates)
         self.scale = LossScale(**state["loss_scale"])
 
-    def save(self) -> Path:
-        """Writes a checkpoint of the present step."""
-        root = Path(self.recipe.out) / "checkpoints"
+    def parts_to_save(self) -> dict[str, Part]:
+        """The weights and moments that this process writes, by global name."""
+        found: dict[str, Part] = {}
+        moments = self.optimizer.moments()
+        for path, (shard, parameter) in shards(self.parts, self.ranks).items():
+            if not shard.written_by(self.ranks) or 0 in shard.local_shape:
+                continue
+            found[shard.name] = Part(local(parameter).detach(), shard.shape, shard.offset)
+            for moment, by_path in moments.items():
+                found[f"{moment}.{shard.name}"] = Part(by_path[path], shard.shape, shard.offset)
+        return found
+
+    def save(self, *, wait: bool = True) -> Path:
+        """Writes a checkpoint of the present step, or has it written while training goes on.
+
+        Nothing else decides what follows: batches and their order are functions of (seed, step), the learning rate of
+        the step, and no random number is drawn after the initial weights.
+        """
         texts = {"config.json": json.dumps(self.config.to_json(), indent=1), "recipe.toml": to_toml(self.recipe)}
-        state = {"updates": self.updates, "loss_scale": asdict(self.scale)}
-        path = save_checkpoint(
-            root, self.done, parts=self.parts, moments=self.optimizer.moments(), state=state, texts=texts,
-            ranks=self.ranks,
-        )  # fmt: skip
-        if self.ranks.first:
-            forget_old(root, self.recipe.checkpoint.keep)
-        return path
+        state = {
+            "updates": self.updates, "loss_scale": asdict(self.scale), "seed": self.recipe.seed,
+            "consumed_samples": self.done * self.recipe.train.global_batch, "inputs": input_digests(self.recipe),
+            "versions": {"arriero": __version__, "torch": torch.__version__}, "processes": self.ranks.world,
+        }  # fmt: skip
+        self.saver.save(self.done, self.parts_to_save(), state=state, texts=texts)
+        if wait:
+            self.saver.wait()
+        return step_directory(self.saver.root, self.done)
 
     def micro_batches(self, batches: Batches, step: int) -> list[MicroBatch]:
         """This rank's samples of global batch `step`, cut into micro-batches."""

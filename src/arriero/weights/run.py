@@ -56,7 +56,7 @@ def open_run(path: Path) -> tuple[PieceReader, LlamaConfig, Path]:
     for index in sorted(directory.glob("rank-*.json")):
         file = SafetensorsFile(index.with_suffix(".safetensors"))
         try:
-            parts = json.loads(index.read_text(encoding="utf-8"))
+            parts = json.loads(index.read_text(encoding="utf-8"))["tensors"]
             places = {name: (tuple(part["shape"]), tuple(part["offset"])) for name, part in parts.items()}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{index}: is not a list of parts", FIX) from None

@@ -1,0 +1,33 @@
+"""When a run is saved, and what is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from arriero.errors import UserError
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, and what to keep."""
+
+    every: int = 1000
+    """Steps between checkpoints; 0 saves only the last step."""
+    keep: int = 2
+    """Newest checkpoints to keep; 0 keeps all."""
+    keep_every: int = 0
+    """Checkpoints of steps that are a multiple of this are kept for good; 0 for none."""
+    asynchronous: bool = True
+    """Write while training goes on, from a copy in the CPU's memory as large as the state; false holds the step up."""
+    retries: int = 2
+    """How often a save that failed is tried again before the run goes on without it."""
+
+    def problems(self) -> list[UserError]:
+        """All that is impossible about it."""
+        found = []
+        for name in ("every", "keep", "keep_every", "retries"):
+            if getattr(self, name) < 0:
+                found.append(UserError(f"checkpoint.{name} is {getattr(self, name)}", "give 0 or more"))
+        if self.keep_every and not self.keep:
+            found.append(UserError("checkpoint.keep_every has no effect: keep 0 keeps all", "leave one of them out"))
+        return found

@@ -1,0 +1,80 @@
+"""What one process writes: its parts of the tensors in one safetensors file, hashed while they are written.
+
+Beside it lies an index: of each part its place in the whole tensor, its place in the file, and a SHA-256 a block of
+8 MiB. Parts are hashed each on its own, so that damage has a tensor's name; blocks, so that all cores can hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, uint8
+
+from arriero.checkpoint import disk
+from arriero.checkpoint.layout import write_json
+from arriero.weights.safetensors_file import build_header
+from arriero.weights.stream import TORCH_NAMES
+
+BLOCK = 8 << 20
+NAMES = {f"torch.{torch_name}": name for name, torch_name in TORCH_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a whole tensor."""
+
+    value: Tensor
+    """Contiguous, on the CPU when it is written."""
+    shape: tuple[int, ...]
+    """The whole tensor's shape."""
+    offset: tuple[int, ...]
+    """Where the piece begins in the whole."""
+
+
+def data_file(directory: Path, rank: int) -> Path:
+    """The file of one process; its index has the suffix .json."""
+    return directory / f"rank-{rank:05d}.safetensors"
+
+
+def write_parts(path: Path, parts: dict[str, Part]) -> None:
+    """Writes `parts` to `path` and their index beside it, and waits until the disk has both."""
+    header, starts, size = build_header(
+        {k: (NAMES[str(p.value.dtype)], tuple(p.value.shape)) for k, p in parts.items()}
+    )
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    pool = ThreadPoolExecutor(max(2, min(8, len(os.sched_getaffinity(0)))), thread_name_prefix="checkpoint")
+    try:
+        disk.write_at(handle, memoryview(header), 0, path)
+        pending = {key: _submit(pool, handle, part.value, starts[key], path) for key, part in parts.items()}
+        hashes = {key: [block.result() for block in blocks] for key, blocks in pending.items()}
+        disk.sync(handle, path)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        os.close(handle)
+    tensors = {
+        key: {
+            "shape": part.shape, "offset": part.offset, "part": tuple(part.value.shape), "start": starts[key],
+            "dtype": NAMES[str(part.value.dtype)], "sha256": hashes[key],
+        }
+        for key, part in parts.items()
+    }  # fmt: skip
+    index: dict[str, Any] = {"bytes": size, "header": hashlib.sha256(header).hexdigest(), "block": BLOCK}
+    write_json(path.with_suffix(".json"), index | {"tensors": tensors})
+    disk.sync_directory(path.parent)
+
+
+def _submit(pool: ThreadPoolExecutor, handle: int, value: Tensor, start: int, path: Path) -> list[Future[str]]:
+    data = value.reshape(-1).view(uint8).numpy().data
+    return [
+        pool.submit(_write_block, handle, data[at : at + BLOCK], start + at, path) for at in range(0, len(data), BLOCK)
+    ]
+
+
+def _write_block(handle: int, data: memoryview, offset: int, path: Path) -> str:
+    disk.write_at(handle, data, offset, path)
+    return hashlib.sha256(data).hexdigest()  # neither holds the interpreter's lock

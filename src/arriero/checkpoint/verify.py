@@ -1,0 +1,144 @@
+"""Is a checkpoint what was committed? The marker vouches for the manifest, it for the small files, their indices for
+every block of the data: each byte is under one SHA-256, and what differs is named, the tensor too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from arriero.checkpoint.layout import FORMAT, MANIFEST, MARKER, file_digest, read_json
+from arriero.errors import UserError
+
+
+@dataclass(frozen=True)
+class Block:
+    """A range of a file with the SHA-256 that it must have."""
+
+    path: Path
+    what: str
+    start: int
+    length: int
+    sha256: str
+
+
+def verify(path: Path, *, share: int = 0, of: int = 1, only: Path | None = None) -> list[str]:
+    """Checks a checkpoint; returns what is wrong, one sentence each.
+
+    Args:
+        path: the checkpoint's directory.
+        share: which part of the data this process checks, of
+        of: so many; the small files are checked by all.
+        only: the one data file to check, for the process that has just written it.
+    """
+    try:
+        wrong, blocks = _chain(path)
+    except UserError as error:
+        return [error.problem]
+    chosen = [b for b in blocks if b.path == only] if only else blocks[share::of]
+    return wrong + check_blocks(chosen)
+
+
+def verify_small(path: Path) -> list[str]:
+    """Checks all but the data itself: quick, whatever the model's size."""
+    try:
+        return _chain(path)[0]
+    except UserError as error:
+        return [error.problem]
+
+
+def _chain(path: Path) -> tuple[list[str], list[Block]]:
+    """What is wrong with the small files and the files' sizes, and the blocks still to be hashed."""
+    if not (path / MARKER).is_file():
+        return [f"{path}: not committed, its writing was cut off"], []
+    marker = read_json(path / MARKER)
+    if not (path / MANIFEST).is_file():
+        return [f"{path / MANIFEST}: missing"], []
+    if not isinstance(marker, dict) or marker.get("manifest") != file_digest(path / MANIFEST):
+        return [f"{path / MANIFEST}: not the manifest that was committed"], []
+    manifest = read_json(path / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        return [f"{path / MANIFEST}: format {manifest.get('format')}, this version reads {FORMAT}"], []
+    wrong: list[str] = []
+    blocks: list[Block] = []
+    for name, expected in manifest["files"].items():
+        if problem := _file_problem(path / name):
+            wrong.append(problem)
+        elif file_digest(path / name) != expected:
+            wrong.append(f"{path / name}: size or SHA-256 differs from the manifest")
+    for name in manifest["data"]:
+        index = (path / name).with_suffix(".json")
+        if any(line.startswith(f"{index}:") for line in wrong):
+            continue
+        content = read_json(index)
+        problem = _file_problem(path / name) or _size_problem(path / name, content["bytes"])
+        if problem:
+            wrong.append(problem)
+        else:
+            blocks += _blocks(path / name, content)
+    known = {*manifest["files"], *manifest["data"], MANIFEST, MARKER}
+    wrong += [f"{path / name}: not in the manifest" for name in sorted({p.name for p in path.iterdir()} - known)]
+    return wrong, blocks
+
+
+def _file_problem(path: Path) -> str:
+    if path.is_symlink():
+        return f"{path}: is a link, which a checkpoint never holds"
+    return "" if path.is_file() else f"{path}: missing"
+
+
+def _size_problem(path: Path, expected: int) -> str:
+    size = path.stat().st_size
+    return "" if size == expected else f"{path}: has {size:,} of {expected:,} bytes"
+
+
+def _blocks(path: Path, index: dict[str, Any]) -> list[Block]:
+    """All blocks of a data file, the header first; they cover every byte, or UserError is raised."""
+    tensors = sorted(index["tensors"].items(), key=lambda item: item[1]["start"])
+    size, step = index["bytes"], index["block"]
+    starts = [entry["start"] for _, entry in tensors] + [size]
+    found = [Block(path, "the header", 0, starts[0], index["header"])]
+    for (name, entry), end in zip(tensors, starts[1:], strict=True):
+        ranges = range(entry["start"], end, step)
+        if len(ranges) != len(entry["sha256"]):
+            raise UserError(f"{path}: {name} has {len(entry['sha256'])} digests for {len(ranges)} blocks")
+        found += [
+            Block(path, f"tensor {name}", at, min(step, end - at), sha256)
+            for at, sha256 in zip(ranges, entry["sha256"], strict=True)
+        ]
+    return found
+
+
+def check_blocks(blocks: list[Block]) -> list[str]:
+    """Reads and hashes on all cores; returns one sentence for each tensor or header that differs."""
+    workers = max(1, min(8, len(os.sched_getaffinity(0))))
+    with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
+        parts = [blocks[i::workers] for i in range(workers)]
+        wrong = [line for found in pool.map(_check, [p for p in parts if p]) for line in found]
+    return list(dict.fromkeys(wrong))
+
+
+def _check(blocks: list[Block]) -> list[str]:
+    buffer = bytearray(max(b.length for b in blocks))
+    handles: dict[Path, int] = {}
+    wrong = []
+    try:
+        for block in blocks:
+            if block.path not in handles:
+                handles[block.path] = os.open(block.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            view = memoryview(buffer)[: block.length]
+            done = 0
+            while done < block.length and (read := os.preadv(handles[block.path], [view[done:]], block.start + done)):
+                done += read
+            if done < block.length or hashlib.sha256(view).hexdigest() != block.sha256:
+                wrong.append(f"{block.path}: {block.what} is damaged: its SHA-256 differs")
+    except OSError as error:
+        wrong.append(f"{block.path}: {block.what} cannot be read ({error.strerror})")
+    finally:
+        for handle in handles.values():
+            os.close(handle)
+    return wrong

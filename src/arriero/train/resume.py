@@ -1,0 +1,76 @@
+"""May this recipe go on from that checkpoint? What differs is shown; what would make it another run is refused."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from arriero.agreement import flat, input_digests
+from arriero.checkpoint.layout import read_json
+from arriero.checkpoint.load import STATE
+from arriero.checkpoint.verify import verify_small
+from arriero.errors import UserError, nearest
+from arriero.model.config import LlamaConfig
+from arriero.recipe import Recipe, file_settings, parse
+
+FREE = (
+    "out", "device", "parallel.*", "recompute.*", "checkpoint.*", "log.*", "watch.*", "train.steps",
+    "train.micro_batch", "train.eval_*", "train.on_*", "train.check_*", "train.compile", "optim.offload",
+)  # fmt: skip
+"""Keys that may change: the run stays the same run. train.steps moves the end of the schedule, not a sample."""
+BY_CONTENT = ("model", "init", "tokenizer", "data.prefix")
+"""Keys whose value is a path: what lies there is compared instead."""
+
+
+def readable(paths: Sequence[Path]) -> Path:
+    """The first checkpoint whose small files are whole; the first of all if none is, so that its error is told."""
+    return next((path for path in paths if not verify_small(path)), paths[0])
+
+
+def changes(recipe: Recipe, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
+    """What differs from the run that wrote the checkpoint: key -> (then, now); paths by what lies there.
+
+    Raises:
+        UserError: the checkpoint's recipe or state cannot be read.
+    """
+    then = flat(parse(Recipe, file_settings(checkpoint / "recipe.toml"), prog="arriero pretrain"))
+    now = flat(recipe)
+    found = {k: (then[k], now[k]) for k in now if k not in BY_CONTENT and then.get(k) != now[k]}
+    saved, model = LlamaConfig.from_json(checkpoint).to_json(), recipe.model_config().to_json()
+    found |= {f"model {k}": (saved.get(k), model[k]) for k in model if saved.get(k) != model[k]}
+    before, here = read_json(checkpoint / STATE).get("inputs", {}), input_digests(recipe)
+    for kind in ("tokenizer", "data"):
+        a, b = ([v for k, v in sorted(digests.items()) if k.startswith(kind)] for digests in (before, here))
+        if a != b:
+            found[kind] = (", ".join(a) or "none", ", ".join(b) or "none")
+    return found
+
+
+def check_changes(recipe: Recipe, checkpoint: Path, allowed: Sequence[str]) -> tuple[list[str], list[UserError]]:
+    """Lines that show what has changed, and what of it is refused.
+
+    Args:
+        recipe: what shall be run now.
+        checkpoint: from which.
+        allowed: the keys that `--allow-change` names.
+    """
+    found = changes(recipe, checkpoint)
+    refused: list[UserError] = []
+    lines = []
+    for key, (then, now) in found.items():
+        free = any(fnmatch.fnmatchcase(key, pattern) for pattern in FREE)
+        fix = f"set it back, or say that you mean it: --allow-change {key}"
+        if key.startswith("model "):
+            fix = "resume with the model that the run began with"
+        if not free and (key not in allowed or key.startswith("model ")):
+            refused.append(UserError(f"{key} is {now!s}, and the run began with {then!s}", fix))
+        elif key != "out":
+            lines.append(f" changed since the checkpoint: {key}: {then!s} -> {now!s}")
+    for key in allowed:
+        if key not in found:
+            known = [k for k in found if not any(fnmatch.fnmatchcase(k, p) for p in FREE)]
+            hint = nearest(key, known) if known else "nothing that needs it has changed: leave it out"
+            refused.append(UserError(f"--allow-change {key}: it has not changed", hint))
+    return lines, refused
