@@ -26,6 +26,12 @@ def test_file_then_command_line(tmp_path: Path) -> None:
     assert (recipe.schedule.lr, recipe.schedule.min_lr, recipe.optim.eps) == (1e-2, 1e-3, 1e-6)
 
 
+@pytest.mark.parametrize("word", ["true", "True"])
+def test_truth_is_written_as_in_the_file_or_as_in_python(word: str) -> None:
+    recipe = parse(Recipe, command_line_settings(["--parallel.sequence-parallel", word]), prog="test")
+    assert recipe.parallel.sequence_parallel is True
+
+
 def test_all_problems_are_reported_together_with_their_lines(tmp_path: Path) -> None:
     text = 'outt = "x"\n\n[train]\nsteps = "many"\n[schedule]\nshape = "cosin"\nlr = 1e-3\n'
     with pytest.raises(UserError) as caught:

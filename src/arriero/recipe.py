@@ -136,7 +136,13 @@ def parse(cls: type[T], settings: list[Setting], *, prog: str) -> T:
 
 
 def _tyro(cls: type[T], settings: list[Setting], prog: str) -> T:
-    words = [word for s in settings for word in (f"--{s.key}", *s.words)]
+    kinds = field_types(cls)
+    words = []
+    for s in settings:
+        values = (
+            [w.capitalize() if w in ("true", "false") else w for w in s.words] if kinds.get(s.key) is bool else s.words
+        )
+        words += [f"--{s.key}", *values]
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
