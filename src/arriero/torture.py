@@ -27,6 +27,7 @@ from arriero.errors import EXIT_OK, EXIT_STOPPED, CheckFailed, UserError, join_p
 
 STEPS, EVERY = 40, 3
 """Steps of a run, and between its checkpoints."""
+DEAD = (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM)  # by the signal, or by a SIGTERM that came too early
 PATIENCE = 240.0
 """Seconds in which a start must come to an end, killed or not."""
 KINDS = {
@@ -180,7 +181,7 @@ class Rack:
             shoot(pid, kind, self.random)
             tally.kills[kind] += 1
         code = wait(pid)
-        if code not in (EXIT_OK, EXIT_STOPPED, 1, -signal.SIGKILL, 128 + signal.SIGTERM):
+        if code not in (EXIT_OK, EXIT_STOPPED, 1, *DEAD):
             raise CheckFailed(
                 f"a start ended with exit code {code}: see {self.root / (out.name + '.log')}\n{tail(out)}"
             )

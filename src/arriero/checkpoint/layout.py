@@ -88,5 +88,7 @@ def commit(temporary: Path, final: Path) -> None:
         disk.remove_tree(final)
     disk.rename(temporary, final)
     disk.sync_directory(final.parent)
-    write_json(final / MARKER, {"manifest": file_digest(final / MANIFEST)})
+    pending = final / (MARKER + TEMPORARY)
+    write_json(pending, {"manifest": file_digest(final / MANIFEST)})
+    disk.rename(pending, final / MARKER)  # half a marker would be one
     disk.sync_directory(final)

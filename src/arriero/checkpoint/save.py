@@ -18,7 +18,7 @@ import torch
 
 from arriero.checkpoint import disk
 from arriero.checkpoint.config import CheckpointConfig
-from arriero.checkpoint.layout import STATE, TEMPORARY, commit, step_directory, write_json
+from arriero.checkpoint.layout import MARKER, STATE, TEMPORARY, commit, step_directory, write_json
 from arriero.checkpoint.parts import Part, data_file, write_parts
 from arriero.checkpoint.retention import forget, superfluous, sweep
 from arriero.checkpoint.verify import verify
@@ -153,7 +153,9 @@ class Saver:
             or self._agree(finish if self.ranks.first else None, temporary)
         )
         if problem and self.ranks.first:
-            shutil.rmtree(temporary, ignore_errors=True)  # room for the next attempt
+            for path in (temporary, final):  # room for the next attempt
+                if not (path / MARKER).is_file():
+                    shutil.rmtree(path, ignore_errors=True)
         return problem
 
     def _agree(self, work: Any, directory: Path) -> str:
