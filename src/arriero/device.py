@@ -6,6 +6,7 @@ torch is imported inside the functions, so that the command line can read this m
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib
@@ -109,6 +110,12 @@ def tune_allocator() -> None:
     mallopt(m_mmap_max, 0)
     mallopt(m_trim_threshold, 2**31 - 1)
     mallopt(m_top_pad, 256 * 2**20)
+
+
+def trim_memory() -> None:
+    """Gives memory that was freed back to the kernel, where glibc keeps it: after something large has gone."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def share_cores(processes: int) -> None:

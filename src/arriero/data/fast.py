@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from arriero.data.tokenizer import JsonTokenizer, Tokenizer
+from arriero.device import trim_memory
 from arriero.errors import UserError
 
 # gigatoken remembers every word that it has met (about 2 MB for each MB of program text): it is started over after this
@@ -82,7 +83,9 @@ class FastTokenizer(Tokenizer):
         """The engine for `size` more bytes of text: a fresh one when the cache of the old one has grown."""
         with self._lock:
             if self._since_start > _CACHE_BYTES:
-                self._backend, self._since_start = self._start(), 0
+                self._backend, self._since_start = None, 0  # the old one goes first, and its memory with it
+                trim_memory()
+                self._backend = self._start()
             self._since_start += size
             return self._backend
 
