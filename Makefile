@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 
 NPU := build/npu
 
-.PHONY: demo test lint npu cluster clean
+.PHONY: demo test lint torture npu cluster clean
 
 demo: $(VENV)/.demo
 	$(BIN)/arriero demo --overwrite
@@ -18,6 +18,10 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A hundred kills of a run on 2 x tensor and 2 x data parallel processes; ten minutes or so.
+torture: $(VENV)/.demo
+	$(BIN)/arriero torture --kills 100
 
 # As root: network namespaces and a real SLURM, installed from Debian's packages.
 cluster: $(VENV)/.test

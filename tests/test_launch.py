@@ -172,7 +172,7 @@ def test_the_batch_file_is_whole_and_bash(tmp_path: Path, capsys: pytest.Capture
         "--signal=USR1@120",
     ):
         assert f"#SBATCH {line}\n" in text
-    assert len(re.findall("^srun .*pretrain .*--train.steps 3 .resume$", text, re.M)) == 1
+    assert len(re.findall("^srun .*pretrain .*--train.steps 3 --resume auto$", text, re.M)) == 1
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
     assert dispatch([*words, "--out", str(tmp_path / "job.sh")]) == 0
     assert (tmp_path / "job.sh").read_text().startswith("#!/bin/bash")

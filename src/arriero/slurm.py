@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from arriero.errors import EXIT_OK, UserError, nearest
+from arriero.errors import EXIT_OK, EXIT_STOPPED, UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,6 @@ def _text(args: SlurmArgs, tasks: int, out: str, pretrain: str) -> str:
     options += [f"--gpus-per-node={args.gpus_per_node}"] if args.gpus_per_node else []
     options += [f"--time={args.time}"] + ([f"--partition={args.partition}"] if args.partition else [])
     head = "\n".join(f"#SBATCH {option}" for option in options)
-    run = shlex.quote(out)
     return f"""#!/bin/bash
 # {args.nodes} nodes of {tasks} processes. The run directory and the data must be seen by every node.
 {head}
@@ -103,13 +102,13 @@ def _text(args: SlurmArgs, tasks: int, out: str, pretrain: str) -> str:
 #SBATCH --open-mode=append
 # After preemption or the loss of a node SLURM starts this file again; then it goes on from the newest checkpoint.
 #SBATCH --requeue
-# SIGUSR1 reaches every process two minutes before the time limit or preemption.
+# Two minutes before the time limit or preemption SIGUSR1 reaches every process: they save and leave with {EXIT_STOPPED}.
 #SBATCH --signal=USR1@120
 
-resume=""
-if ls {run}/checkpoints/*/COMMITTED >/dev/null 2>&1; then resume="--resume {run}"; fi
-
-srun --kill-on-bad-exit=1 {program} pretrain {pretrain} $resume
+srun --kill-on-bad-exit=1 {program} pretrain {pretrain} --resume auto
+status=$?
+if [ "$status" = {EXIT_STOPPED} ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$status"
 """
 
 

@@ -109,6 +109,27 @@ def test_a_requeued_job_goes_on(slurm: dict[str, str], tmp_path: Path) -> None:
     assert len(losses(run)) == 150
 
 
+@pytest.mark.timeout(600)
+def test_a_job_that_is_told_to_stop_saves_and_queues_itself_again(slurm: dict[str, str], tmp_path: Path) -> None:
+    """What SLURM does before the time limit: SIGUSR1 to the tasks."""
+    job = batch_file(tmp_path, "--train.steps", 150, "--checkpoint.every", 0)
+    number = subprocess.check_output(["sbatch", "--parsable", job], cwd=tmp_path, env=slurm, text=True).strip()
+    run = tmp_path / "run"
+    for _ in range(1000):
+        if (run / "metrics.jsonl").exists() and len(losses(run)) > 3:
+            break
+        time.sleep(0.1)
+    subprocess.run(["scancel", "--signal=USR1", number], env=slurm, check=True)
+    for _ in range(2500):
+        if (run / "loss.png").exists() and len(losses(run)) == 150:
+            break
+        time.sleep(0.1)
+    log = next(tmp_path.glob("*.log")).read_text()
+    assert "stopped after step" in log, log
+    assert "resumed from" in log, log
+    assert len(losses(run)) == 150
+
+
 def test_srun_shows_the_first_error_and_ends_all(slurm: dict[str, str], tmp_path: Path) -> None:
     program = [sys.executable, "-m", "arriero", "pretrain", write_recipe(tmp_path)]
     odd = 'if [ "$SLURM_PROCID" = 3 ]; then set -- "$@" --seed 7; fi; exec "$@"'

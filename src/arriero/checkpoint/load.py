@@ -15,7 +15,7 @@ from arriero.checkpoint.verify import verify
 from arriero.errors import UserError
 from arriero.parallel.mesh import Ranks
 from arriero.weights.safetensors_file import SafetensorsFile
-from arriero.weights.stream import TORCH_NAMES
+from arriero.weights.stream import TORCH_NAMES, RawFile
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,12 @@ class CheckpointReader:
         self.directory = directory
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._parts: dict[str, list[StoredPart]] = {}
+        self._files: dict[Path, RawFile] = {}
         self._maps: dict[Path, mmap.mmap] = {}
         for index in sorted(directory.glob("rank-*.json")):
             path = index.with_suffix(".safetensors")
             file = SafetensorsFile(path)
+            self._files[path] = RawFile(path)
             for key, (whole, offset) in places(index).items():
                 part = file.assembly(key)
                 dtype = getattr(torch, TORCH_NAMES[part.dtype])
@@ -99,10 +101,21 @@ class CheckpointReader:
                 there.append(slice(low - first, max(low, high) - first))
             if all(s.stop > s.start for s in here):
                 target = out[tuple(there)]
-                target.copy_(self._view(part)[tuple(here)])
+                if target.is_contiguous() and all(
+                    s.stop - s.start == n for s, n in zip(here[1:], part.shape[1:], strict=True)
+                ):
+                    self._read_rows(part, here[0].start if here else 0, target)
+                else:
+                    target.copy_(self._view(part)[tuple(here)])
                 filled += target.numel()
         if filled != out.numel():
             raise UserError(f"{self.directory}: {name} has {filled} of {out.numel()} elements", DAMAGED)
+
+    def _read_rows(self, part: StoredPart, row: int, target: torch.Tensor) -> None:
+        """Whole rows: their bytes go where they belong, past all page tables."""
+        flat = target.reshape(-1).view(torch.uint8).numpy().data
+        start = part.start + row * (len(flat) // max(1, target.shape[0] if target.dim() else 1))
+        self._files[part.path].read_into(start, flat)
 
     def _view(self, part: StoredPart) -> torch.Tensor:
         """The part in the file's own pages: only what is touched is read."""

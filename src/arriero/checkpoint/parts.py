@@ -77,4 +77,5 @@ def _submit(pool: ThreadPoolExecutor, handle: int, value: Tensor, start: int, pa
 
 def _write_block(handle: int, data: memoryview, offset: int, path: Path) -> str:
     disk.write_at(handle, data, offset, path)
+    disk.start_writeback(handle, offset, len(data))
     return hashlib.sha256(data).hexdigest()  # neither holds the interpreter's lock
