@@ -102,7 +102,7 @@ def _text(args: SlurmArgs, tasks: int, out: str, pretrain: str) -> str:
 #SBATCH --open-mode=append
 # After preemption or the loss of a node SLURM starts this file again; then it goes on from the newest checkpoint.
 #SBATCH --requeue
-# Two minutes before the time limit or preemption SIGUSR1 reaches every process: they save and leave with {EXIT_STOPPED}.
+# Two minutes before the time limit or preemption SIGUSR1 reaches every process: they save and exit with {EXIT_STOPPED}.
 #SBATCH --signal=USR1@120
 
 srun --kill-on-bad-exit=1 {program} pretrain {pretrain} --resume auto
