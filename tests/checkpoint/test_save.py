@@ -84,7 +84,7 @@ def test_a_save_that_fails_for_good_is_told_and_leaves_nothing(
     arm(monkeypatch, "ENOSPC@2+")
     done = saving.save(one, 2)
     assert "step-00000002.tmp: No space left on device" in done[0].problem
-    assert "GB free there" in done[0].problem
+    assert "B free there" in done[0].problem
     assert "tried 2 times" in done[0].problem
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     with pytest.raises(UserError, match="the last checkpoint, of step 2, could not be written"):

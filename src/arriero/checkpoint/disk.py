@@ -49,9 +49,12 @@ def write_at(handle: int, data: memoryview, offset: int, path: Path) -> None:
         if what == "torn":
             os.pwrite(handle, data[: len(data) // 2], offset)
         _fail(what, str(path))
-    while data:
-        done = os.pwrite(handle, data, offset)
-        data, offset = data[done:], offset + done
+    try:
+        while data:
+            done = os.pwrite(handle, data, offset)
+            data, offset = data[done:], offset + done
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # the kernel knows a number, the user a name
 
 
 def start_writeback(handle: int, offset: int, length: int) -> None:

@@ -26,9 +26,9 @@ class RunLock:
         self.path = out / LOCK
         try:
             out.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise UserError(f"{out}: {error.strerror}", "name a directory that can be written with --out") from None
-        self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         until = time.monotonic() + seconds
         while not self._try():
             if time.monotonic() > until:

@@ -121,7 +121,7 @@ class Saver:
         """Runs on the thread: tries, agrees, tries again, and notes what became of it."""
         began, problem, notice = time.perf_counter(), "", ""
         for attempt in range(1 + self.config.retries):
-            problem = self._attempt(saved.path, parts, state, texts)
+            problem = self._attempt(saved.path, parts, state, texts)  # one text for all processes
             if not problem:
                 break
             if attempt < self.config.retries:
@@ -190,7 +190,8 @@ class Saver:
 def free_space(path: Path) -> str:
     """How much room is left where `path` lies, for an error message."""
     here = next((p for p in (path, *path.parents) if p.exists()), Path("/"))
-    return f" ({shutil.disk_usage(here).free / 1e9:.2f} GB free there)"
+    free = shutil.disk_usage(here).free
+    return f" ({free / 1e9:.2f} GB free there)" if free >= 1e9 else f" ({free / 1e6:.2f} MB free there)"
 
 
 def last_word(saved: list[Saved]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -261,17 +262,16 @@ def facts(job: Job) -> dict[str, str]:
 
 def work(job: Job) -> bool:
     """What each process does; returns whether the run is complete."""
-    place, start, lock = Place.from_environment(), replace(job.start, checkpoints=present_checkpoints(job)), None
-    if place.rank == 0:
-        lock = RunLock(Path(job.recipe.out))
-        if lock.stale:
-            start = replace(start, notices=(f" the last job was cut off: {lock.stale}", *start.notices))
-        prepare_run_directory(job.recipe)
-    ranks = Ranks.build(job.recipe.parallel, job.device_kind)
-    complete = train(job.recipe, ranks, local_rank=place.local_rank, device_kind=job.device_kind, start=start)
-    if lock is not None:
-        lock.release()
-    return complete
+    place, start = Place.from_environment(), replace(job.start, checkpoints=present_checkpoints(job))
+    with contextlib.ExitStack() as held:
+        if place.rank == 0:
+            lock = RunLock(Path(job.recipe.out))
+            held.callback(lock.release)
+            if lock.stale:
+                start = replace(start, notices=(f" the last job was cut off: {lock.stale}", *start.notices))
+            prepare_run_directory(job.recipe)
+        ranks = Ranks.build(job.recipe.parallel, job.device_kind)
+        return train(job.recipe, ranks, local_rank=place.local_rank, device_kind=job.device_kind, start=start)
 
 
 def print_help() -> None:

@@ -71,8 +71,8 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, st
             trainer.save(wait=last or stopping)
         saved = trainer.saver.results()
         reporter.saved(saved)
-    last_word(saved)
     if stopping:
         reporter.say(f" stopped after step {trainer.done}; go on with: arriero pretrain --resume {recipe.out}")
     reporter.finish()
+    last_word(saved)
     return not stopping

@@ -1,0 +1,84 @@
+"""A disk that is full, and one that turns read-only, as the kernel gives them."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from arriero.checkpoint.layout import committed
+from arriero.checkpoint.verify import verify
+from arriero.cli import dispatch
+from arriero.errors import EXIT_OK, EXIT_USAGE
+from toy import write_recipe
+
+
+class SmallDisk:
+    """A tmpfs of a size where this user may mount one; elsewhere a limit on the size of files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir()
+        self.mounted = self._mount("size=900k")
+
+    def _mount(self, options: str) -> bool:
+        words = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.path)]
+        return subprocess.run(words, capture_output=True, check=False).returncode == 0
+
+    def fill(self, kilobytes: int) -> None:
+        """Leaves no room for a checkpoint."""
+        if self.mounted:
+            (self.path / "other people's files").write_bytes(bytes(kilobytes << 10))
+        else:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+    def make_room(self) -> None:
+        if self.mounted:
+            subprocess.run(["mount", "-o", "remount,size=9m", str(self.path)], check=True)
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    def close(self) -> None:
+        if self.mounted:
+            subprocess.run(["umount", "-l", str(self.path)], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    made = SmallDisk(tmp_path / "disk")
+    yield made
+    made.close()
+
+
+def test_a_full_disk_is_told_the_run_goes_on_and_the_old_checkpoint_stays(
+    tmp_path: Path, disk: SmallDisk, capfd: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    words = ["pretrain", str(write_recipe(tmp_path)), "--out", str(disk.path / "run"), "--resume", "auto"]
+    words += ["--checkpoint.every", "2", "--checkpoint.keep", "0", "--checkpoint.retries", "0"]
+    assert dispatch([*words, "--train.steps", "2"]) == EXIT_OK
+    disk.fill(350)
+    assert dispatch([*words, "--train.steps", "6"]) == EXIT_USAGE
+    printed = capfd.readouterr()
+    assert "CHECKPOINT of step 4 NOT written" in printed.out
+    assert "rank-00000.safetensors: " in printed.out
+    assert "the run goes on without it" in printed.out
+    assert "iteration        6/       6" in printed.out
+    assert "the last checkpoint, of step 6, could not be written" in printed.err
+    left = committed(disk.path / "run/checkpoints")
+    assert [(p.name, verify(p)) for p in left] == [("step-00000002", [])]
+    assert sorted(p.name for p in (disk.path / "run/checkpoints").iterdir()) == ["step-00000002"]
+    disk.make_room()
+    assert dispatch([*words, "--train.steps", "4"]) == EXIT_OK
+    assert [p.name for p in committed(disk.path / "run/checkpoints")] == ["step-00000002", "step-00000004"]
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path)
+    (tmp_path / "a-file").write_text("")
+    assert dispatch(["pretrain", str(recipe), "--out", str(tmp_path / "a-file/run")]) == EXIT_USAGE
+    assert "a-file/run: Not a directory" in capsys.readouterr().err
