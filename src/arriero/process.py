@@ -78,6 +78,24 @@ def leave(error: BaseException) -> NoReturn:
     os._exit(code)  # not sys.exit: the others may hang in a collective at clean-up
 
 
+def leave_last(code: int) -> int:
+    """The exit code of this process after a run that was asked to stop, where torchrun or srun started it.
+
+    They end all processes as soon as one leaves with an error code, and 75 counts as one: so rank 0 alone has it, and
+    leaves when the others have gone.
+    """
+    place = Place.from_environment()
+    if place.world == 1 or not _stores:
+        return code
+    if place.rank > 0:
+        sys.stdout.flush()
+        _stores[1].set(f"gone/{place.rank}", "")
+        os._exit(0)
+    _stores[1].wait([f"gone/{r}" for r in range(1, place.world)], timedelta(seconds=60))
+    time.sleep(0.5)
+    return code
+
+
 def end_job(reason: str, *, user: bool) -> None:
     """Writes into the store of the agents why the whole job ends; the first reason stays."""
     try:

@@ -101,7 +101,7 @@ def test_a_requeued_job_goes_on(slurm: dict[str, str], tmp_path: Path) -> None:
         time.sleep(0.1)
     subprocess.run(["scontrol", "requeue", number], env=slurm, check=True)
     for _ in range(2500):
-        if (run / "loss.png").exists():
+        if len(losses(run)) == 150:
             break
         time.sleep(0.1)
     log = next(tmp_path.glob("*.log")).read_text()

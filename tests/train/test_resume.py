@@ -19,7 +19,7 @@ from arriero.checkpoint.digest import state_sha256
 from arriero.checkpoint.layout import committed
 from arriero.cli import dispatch
 from arriero.data.indexed import IndexedWriter
-from arriero.errors import EXIT_STOPPED, EXIT_USAGE, UserError
+from arriero.errors import EXIT_OK, EXIT_STOPPED, EXIT_USAGE, UserError
 from arriero.train.command import duration
 from toy import arriero, write_recipe
 
@@ -28,7 +28,8 @@ from toy import arriero, write_recipe
 def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of six steps with three checkpoints; its recipe lies beside it."""
     root = tmp_path_factory.mktemp("begun")
-    arriero("pretrain", write_recipe(root), "--checkpoint.every", 2, "--checkpoint.keep", 0)
+    words = ["pretrain", str(write_recipe(root)), "--checkpoint.every", "2", "--checkpoint.keep", "0"]
+    assert dispatch(words) == EXIT_OK
     return root / "run"
 
 
@@ -77,15 +78,17 @@ def test_allow_change_without_resume_has_no_effect(tmp_path: Path, capsys: pytes
     assert "without --resume has no effect" in capsys.readouterr().err
 
 
-def test_longer_and_allowed_changes_are_shown_and_a_damaged_checkpoint_is_passed_over(copy: Path) -> None:
+def test_longer_and_allowed_changes_are_shown_and_a_damaged_checkpoint_is_passed_over(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
     newest = committed(copy / "checkpoints")[-1]
     with open(newest / "rank-00000.safetensors", "r+b") as file:
         file.seek(-5, os.SEEK_END)
         file.write(b"?")
-    printed = arriero(
-        "pretrain", "--resume", copy, "--train.steps", 8, "--train.grad-clip", 0.5, "--allow-change", "train.grad_clip",
-        "--checkpoint.every", 0,
-    )  # fmt: skip
+    words = ["pretrain", "--resume", str(copy), "--train.steps", "8", "--checkpoint.every", "0"]
+    words += ["--train.grad-clip", "0.5", "--allow-change", "train.grad_clip"]
+    assert dispatch(words) == EXIT_OK
+    printed = capsys.readouterr().out
     assert "changed since the checkpoint: train.steps: 6 -> 8" in printed
     assert "changed since the checkpoint: train.grad_clip: 1.0 -> 0.5" in printed
     assert f"DAMAGED: {newest}/rank-00000.safetensors: tensor " in printed
@@ -93,11 +96,12 @@ def test_longer_and_allowed_changes_are_shown_and_a_damaged_checkpoint_is_passed
     assert committed(copy / "checkpoints")[-1].name == "step-00000008"
 
 
-def test_auto_begins_and_then_goes_on(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path)
-    words = ["pretrain", str(recipe), "--resume", "auto", "--checkpoint.every", "2"]
-    assert "resumed" not in arriero(*words)
-    assert "step-00000006 after step 6" in arriero(*words, "--train.steps", 7)
+def test_auto_begins_and_then_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["pretrain", str(write_recipe(tmp_path)), "--resume", "auto", "--checkpoint.every", "2"]
+    assert dispatch(words) == EXIT_OK
+    assert "resumed" not in capsys.readouterr().out
+    assert dispatch([*words, "--train.steps", "7"]) == EXIT_OK
+    assert "step-00000006 after step 6" in capsys.readouterr().out
 
 
 def test_duration() -> None:
@@ -107,44 +111,30 @@ def test_duration() -> None:
             duration(text)
 
 
-@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGUSR1), (2, signal.SIGTERM)])
-def test_a_signal_saves_and_stops_and_the_run_ends_as_if_nothing_had_been(
-    tmp_path: Path, processes: int, number: signal.Signals
-) -> None:  # fmt: skip
+def test_a_signal_saves_and_stops_and_the_run_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
-    words = [
-        sys.executable,
-        "-m",
-        "arriero",
-        "pretrain",
-        str(recipe),
-        "--train.steps",
-        "40",
-        "--schedule.decay-steps",
-        "9",
-    ]
-    words += ["--nproc-per-node", str(processes)]
+    words = [sys.executable, "-m", "arriero", "pretrain", str(recipe), "--train.steps", "12", "--nproc-per-node", "2"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     said = ""
     for line in process.stdout:
         said += line
         if "iteration        2/" in line:
-            process.send_signal(number)
+            process.send_signal(signal.SIGTERM)
             time.sleep(0.02)
-            process.send_signal(number)  # a second one harms nothing
+            process.send_signal(signal.SIGTERM)  # a second one harms nothing
     assert process.wait() == EXIT_STOPPED, said
     assert "go on with: arriero pretrain --resume" in said
     stopped = committed(tmp_path / "run/checkpoints")[-1]
-    assert json.loads((stopped / "state.json").read_text())["step"] < 40
-    arriero("pretrain", "--resume", tmp_path / "run", "--nproc-per-node", processes)
+    assert json.loads((stopped / "state.json").read_text())["step"] < 12
+    arriero("pretrain", "--resume", tmp_path / "run", "--nproc-per-node", 2)
     arriero(*words[3:], "--out", tmp_path / "quiet")
     ends = [committed(tmp_path / name / "checkpoints")[-1] for name in ("run", "quiet")]
     assert state_sha256(ends[0]) == state_sha256(ends[1])
 
 
-def test_stop_after(tmp_path: Path) -> None:
+def test_stop_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write_recipe(tmp_path)
-    printed = arriero("pretrain", recipe, "--train.steps", 100_000, "--stop-after", "1s", code=EXIT_STOPPED)
-    assert "stopped after step" in printed
+    assert dispatch(["pretrain", str(recipe), "--train.steps", "100000", "--stop-after", "1s"]) == EXIT_STOPPED
+    assert "stopped after step" in capsys.readouterr().out
     assert len(committed(tmp_path / "run/checkpoints")) == 1

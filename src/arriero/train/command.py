@@ -33,6 +33,7 @@ from arriero.launch import (
     take_place,
 )  # fmt: skip
 from arriero.parallel.mesh import Ranks
+from arriero.process import leave_last
 from arriero.recipe import (
     Recipe,
     Setting,
@@ -99,6 +100,8 @@ def run(words: list[str]) -> int:
     elif started_by_another():
         try:
             complete = in_process_group(work, job, facts=facts, **seconds)
+            if not complete:
+                return leave_last(EXIT_STOPPED)
         except BaseException as error:
             leave(error)
     else:
