@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import arriero.children
 import arriero.launch
 
 
@@ -12,6 +13,6 @@ def nothing(_: None) -> None:
 
 
 if __name__ == "__main__":
-    arriero.launch.WATCH_EVERY = 0.0003
+    arriero.children.WATCH_EVERY = 0.0003
     for _ in range(int(sys.argv[1])):
         arriero.launch.run_processes(nothing, None, 8)

@@ -31,7 +31,9 @@ VERBS = {
     "convert": Verb("arriero.weights.convert", "ConvertArgs", "weights between Hugging Face, Megatron, AscendSpeed"),
     "export": Verb("arriero.weights.export", "ExportArgs", "a run or checkpoint -> a Hugging Face directory"),
     "compare": Verb("arriero.compare.command", "CompareArgs", "two runs or logs against each other: figure, verdict"),
-    "torture": Verb("arriero.torture", "TortureArgs", "kill a small run again and again: does it always end the same?"),
+    "torture": Verb(
+        "arriero.torture.command", "TortureArgs", "kill a small run again and again: does it always end the same?"
+    ),
     "generate": Verb("arriero.generate", "GenerateArgs", "text from a run or a Hugging Face directory"),
 }
 

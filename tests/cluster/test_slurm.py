@@ -100,7 +100,7 @@ def test_a_requeued_job_goes_on(slurm: dict[str, str], tmp_path: Path) -> None:
             break
         time.sleep(0.1)
     subprocess.run(["scontrol", "requeue", number], env=slurm, check=True)
-    for _ in range(2500):
+    for _ in range(4500):
         if len(losses(run)) == 150:
             break
         time.sleep(0.1)
@@ -120,7 +120,7 @@ def test_a_job_that_is_told_to_stop_saves_and_queues_itself_again(slurm: dict[st
             break
         time.sleep(0.1)
     subprocess.run(["scancel", "--signal=USR1", number], env=slurm, check=True)
-    for _ in range(2500):
+    for _ in range(4500):
         if (run / "loss.png").exists() and len(losses(run)) == 150:
             break
         time.sleep(0.1)

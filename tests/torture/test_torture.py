@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from arriero import torture
 from arriero.errors import CheckFailed, UserError
+from arriero.torture import command as torture
 from toy import arriero
 
 

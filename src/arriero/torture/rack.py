@@ -1,9 +1,4 @@
-"""`arriero torture`: a run is killed again and again, wherever a run can die, and must end as if never touched.
-
-The recipe is trained at reduced width on the CPU, once in peace and then under fire. Whatever is killed is started
-again with the same command line. In the end the SHA-256 of weights and moments, and the loss of every step, must be
-those of the peaceful run; and a checkpoint of the tortured run must give the same numbers under other layouts.
-"""
+"""Starts a run, kills it somewhere, starts it again."""
 
 from __future__ import annotations
 
@@ -13,20 +8,14 @@ import random
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import tyro
-from rich.console import Console
-from rich.table import Table
+from arriero.errors import EXIT_OK, EXIT_STOPPED, CheckFailed, join_problems
+from arriero.torture.outcome import EVERY, STEPS, largest_difference, last_step, log_size, outcome, tail
 
-from arriero.errors import EXIT_OK, EXIT_STOPPED, CheckFailed, UserError, join_problems
-
-STEPS, EVERY = 40, 3
-"""Steps of a run, and between its checkpoints."""
 DEAD = (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM)  # by the signal, or by a SIGTERM that came too early
 PATIENCE = 240.0
 """Seconds in which a start must come to an end, killed or not."""
@@ -40,24 +29,6 @@ KINDS = {
 }
 
 
-@dataclass(frozen=True)
-class TortureArgs:
-    """Kill a small run again and again; exit code 0 if its final SHA-256 never changed, 1 if it did."""
-
-    recipe: tyro.conf.Positional[str] = ""
-    """Whose model and layout to use, at reduced width; by default a small model on 2 x tensor and 2 x data parallel."""
-    processes: int = 0
-    """Processes of a run; 0 takes as many as the layout's model-parallel ranks, twice."""
-    kills: int = 20
-    """How many times something is killed."""
-    seed: int = 0
-    """Decides what is killed, and when."""
-    out: str = ""
-    """Where to leave the runs; by default they are removed."""
-    json: bool = False
-    """Print the result as JSON."""
-
-
 @dataclass
 class Tally:
     """What happened."""
@@ -69,44 +40,25 @@ class Tally:
     sha256: list[str] = field(default_factory=list)
 
 
-def run(args: TortureArgs) -> int:
-    """Runs the torture and prints what came of it."""
-    if args.kills < 1:
-        raise UserError(f"--kills is {args.kills}", "give a whole number from 1")
-    root = Path(args.out or tempfile.mkdtemp(prefix="arriero-torture-"))
-    if args.out and root.exists() and any(root.iterdir()):
-        raise UserError(f"{root}: is not empty", "name a directory that is new")
-    root.mkdir(parents=True, exist_ok=True)
-    try:
-        rack = Rack(args, root)
-        began = time.monotonic()
-        peace = rack.in_peace()
-        tally = rack.under_fire()
-        others = rack.under_other_layouts()
-        return report(args, peace, tally, others, time.monotonic() - began)
-    finally:
-        if not args.out:
-            shutil.rmtree(root, ignore_errors=True)
-
-
 class Rack:
     """Starts, kills and starts again."""
 
-    def __init__(self, args: TortureArgs, root: Path) -> None:
+    def __init__(self, root: Path, *, recipe: str, processes: int, kills: int, seed: int) -> None:
+        """`recipe` is empty for the small model on 2 x tensor and 2 x data parallel, or names one."""
         from arriero.recipe import Recipe, file_settings, find_bundled, parse, to_toml
         from arriero.train.verify import reduced
 
-        self.args, self.root, self.random = args, root, random.Random(args.seed)
-        recipe = parse(Recipe, file_settings(find_bundled("", args.recipe or "demo", ".toml")), prog="arriero torture")
-        if not args.recipe:
-            recipe = replace(
-                recipe, parallel=replace(recipe.parallel, tensor_parallel=2, zero_stage=1),
-                train=replace(recipe.train, micro_batch=1),
+        self.kills, self.root, self.random = kills, root, random.Random(seed)
+        whole = parse(Recipe, file_settings(find_bundled("", recipe or "demo", ".toml")), prog="arriero torture")
+        if not recipe:
+            whole = replace(
+                whole, parallel=replace(whole.parallel, tensor_parallel=2, zero_stage=1),
+                train=replace(whole.train, micro_batch=1),
             )  # fmt: skip
-        self.processes = args.processes or 2 * recipe.parallel.model_parallel
-        if problems := recipe.layout_problems(self.processes):
+        self.processes = processes or 2 * whole.parallel.model_parallel
+        if problems := whole.layout_problems(self.processes):
             raise join_problems(problems)
-        small = reduced(recipe, self.processes, root)
+        small = reduced(whole, self.processes, root)
         small = replace(
             small, train=replace(small.train, steps=STEPS), log=replace(small.log, every=1),
             checkpoint=replace(small.checkpoint, every=EVERY, keep=2, keep_every=EVERY * (STEPS // EVERY // 2)),
@@ -156,12 +108,12 @@ class Rack:
         tally = Tally()
         out = self.root / "fire-0"
         while True:
-            kind = self.random.choice(list(KINDS)) if tally.kills.total() < self.args.kills else ""
+            kind = self.random.choice(list(KINDS)) if tally.kills.total() < self.kills else ""
             code = self.life(out, kind, tally)
             if code == EXIT_OK:
                 tally.sha256.append(json.dumps(outcome(out)))
                 tally.runs += 1
-                if tally.kills.total() >= self.args.kills:
+                if tally.kills.total() >= self.kills:
                     return tally
                 out = self.root / f"fire-{tally.runs}"
             else:
@@ -266,7 +218,7 @@ def shoot(launcher: int, kind: str, chance: random.Random) -> None:
 
 def children(parent: int) -> list[int]:
     """The processes that `parent` has started and that live."""
-    from arriero.launch import process_state
+    from arriero.children import process_state
 
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
@@ -286,82 +238,3 @@ def wait(pid: int) -> int:
             raise CheckFailed(f"a start did not end within {PATIENCE:g} s")
         time.sleep(0.01)
     return os.waitstatus_to_exitcode(done[1])
-
-
-def log_size(out: Path) -> int:
-    """Bytes that all starts of a run have printed."""
-    path = out.with_suffix(".log")
-    return path.stat().st_size if path.exists() else 0
-
-
-def tail(out: Path, since: int = -1) -> str:
-    """What a run has printed since byte `since`, or last."""
-    data = out.with_suffix(".log").read_bytes()
-    return data[since if since >= 0 else -2000 :].decode(errors="replace")
-
-
-def last_step(out: Path) -> int:
-    """The last step that the metrics know."""
-    path = out / "metrics.jsonl"
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    for line in reversed(lines):
-        try:
-            return int(json.loads(line)["iteration"])
-        except ValueError:  # cut off by a kill
-            continue
-    return 0
-
-
-def outcome(out: Path) -> tuple[str, list[tuple[int, str]]]:
-    """SHA-256 of the final state, and the loss of every step to the last bit."""
-    from arriero.checkpoint.digest import state_sha256
-    from arriero.checkpoint.layout import step_directory
-    from arriero.checkpoint.verify import verify
-    from arriero.observe.metrics import read_metrics
-
-    final = step_directory(out / "checkpoints", STEPS)
-    if wrong := verify(final):
-        raise CheckFailed("\n".join(wrong))
-    losses = [(m["iteration"], repr(m["lm_loss"])) for m in read_metrics(out / "metrics.jsonl") if m["kind"] == "step"]
-    return state_sha256(final), losses
-
-
-def largest_difference(a: Path, b: Path) -> float:
-    """Between two states, relative to each tensor's norm."""
-    from arriero.checkpoint.load import CheckpointReader
-
-    one, other = CheckpointReader(a), CheckpointReader(b)
-    return max(
-        ((x - y).norm() / y.norm().clamp_min(1e-300)).item()
-        for x, y in ((one.read(key), other.read(key)) for key in other.keys())  # noqa: SIM118
-    )
-
-
-def report(args: TortureArgs, peace: object, tally: Tally, others: dict[str, float], seconds: float) -> int:
-    """Prints the verdict; raises CheckFailed if a run ended otherwise than in peace."""
-    from arriero.train.verify import LIMIT
-
-    wrong = sum(outcome != json.dumps(peace) for outcome in tally.sha256)
-    same_elsewhere = all(value <= LIMIT for value in others.values())
-    sha256 = json.loads(json.dumps(peace))[0]
-    facts = {
-        "kills": dict(tally.kills), "resumes": tally.resumes, "lost steps": tally.lost_steps,
-        "runs completed": tally.runs, "runs that ended otherwise": wrong, "sha256": sha256,
-        "other layouts": others, "seconds": round(seconds, 1),
-    }  # fmt: skip
-    if args.json:
-        print(json.dumps(facts, indent=1))
-    else:
-        table = Table("killed", "times", box=None)
-        for kind, text in KINDS.items():
-            table.add_row(text, str(tally.kills[kind]))
-        console = Console(soft_wrap=True)
-        console.print(table)
-        print(f"{tally.kills.total()} kills, {tally.resumes} new starts, {tally.lost_steps} steps done twice, "
-              f"{tally.runs} runs completed in {seconds:.0f} s")  # fmt: skip
-        for name, value in others.items():
-            print(f"resumed from step {EVERY * (STEPS // EVERY // 2)} on {name}: final state within {value:.1e}")
-        print(f"final SHA-256 {sha256}: {'never changed' if not wrong else f'CHANGED in {wrong} runs'}")
-    if wrong or not same_elsewhere:
-        raise CheckFailed(f"{wrong} of {tally.runs} runs ended otherwise; other layouts: {others}, limit {LIMIT:g}")
-    return EXIT_OK
