@@ -9,7 +9,9 @@ import arriero.launch
 
 
 def nothing(_: None) -> None:
-    pass
+    import torch.distributed as dist
+
+    dist.barrier()  # one that left before another has connected would be missed
 
 
 if __name__ == "__main__":
