@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from arriero.errors import UserError
 from arriero.model.llama import Llama
 from arriero.parallel.config import ZERO_BUBBLE, ParallelConfig
+from arriero.parallel.pipeline import stage_layers
 
 # Selective mode keeps the results of the operators that are named, and recomputes all others.
 OPERATORS: dict[str, tuple[Any, ...]] = {
@@ -37,6 +38,19 @@ class RecomputeConfig:
     """first only: recomputed layers of each stage in order, such as 3 2 1 0; one number holds for every stage."""
     keep: tuple[Literal["matmul", "attention"], ...] = ("matmul", "attention")
     """selective only: operators whose results are kept."""
+
+    def layers(self, parallel: ParallelConfig, layers: int) -> int:
+        """How many of the model's `layers` are recomputed, all stages together."""
+        if self.mode != "first":
+            return 0 if self.mode == "none" else layers
+        stages = [len(stage) for stage in stage_layers(parallel, layers)]
+        counts = self.first_layers * (len(stages) if len(self.first_layers) == 1 else 1)
+        return sum(min(pair) for pair in zip(counts, stages, strict=True))
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The operators whose results a recomputed layer keeps."""
+        return self.keep if self.mode == "selective" else ()
 
     def problems(self, parallel: ParallelConfig) -> list[UserError]:
         """All that is impossible, or without effect, under this layout."""
