@@ -17,7 +17,7 @@ from arriero.bench.table import as_json, peak_table, result_table
 from arriero.bench.trial import run_trial, trial
 from arriero.device import describe, device_type, take_device
 from arriero.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError, join_problems
-from arriero.launch import LaunchConfig, ProcessFailed, Place, run_processes, started_by_another, take_place
+from arriero.launch import LaunchConfig, Place, ProcessFailed, run_processes, started_by_another, take_place
 from arriero.recipe import Recipe, Setting, command_line_settings, field_types, file_settings, find_bundled, parse
 from arriero.train.command import process_count
 

@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from arriero.bench.table import markdown, percent
 from arriero.bench.trial import Result, Trial, ran_out, run_trial
@@ -79,7 +80,9 @@ def compile_settings() -> list[bool]:
 
 def with_settings(recipe: Recipe, micro_batch: int, recompute: RecomputeConfig, compiled: bool) -> Recipe:
     """The recipe with these settings."""
-    changes = {"micro_batch": micro_batch} | ({"compile": compiled} if len(compile_settings()) > 1 else {})
+    changes: dict[str, Any] = {"micro_batch": micro_batch}
+    if len(compile_settings()) > 1:
+        changes["compile"] = compiled
     return replace(recipe, train=replace(recipe.train, **changes), recompute=recompute)
 
 

@@ -29,6 +29,7 @@ from arriero.observe.throughput import peak_flops, throughput
 from arriero.parallel.mesh import Ranks
 from arriero.parallel.shards import local
 from arriero.recipe import Recipe
+from arriero.train.reporter import StepResult
 from arriero.train.trainer import Trainer
 from arriero.train.verify import describe as describe_layout
 from arriero.train.verify import write_random_data
@@ -90,9 +91,7 @@ class Result:
     """After the last iteration: near ln V for random weights and tokens, so a check that something was trained."""
 
 
-def trial(
-    recipe: Recipe, kind: str, root: Path, *, iterations: int, warmup: int, memory_limit: float = 0.0
-) -> Trial:
+def trial(recipe: Recipe, kind: str, root: Path, *, iterations: int, warmup: int, memory_limit: float = 0.0) -> Trial:
     """Makes a recipe fit for a trial: its own data where it is there, else random tokens; no validation, no `init`."""
     config = recipe.model_config()
     (root / "config.json").write_text(json.dumps(config.to_json()))
@@ -162,13 +161,12 @@ def measure(trial: Trial) -> None:
     trainer = Trainer(recipe, ranks, local_rank=int(os.environ.get("LOCAL_RANK", "0")), device_kind=kind)
     fill_randomly(trainer)
     seconds: list[float] = []
-    loss = float("nan")
     for step in range(trial.warmup + trial.iterations):
         if step == trial.warmup:
             settle(ranks, kind)
             began = time.perf_counter()
         start = time.perf_counter()
-        loss = trainer.step().loss
+        result = trainer.step()
         seconds.append(time.perf_counter() - start)
     synchronize(kind)
     each = (time.perf_counter() - began) / trial.iterations
@@ -176,22 +174,20 @@ def measure(trial: Trial) -> None:
     del trainer  # the peak's matrices need room
     peak = known_peak(trial, device)
     if ranks.first:
-        result = conclude(
-            trial, config, ranks, each, peak, first_step_seconds=seconds[0], memory=memory, last_loss=loss
-        )
-        (trial.root / "result.json").write_text(json.dumps(asdict(result)))
+        row = conclude(trial, config, ranks, each, peak, first_step_seconds=seconds[0], memory=memory, last=result)
+        (trial.root / "result.json").write_text(json.dumps(asdict(row)))
 
 
 def conclude(
     trial: Trial, config: LlamaConfig, ranks: Ranks, seconds: float, peak: tuple[float, str], *,
-    first_step_seconds: float, memory: float, last_loss: float,
+    first_step_seconds: float, memory: float, last: StepResult,
 ) -> Result:  # fmt: skip
     """The row that follows from the time of a step."""
     recipe, train, recompute = trial.recipe, trial.recipe.train, trial.recipe.recompute
     samples = train.global_batch / seconds / ranks.world
     tokens = samples * train.sequence_length
     figures = throughput(
-        config, tokens, train.sequence_length, peak_tflops=peak[0] or None,
+        config, tokens, last.attended, peak_tflops=peak[0] or None,
         layers=recompute.layers(recipe.parallel, config.num_hidden_layers), keep=recompute.kept,
     )  # fmt: skip
     return Result(
@@ -201,7 +197,7 @@ def conclude(
         compiled=bool(getattr(train, "compile", False)), data=trial.data, iterations=trial.iterations,
         seconds_per_step=seconds, samples_per_second_per_device=samples, tokens_per_second_per_device=tokens,
         tflops=figures.tflops, mfu=figures.mfu, mfu_full=figures.mfu_full, hfu=figures.hfu, peak_tflops=peak[0],
-        peak_source=peak[1], first_step_seconds=first_step_seconds, peak_memory_gb=memory / 1e9, last_loss=last_loss,
+        peak_source=peak[1], first_step_seconds=first_step_seconds, peak_memory_gb=memory / 1e9, last_loss=last.loss,
     )  # fmt: skip
 
 
