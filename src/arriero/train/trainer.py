@@ -164,17 +164,22 @@ class Trainer:
         """The micro-batches of the coming step, made ahead on another thread."""
         if self._feed is None:
             steps = range(self.done, self.recipe.train.steps)
-            self._feed = iter(Prefetch(lambda step: self.micro_batches(self.batches, step), steps))
+            self._prefetch = Prefetch(lambda step: self.micro_batches(self.batches, step), steps)
+            self._feed = iter(self._prefetch)
         return next(self._feed)
+
+    def close(self) -> None:
+        """Ends the thread that makes batches, which would keep this trainer and its memory alive."""
+        if self._feed is not None:
+            self._prefetch.close()
 
     def forward_backward(self, micro: list[MicroBatch], *, train: bool) -> float:
         """The mean loss over the global batch; with `train`, its gradient is left in the parameters."""
         counts = [torch.stack([(m.labels != IGNORED).sum() for m in micro]).sum().double()]
         counts += [torch.full_like(counts[0], sum(m.squares for m in micro))]
         valid, squares = self.ranks.sum(torch.stack(counts), *BATCH).tolist()
-        self.attended = (
-            squares / self.ranks.context / (self.recipe.train.global_batch * self.recipe.train.sequence_length)
-        )
+        tokens = self.recipe.train.global_batch * self.recipe.train.sequence_length
+        self.attended = squares / self.ranks.context / tokens
         weight = self.scale.scale / valid
         self.clock.mark("communication")
         with loss_context(self.ranks):
