@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import toy
+from arriero import cli
 from arriero.bench import sweep
 from arriero.bench.command import BenchConfig
 from arriero.bench.trial import Result, Trial, trial
@@ -85,11 +86,15 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused_with_one_message(recipe: Path, tmp_path: Path, name: str) -> None:
+def test_refused_with_one_message(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     words, message = REFUSED[name]
-    printed = toy.arriero("bench", *[str(recipe) if w == "RECIPE" else w for w in words], code=2, cwd=tmp_path)
-    assert message in printed
-    assert "Traceback" not in printed
+    monkeypatch.chdir(tmp_path)
+    assert cli.dispatch(["bench", *[str(recipe) if w == "RECIPE" else w for w in words]]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.out == ""
     assert list(tmp_path.iterdir()) == []
 
 
