@@ -27,6 +27,7 @@ VERBS = {
     "prepare": Verb("arriero.data.prepare", "PrepareArgs", "text, JSON or parquet -> token files"),
     "inspect": Verb("arriero.inspect", "InspectArgs", "what a path is, and whether it is whole"),
     "pretrain": Verb("arriero.train.command", "", "train a recipe, on one process or many"),
+    "bench": Verb("arriero.bench.command", "", "a recipe's speed here, the matmul peak, the best settings"),
     "launch": Verb("arriero.slurm", "", "a SLURM batch file for a recipe"),
     "convert": Verb("arriero.weights.convert", "ConvertArgs", "weights between Hugging Face, Megatron, AscendSpeed"),
     "export": Verb("arriero.weights.export", "ExportArgs", "a run or checkpoint -> a Hugging Face directory"),

@@ -96,6 +96,46 @@ def synchronize(kind: str) -> None:
         torch.accelerator.synchronize()
 
 
+def describe(kind: str) -> str:
+    """The device for a person: its own name, or the CPU's with the threads of this process."""
+    import torch
+
+    if kind != "cpu":
+        return device_name(kind)
+    threads = torch.get_num_threads()
+    return f"{_proc('cpuinfo', 'model name') or 'CPU'}, {threads} thread{'s' * (threads > 1)}"
+
+
+def peak_memory(kind: str) -> float:
+    """Bytes that this process held at most: the device's allocations, or on the CPU the resident set."""
+    import torch
+
+    return _kilobytes("VmHWM") if kind == "cpu" else float(torch.get_device_module(kind).max_memory_allocated())
+
+
+def resident_memory() -> float:
+    """Bytes of this process's resident set now."""
+    return _kilobytes("VmRSS")
+
+
+def available_memory() -> float:
+    """Bytes that the kernel can still give to all processes together, by its own estimate; 0 where it says none."""
+    return float(_proc("meminfo", "MemAvailable").removesuffix("kB") or 0) * 1024
+
+
+def _kilobytes(key: str) -> float:
+    return float(_proc("self/status", key).removesuffix("kB") or 0) * 1024
+
+
+def _proc(file: str, key: str) -> str:
+    """What stands behind `key:` in a file of Linux's /proc; empty elsewhere."""
+    try:
+        with open(f"/proc/{file}", encoding="utf-8") as lines:
+            return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
+    except OSError:
+        return ""
+
+
 def tune_allocator() -> None:
     """Keeps glibc from giving memory back to the kernel at every step: a quarter of a CPU step's time.
 

@@ -23,6 +23,7 @@ from arriero.checkpoint.config import CheckpointConfig
 from arriero.data.batches import DataConfig
 from arriero.errors import UserError, join_problems, nearest
 from arriero.model.config import LlamaConfig
+from arriero.observe.profile import profile_problems
 from arriero.parallel.config import ParallelConfig
 from arriero.parallel.recompute import RecomputeConfig
 from arriero.train.config import TrainConfig
@@ -82,6 +83,7 @@ class Recipe:
         if not self.out:
             found.append(UserError("out: not set", "name the run directory to write, such as --out runs/first"))
         found += self.layout_problems(processes)
+        found += profile_problems(self.log.profile, self.train.steps)
         for part in (self.optim, self.schedule, self.checkpoint, self.log, self.data):
             found += part.problems()
         return found

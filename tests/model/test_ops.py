@@ -274,3 +274,24 @@ def test_fused_operators_are_npus_alone() -> None:
 def test_only_npu_needs_the_cpu_to_sum_float64() -> None:
     assert [device.sums_on_host(kind, torch.float64) for kind in ("cpu", "cuda", "npu")] == [False, False, True]
     assert not device.sums_on_host("npu", torch.float32)
+
+
+def test_grouped_heads_under_a_mask_are_spread_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There no fused kernel takes both a mask and fewer key-value heads; the result is the same."""
+    q, k, v = torch.randn(1, 6, 4, 8), torch.randn(1, 6, 2, 8), torch.randn(1, 6, 2, 8)
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
+    expected = ops.causal_attention(q, k, v, mask)
+    seen = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def record(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> torch.Tensor:
+        seen.append((k.shape[1], options["enable_gqa"]))
+        return plain(q, k, v, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    ops.causal_attention(q, k, v)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    ops.causal_attention(q, k, v)
+    assert seen == [(2, True), (2, True)]  # causal attention shares heads everywhere
+    assert torch.equal(ops.causal_attention(q, k, v, mask), expected)
+    assert seen[2] == (4, False)

@@ -33,6 +33,10 @@ def test_arriero_line_begins_as_ascendspeed_s_byte_for_byte() -> None:
     assert line == f"{ASCENDSPEED} tokens/s/device: 484 | MFU: 34.2% | data wait (ms): 0.4 | ETA: 19 days, 13:39:58 |"
 
 
+def test_hfu_stands_beside_mfu_when_something_is_recomputed() -> None:
+    assert " | MFU: 34.2% | HFU: 45.6% | data wait" in arriero_line(replace(STEP, hfu=0.456))
+
+
 def test_mfu_is_absent_where_no_peak_is_known() -> None:
     assert "MFU" not in arriero_line(replace(STEP, mfu=None))
 

@@ -34,6 +34,8 @@ def test_a_line_holds_the_contract_s_keys_in_order(tmp_path: Path) -> None:
         "kind", "iteration", "iterations", "consumed_samples", "consumed_tokens", "elapsed_ms", "learning_rate",
         "global_batch", "lm_loss", "loss_scale", "grad_norm", "sequence_length", "skipped_iterations", "nan_iterations",
         "samples_per_second", "tokens_per_second_per_device", "tflops", "mfu", "data_wait_ms", "eta_seconds",
+        "mfu_full", "hfu", "forward_ms", "backward_ms", "communication_ms", "optimizer_ms", "checkpoint_ms",
+        "validation_ms", "logging_ms",
     ]  # fmt: skip
     assert first["kind"] == "step"
     assert first["mfu"] is None

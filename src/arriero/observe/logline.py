@@ -13,7 +13,7 @@ from arriero.observe.metrics import StepMetrics, ValidationMetrics
 
 
 def arriero_line(m: StepMetrics) -> str:
-    """AscendSpeed's line (fields, widths, separators), then tokens/s/device, MFU where known, data wait and ETA."""
+    """AscendSpeed's line (fields, widths, separators), then tokens/s/device, MFU, HFU, data wait, ETA."""
     fields = [
         f" iteration {m.iteration:8d}/{m.iterations:8d}",
         f"consumed samples: {m.consumed_samples:12d}",
@@ -33,6 +33,8 @@ def arriero_line(m: StepMetrics) -> str:
     ]
     if m.mfu is not None:
         fields.append(f"MFU: {m.mfu:.1%}")
+    if m.hfu is not None:
+        fields.append(f"HFU: {m.hfu:.1%}")
     fields += [f"data wait (ms): {m.data_wait_ms:.1f}", f"ETA: {_duration(m.eta_seconds)} |"]
     return " | ".join(fields)
 

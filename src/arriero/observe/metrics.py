@@ -60,6 +60,24 @@ class StepMetrics:
     """Time that the step waited for its batch, milliseconds."""
     eta_seconds: float
     """Time left at this run's pace, seconds."""
+    mfu_full: float | None = None
+    """MFU with the whole score matrix counted."""
+    hfu: float | None = None
+    """FLOPs executed over the peak, where activations are recomputed and a peak is known."""
+    forward_ms: float | None = None
+    """Forward passes of the step's micro-batches, loss included; None on an accelerator in a step without a line."""
+    backward_ms: float | None = None
+    """Their backward passes, recomputation included."""
+    communication_ms: float | None = None
+    """Waiting for other processes, as far as it can be told apart (docs/metrics.md)."""
+    optimizer_ms: float | None = None
+    """Gradient norm, clipping, update."""
+    checkpoint_ms: float = 0.0
+    """Between the end of the step before and the start of this one: the run stood still for a checkpoint."""
+    validation_ms: float = 0.0
+    """Between the two: a validation."""
+    logging_ms: float = 0.0
+    """Between the two: everything else, such as this file."""
 
     kind = "step"
 

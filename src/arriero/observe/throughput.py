@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from arriero.errors import UserError
 from arriero.model.config import parameter_shapes
 
 if TYPE_CHECKING:
     from arriero.model.config import LlamaConfig
-
-Recompute = Literal["none", "selective", "full"]
 
 # Dense (no sparsity) matmul peaks in FLOP/s: 16-bit, TF32, plain float32. The longest name found in the device's wins.
 # NVIDIA: the product data sheets, whose tensor-core figures "with sparsity" are twice these.
@@ -65,17 +64,60 @@ def flops_per_token(config: LlamaConfig, sequence_length: float, *, causal: bool
 
 
 def hardware_flops_per_token(
-    config: LlamaConfig, sequence_length: float, *, causal: bool = True, recompute: Recompute = "none"
-) -> float:
-    """FLOPs executed for one token: the model's, and one more forward of what is recomputed.
+    config: LlamaConfig, sequence_length: float, *, causal: bool = True, layers: int | None = None,
+    keep: Collection[str] = (),
+) -> float:  # fmt: skip
+    """FLOPs executed for one token: the model's, and once more the forward pass of what is recomputed.
 
-    A forward is a third of forward and backward. `full` runs every layer's forward again (not the output head),
-    `selective` only the attention core (Korthikanti et al. 2022, arXiv:2205.05198).
+    torch stops recomputing a layer once it has all that backward needs, so the last matmul, the down projection, is
+    never run again; formulas that count a whole forward (4/3 of the layers: Korthikanti et al. 2022,
+    arXiv:2205.05198) say up to 6% more than is done. tests/observe/test_throughput.py compares with torch's counter.
+
+    Args:
+        layers: how many are recomputed; None means all.
+        keep: "matmul", "attention": the operators whose results are kept.
     """
-    attention = _attention_flops(config, sequence_length, causal=causal)
-    layers = matmul_parameters(config) - config.vocab_size * config.hidden_size
-    again = {"none": 0.0, "selective": attention / 3, "full": attention / 3 + 2.0 * layers}
-    return flops_per_token(config, sequence_length, causal=causal) + again[recompute]
+    count = config.num_hidden_layers if layers is None else layers
+    model = flops_per_token(config, sequence_length, causal=causal)
+    attention = _attention_flops(config, sequence_length, causal=causal) / config.num_hidden_layers / 3
+    head = config.vocab_size * config.hidden_size
+    matrices = (matmul_parameters(config) - head) / config.num_hidden_layers
+    matmuls = 2.0 * (matrices - config.hidden_size * config.intermediate_size)
+    return model + count * (("attention" not in keep) * attention + ("matmul" not in keep) * matmuls)
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """What a token rate means; every share is None where no peak is known."""
+
+    tflops: float
+    """Model TFLOP/s of one device, attention counted causally."""
+    mfu: float | None
+    """tflops over the peak, 0 to 1."""
+    mfu_full: float | None
+    """The same with the whole score matrix counted, as PaLM and older Megatron do."""
+    hfu: float | None
+    """FLOPs executed, recomputation included, attention counted causally, over the peak; None without recomputation."""
+
+
+def throughput(
+    config: LlamaConfig, tokens_per_second: float, sequence_length: float, *, peak_tflops: float | None,
+    layers: int = 0, keep: Collection[str] = (),
+) -> Throughput:  # fmt: skip
+    """TFLOP/s, MFU in both conventions and HFU of one device that trains `tokens_per_second`.
+
+    Args:
+        sequence_length: as in `flops_per_token`.
+        peak_tflops: of the device, or None.
+        layers: how many are recomputed.
+        keep: as in `hardware_flops_per_token`.
+    """
+    rate = tokens_per_second / 1e12
+    causal, full = (rate * flops_per_token(config, sequence_length, causal=c) for c in (True, False))
+    executed = rate * hardware_flops_per_token(config, sequence_length, layers=layers, keep=keep)
+    if not peak_tflops:
+        return Throughput(causal, None, None, None)
+    return Throughput(causal, causal / peak_tflops, full / peak_tflops, executed / peak_tflops if layers else None)
 
 
 def attended_length(document_lengths: Iterable[int]) -> float:

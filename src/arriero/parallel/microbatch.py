@@ -20,12 +20,14 @@ class MicroBatch(NamedTuple):
         tokens, labels: int64 [B, P].
         positions: int64 [B, P], or None where they count from 0 in every row.
         mask: boolean [B, 1, Q, L], True where a query may look, or None where attention is causal over the row.
+        squares: sum of squared lengths of the whole rows' documents, or of the rows: what attention costs.
     """
 
     tokens: Tensor
     labels: Tensor
     positions: Tensor | None
     mask: Tensor | None
+    squares: int = 0
 
 
 def micro_batch(
@@ -39,13 +41,22 @@ def micro_batch(
     if place is None and config.sequence_parallel and config.pipeline_parallel > 1:
         # A later stage sees a part of the stream and could not count the positions.
         place = torch.arange(tokens.shape[1], device=device).expand(len(tokens), -1)
+    squares = tokens.size * tokens.shape[1] if documents is None else sum_of_squares(documents)
     if ranks.context == 1:
-        return MicroBatch(rows[0], rows[1], place, mask)
+        return MicroBatch(rows[0], rows[1], place, mask, squares)
     mine = positions_of(ranks.context_rank, config, tokens.shape[1]).to(device)
     place = mine.expand(len(tokens), -1) if place is None else place[:, mine]
     if mask is not None and config.context_method == "all-gather":
         mask = mask[:, :, mine]  # this process's queries against all keys; Ulysses sees all queries
-    return MicroBatch(rows[0][:, mine], rows[1][:, mine], place, mask)
+    return MicroBatch(rows[0][:, mine], rows[1][:, mine], place, mask, squares)
+
+
+def sum_of_squares(documents_BL: np.ndarray) -> int:
+    """Over all rows, the squared lengths of runs of one document."""
+    begins = np.ones(documents_BL.shape, bool)
+    begins[:, 1:] = documents_BL[:, 1:] != documents_BL[:, :-1]
+    lengths = np.diff(np.flatnonzero(begins), append=begins.size)
+    return int((lengths * lengths).sum())
 
 
 def document_mask(documents_BL: Tensor) -> Tensor:

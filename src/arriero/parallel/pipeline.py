@@ -71,7 +71,8 @@ class Pipeline:
         self.v_shaped = config.pipeline_schedule in V_SHAPED
         own = stages_of(config, ranks.coordinates["pipeline"])
         group = ranks.mesh.get_group("pipeline")
-        stages = [
+        self.loss = loss
+        self.stages = stages = [
             PipelineStage(forward, number, config.stages, device, group=group)
             for forward, number in zip(forwards, own, strict=True)
         ]
@@ -80,8 +81,15 @@ class Pipeline:
         one = issubclass(kind, PipelineScheduleSingle)
         self.schedule: Any = kind(
             stages[0] if one else stages, n_microbatches=micro_batches, scale_grads=False,
-            loss_fn=lambda logits, labels: loss(logits, labels) * self.weight,
+            loss_fn=lambda logits, labels: self.loss(logits, labels) * self.weight,
         )  # fmt: skip
+
+    def watch(self, timed: Callable[..., Callable[..., Any]]) -> None:
+        """Has the schedule's calls timed by `timed(call, phase, before)`; what lies between them is communication."""
+        self.loss = timed(self.loss, "forward", "communication")
+        for stage in self.stages:
+            for name in ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk"):
+                setattr(stage, name, timed(getattr(stage, name), name.partition("_")[0], "communication"))
 
     def run(self, micro: list[MicroBatch], *, weight: float, train: bool) -> Tensor:
         """The summed loss over all micro-batches, float64; zero but on the last stage.

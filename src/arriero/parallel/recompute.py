@@ -8,11 +8,14 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch import nn
+from torch.func import functional_call
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from arriero.errors import UserError
 from arriero.model.llama import Llama
 from arriero.parallel.config import ZERO_BUBBLE, ParallelConfig
+from arriero.parallel.pipeline import stage_layers
 
 # Selective mode keeps the results of the operators that are named, and recomputes all others.
 OPERATORS: dict[str, tuple[Any, ...]] = {
@@ -37,6 +40,19 @@ class RecomputeConfig:
     """first only: recomputed layers of each stage in order, such as 3 2 1 0; one number holds for every stage."""
     keep: tuple[Literal["matmul", "attention"], ...] = ("matmul", "attention")
     """selective only: operators whose results are kept."""
+
+    def layers(self, parallel: ParallelConfig, layers: int) -> int:
+        """How many of the model's `layers` are recomputed, all stages together."""
+        if self.mode != "first":
+            return 0 if self.mode == "none" else layers
+        stages = [len(stage) for stage in stage_layers(parallel, layers)]
+        counts = self.first_layers * (len(stages) if len(self.first_layers) == 1 else 1)
+        return sum(min(pair) for pair in zip(counts, stages, strict=True))
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The operators whose results a recomputed layer keeps."""
+        return self.keep if self.mode == "selective" else ()
 
     def problems(self, parallel: ParallelConfig) -> list[UserError]:
         """All that is impossible, or without effect, under this layout."""
@@ -67,10 +83,21 @@ def apply_recompute(model: Llama, config: RecomputeConfig, stage: int = 0) -> No
         count = config.first_layers[stage if len(config.first_layers) > 1 else 0]
         layers = layers[:count]
     for layer in layers:
-        layer.forward = _forgetful(layer.forward, config)
+        layer.forward = _forgetful(layer, config)
 
 
-def _forgetful(forward: Callable[..., Any], config: RecomputeConfig) -> Callable[..., Any]:
+class _Body(nn.Module):
+    """A layer's own forward, to be called with other parameters than it holds."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.run = layer, layer.forward
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.run(*inputs)
+
+
+def _forgetful(layer: nn.Module, config: RecomputeConfig) -> Callable[..., Any]:
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # no dropout, no random state
     if config.mode == "selective":
         kept = {op for name in config.keep for op in OPERATORS[name]}
@@ -81,4 +108,16 @@ def _forgetful(forward: Callable[..., Any], config: RecomputeConfig) -> Callable
             return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
         options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
-    return lambda *inputs: checkpoint(forward, *inputs, **options)
+    body = _Body(layer)
+
+    def forward(*inputs: Any) -> Any:
+        # Within a functional_call (train/precision.py) the layer holds low-precision copies of its parameters; by the
+        # time it is computed again it holds its own, so the copies are handed to it a second time.
+        copies: dict[str, torch.Tensor] = {
+            name: p for name, p in body.named_parameters() if not isinstance(p, nn.Parameter)
+        }
+        if copies:
+            return checkpoint(lambda *values: functional_call(body, copies, values), *inputs, **options)
+        return checkpoint(body.run, *inputs, **options)
+
+    return forward

@@ -11,9 +11,13 @@ FSDP's own averaging is off: the loss is already divided by the global number of
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
 from arriero.model.llama import Llama
 
@@ -50,3 +54,30 @@ def cut_again(model: Llama) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+class _WatchedAllGather(DefaultAllGather):
+    def __init__(self, watch: Callable[..., Any]) -> None:
+        self._watch = watch
+
+    def __call__(self, *tensors: Any, **keywords: Any) -> Any:
+        return self._watch(super().__call__, *tensors, **keywords)
+
+
+class _WatchedReduceScatter(DefaultReduceScatter):
+    def __init__(self, watch: Callable[..., Any]) -> None:
+        self._watch = watch
+
+    def __call__(self, *tensors: Any, **keywords: Any) -> Any:
+        return self._watch(super().__call__, *tensors, **keywords)
+
+
+def watch_collectives(model: Llama, watch: Callable[..., Any]) -> None:
+    """Has FSDP's all-gathers and reduce-scatters called as `watch(call, ...)`; without FSDP it does nothing.
+
+    Hybrid sharding's all-reduce between copies has no such hook.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_custom_all_gather(_WatchedAllGather(watch))
+            module.set_custom_reduce_scatter(_WatchedReduceScatter(watch))

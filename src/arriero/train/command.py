@@ -131,6 +131,7 @@ def read_command(words: list[str]) -> tuple[Recipe, Start]:
     """The recipe and how it is started, from the words after `pretrain`."""
     named, words = (words[0], words[1:]) if words and not words[0].startswith("-") else ("", words)
     given = command_line_settings(words)
+    given = [replace(s, key="log.profile") if s.key == "profile" else s for s in given]
     launch_keys = set(field_types(LaunchConfig))
     start_keys = {"resume", "verify_layout", "allow_change", "stop_after", *launch_keys}
     start_settings = [s for s in given if s.key in start_keys]

@@ -9,6 +9,7 @@ from arriero.checkpoint.load import newest_that_verifies
 from arriero.checkpoint.save import Saved, last_word
 from arriero.device import device_name
 from arriero.errors import UserError
+from arriero.observe.profile import Profile
 from arriero.parallel.mesh import Ranks
 from arriero.process import seconds_since_start, stop_wanted
 from arriero.recipe import Recipe
@@ -40,8 +41,10 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, st
     out, settings = Path(recipe.out), recipe.train
     reporter = Reporter(
         out, recipe.log, settings, trainer.config, devices=ranks.world, device_name=device_name(device_kind),
-        first=ranks.first,
+        first=ranks.first, keep=recipe.recompute.kept,
+        recomputed=recipe.recompute.layers(recipe.parallel, trainer.config.num_hidden_layers),
     )  # fmt: skip
+    profile = Profile(recipe.log.profile, out / "profile", ranks.rank)
     checkpoint = None
     if start.checkpoints:
         checkpoint = newest_that_verifies(list(start.checkpoints), ranks, say=reporter.say)
@@ -55,7 +58,8 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, st
     saved: list[Saved] = []
     stopping = False
     while trainer.done < settings.steps and not stopping:
-        result = trainer.step()
+        with profile.step(trainer.done + 1):
+            result = trainer.step()
         reporter.step(result)
         last = trainer.done == settings.steps
         if result.skipped and settings.on_nonfinite == "stop" and not trainer.fp16:
@@ -73,6 +77,8 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, st
         reporter.saved(saved)
     if stopping:
         reporter.say(f" stopped after step {trainer.done}; go on with: arriero pretrain --resume {recipe.out}")
+    if told := profile.finish():
+        reporter.say(told)
     reporter.finish()
     last_word(saved)
     return not stopping

@@ -9,14 +9,13 @@ import json
 import math
 import platform
 import sys
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
 
 import torch
 
@@ -27,7 +26,8 @@ from arriero.model.config import LlamaConfig
 from arriero.observe.figure import loss_figure
 from arriero.observe.logline import arriero_line, megatron_line, validation_line
 from arriero.observe.metrics import MetricsWriter, StepMetrics, ValidationMetrics
-from arriero.observe.throughput import flops_per_token, peak_flops
+from arriero.observe.step_time import BETWEEN, IN_STEP
+from arriero.observe.throughput import peak_flops, throughput
 from arriero.train.config import TrainConfig
 
 
@@ -41,6 +41,10 @@ class LogConfig:
     """Steps between printed lines; metrics.jsonl has every step."""
     peak_tflops: float = 0.0
     """Matmul peak of one device in TFLOP/s, for MFU; 0 takes the known value of the device, if any."""
+
+    profile: str = ""
+    """Steps to profile, first and last, from 1: "10:13" writes profile/rank-N.json (Chrome's format) into the run;
+    --profile steps=10:13 is the same."""
 
     def problems(self) -> list[UserError]:
         """All that is impossible about it."""
@@ -61,7 +65,10 @@ class StepResult:
     loss_scale: float
     skipped: bool
     seconds: float
-    data_seconds: float
+    phases: dict[str, float]
+    """Seconds of each phase (observe/step_time.py), those since the step before included."""
+    attended: float
+    """Tokens of context: the sequence length, or under document masks sum of squared lengths over their sum."""
 
 
 class Reporter:
@@ -69,11 +76,10 @@ class Reporter:
 
     def __init__(
         self, out: Path, log: LogConfig, train: TrainConfig, model: LlamaConfig, *, devices: int, device_name: str,
-        first: bool,
+        first: bool, recomputed: int = 0, keep: tuple[str, ...] = (),
     ) -> None:  # fmt: skip
         self.log, self.train, self.first, self.out, self.devices = log, train, first, out, devices
-        tokens = train.global_batch * train.sequence_length
-        self._tflop_per_step = flops_per_token(model, train.sequence_length) * tokens / devices / 1e12
+        self.model, self._recomputed, self._keep_results = model, recomputed, keep
         peak = log.peak_tflops or (peak_flops(device_name, train.dtype) or 0.0) / 1e12
         self._peak = peak or None
         self._recent: deque[float] = deque(maxlen=20)
@@ -134,7 +140,12 @@ class Reporter:
         self._skipped += result.skipped
         self._nan += not math.isfinite(result.loss)
         samples = result.step * train.global_batch
-        tflops = self._tflop_per_step / seconds
+        rate = train.global_batch * train.sequence_length / seconds / self.devices
+        figures = throughput(
+            self.model, rate, result.attended, peak_tflops=self._peak, layers=self._recomputed, keep=self._keep_results
+        )
+        times: dict[str, Any] = {f"{name}_ms": 1000 * result.phases.get(name, 0.0) for name in BETWEEN}
+        times |= {f"{name}_ms": 1000 * result.phases[name] for name in IN_STEP if name in result.phases}
         metrics = StepMetrics(
             iteration=result.step,
             iterations=train.steps,
@@ -150,11 +161,13 @@ class Reporter:
             skipped_iterations=self._skipped,
             nan_iterations=self._nan,
             samples_per_second=train.global_batch / seconds,
-            tokens_per_second_per_device=train.global_batch * train.sequence_length / seconds / self.devices,
-            tflops=tflops,
-            mfu=tflops / self._peak if self._peak else None,
-            data_wait_ms=result.data_seconds * 1000,
+            tokens_per_second_per_device=rate,
+            tflops=figures.tflops,
+            mfu=figures.mfu,
             eta_seconds=(train.steps - result.step) * sum(self._recent) / len(self._recent),
+            mfu_full=figures.mfu_full,
+            hfu=figures.hfu,
+            **times,
         )
         self._keep(partial(self._metrics.write, metrics))
         if result.step % self.log.every == 0 or result.step == train.steps:
@@ -176,16 +189,3 @@ class Reporter:
             self._keep(partial(loss_figure, self.out / "metrics.jsonl", self.out / "loss.png"))
             self.say(f" figure: {self.out / 'loss.png'}")
             self._keep(self._text.close)
-
-
-class Stopwatch:
-    """Seconds since it was made or last read."""
-
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-
-    def read(self) -> float:
-        """Seconds since the last reading; starts again."""
-        now = time.perf_counter()
-        elapsed, self._last = now - self._last, now
-        return elapsed

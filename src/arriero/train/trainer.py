@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,17 +26,18 @@ from arriero.data.batches import Batches
 from arriero.data.prefetch import Prefetch
 from arriero.device import synchronize, take_device
 from arriero.model.init import InitialWeights
+from arriero.observe.step_time import StepClock
 from arriero.parallel.apply import build_parts, load_weights
 from arriero.parallel.mesh import BATCH, Ranks
 from arriero.parallel.microbatch import MicroBatch, micro_batch
 from arriero.parallel.pipeline import Pipeline, sum_tied_gradients
 from arriero.parallel.shards import local, shards
-from arriero.parallel.zero import cut_again, sum_gradients_now
+from arriero.parallel.zero import cut_again, sum_gradients_now, watch_collectives
 from arriero.recipe import Recipe, to_toml
 from arriero.train.loss import IGNORED, loss_context, summed_loss
 from arriero.train.optim import MOMENTS, Optimizer
 from arriero.train.precision import LossScale, forward_in, store_dtype
-from arriero.train.reporter import StepResult, Stopwatch
+from arriero.train.reporter import StepResult
 from arriero.train.schedule import learning_rate
 from arriero.weights.huggingface import open_huggingface
 
@@ -74,6 +77,12 @@ class Trainer:
                 self.parts, forwards, config=recipe.parallel, ranks=ranks, device=self.device, loss=summed_loss,
                 micro_batches=train.accumulation(ranks.data),
             )  # fmt: skip
+        self.clock = StepClock(device_kind)
+        if self.pipeline is not None:
+            self.pipeline.watch(self.clock.timed)
+        if device_kind == "cpu":  # elsewhere they run beside the computation, and their own time says little
+            for part in self.parts:
+                watch_collectives(part, partial(self.clock.inside, "communication"))
         self.optimizer = Optimizer(self.parts, recipe.optim, ranks)
         self.fp16 = self.compute == torch.float16
         scale = train.initial_loss_scale if self.fp16 else 1.0
@@ -84,6 +93,8 @@ class Trainer:
         """Steps whose update was not skipped."""
         self.batches = open_batches(recipe, "train")
         self.saver = Saver(Path(recipe.out) / "checkpoints", recipe.checkpoint, ranks)
+        self.attended = 0.0
+        """Sum of squared document lengths over their sum, of the last batch: how far attention reached."""
         self._feed: Iterator[list[MicroBatch]] | None = None
 
     def start(self, checkpoint: Path | None) -> None:
@@ -121,6 +132,10 @@ class Trainer:
         Nothing else decides what follows: batches and their order are functions of (seed, step), the learning rate of
         the step, and no random number is drawn after the initial weights.
         """
+        with self.clock.whole("checkpoint"):
+            return self._save(wait=wait)
+
+    def _save(self, *, wait: bool) -> Path:
         texts = {"config.json": json.dumps(self.config.to_json(), indent=1), "recipe.toml": to_toml(self.recipe)}
         state = {
             "updates": self.updates, "loss_scale": asdict(self.scale), "seed": self.recipe.seed,
@@ -149,14 +164,24 @@ class Trainer:
         """The micro-batches of the coming step, made ahead on another thread."""
         if self._feed is None:
             steps = range(self.done, self.recipe.train.steps)
-            self._feed = iter(Prefetch(lambda step: self.micro_batches(self.batches, step), steps))
+            self._prefetch = Prefetch(lambda step: self.micro_batches(self.batches, step), steps)
+            self._feed = iter(self._prefetch)
         return next(self._feed)
+
+    def close(self) -> None:
+        """Ends the thread that makes batches, which would keep this trainer and its memory alive."""
+        if self._feed is not None:
+            self._prefetch.close()
 
     def forward_backward(self, micro: list[MicroBatch], *, train: bool) -> float:
         """The mean loss over the global batch; with `train`, its gradient is left in the parameters."""
-        valid = torch.stack([(m.labels != IGNORED).sum() for m in micro]).sum().double()
-        valid = self.ranks.sum(valid, *BATCH)
-        weight = self.scale.scale / valid.item()
+        counts = [torch.stack([(m.labels != IGNORED).sum() for m in micro]).sum().double()]
+        counts += [torch.full_like(counts[0], sum(m.squares for m in micro))]
+        valid, squares = self.ranks.sum(torch.stack(counts), *BATCH).tolist()
+        tokens = self.recipe.train.global_batch * self.recipe.train.sequence_length
+        self.attended = squares / self.ranks.context / tokens
+        weight = self.scale.scale / valid
+        self.clock.mark("communication")
         with loss_context(self.ranks):
             if self.pipeline is not None:
                 total = self.pipeline.run(micro, weight=weight, train=train)
@@ -164,24 +189,30 @@ class Trainer:
                 total = self._accumulate(micro, weight, train=train)
         if train:
             sum_tied_gradients(self.parts, self.config, self.ranks)
-        return (self.ranks.sum(total, "pipeline", *BATCH) / valid).item()
+        loss = (self.ranks.sum(total, "pipeline", *BATCH) / valid).item()
+        self.clock.mark("communication")
+        return loss
 
     def _accumulate(self, micro: list[MicroBatch], weight: float, *, train: bool) -> torch.Tensor:
         """The summed loss of this rank's micro-batches, float64; with `train`, gradients of weight x loss are added."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, m in enumerate(micro):
             loss = summed_loss(self.forward(m.tokens, m.positions, m.mask), m.labels)
+            self.clock.mark("forward")
             if train:
                 sum_gradients_now(self.parts[0], self.recipe.parallel.zero_stage, last=i == len(micro) - 1)
                 (loss * weight).backward()
+                self.clock.mark("backward")
             total += loss.detach()
         return total
 
     def step(self) -> StepResult:
         """One optimizer step: batch, loss, gradient, norm, update."""
-        train, watch = self.recipe.train, Stopwatch()
+        train = self.recipe.train
+        self.clock.begin(shown=(self.done + 1) % self.recipe.log.every == 0)
+        began = time.perf_counter()
         micro = self.next_batch()
-        data_seconds = watch.read()
+        self.clock.mark("data_wait")
         loss = self.forward_backward(micro, train=True)
         self.optimizer.take_gradients()
         scale = self.scale.scale
@@ -197,14 +228,19 @@ class Trainer:
             self.scale.update(finite=finite)
         self.done += 1
         synchronize(self.kind)
+        self.clock.mark("optimizer")
         return StepResult(
             step=self.done, loss=loss, grad_norm=norm, learning_rate=rate, loss_scale=scale, skipped=not finite,
-            seconds=data_seconds + watch.read(), data_seconds=data_seconds,
+            seconds=time.perf_counter() - began, phases=self.clock.take(), attended=self.attended,
         )  # fmt: skip
 
     @torch.no_grad()
     def validate(self) -> float:
         """The mean loss over the first batches of the validation split, the same ones every time."""
+        with self.clock.whole("validation"):
+            return self._validate()
+
+    def _validate(self) -> float:
         batches, count = open_batches(self.recipe, "valid"), self.recipe.train.eval_batches
         losses = [self.forward_backward(self.micro_batches(batches, i), train=False) for i in range(count)]
         for part in self.parts:

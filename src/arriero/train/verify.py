@@ -21,7 +21,6 @@ from arriero.data.batches import DataConfig
 from arriero.data.indexed import IndexedWriter
 from arriero.errors import EXIT_CHECK_FAILED, EXIT_OK
 from arriero.launch import in_process_group, run_processes
-from arriero.model.config import LlamaConfig
 from arriero.parallel.config import ParallelConfig
 from arriero.parallel.mesh import Ranks
 from arriero.parallel.recompute import RecomputeConfig
@@ -85,7 +84,7 @@ def reduced(recipe: Recipe, processes: int, root: Path) -> Recipe:
     length = 4 * parallel.context_parallel * parallel.tensor_parallel * 2
     micro = max(2, parallel.stages if parallel.pipeline_parallel > 1 else 2)
     batch = micro * (processes // parallel.model_parallel)
-    write_random_data(root / "random", model, tokens=(STEPS + 1) * batch * length + 1000)
+    write_random_data(root / "random", model.vocab_size, tokens=(STEPS + 1) * batch * length + 1000)
     train = replace(
         recipe.train, steps=STEPS, dtype="float64", sequence_length=length, micro_batch=1, global_batch=batch,
         eval_every=0, eval_batches=1,
@@ -98,13 +97,14 @@ def reduced(recipe: Recipe, processes: int, root: Path) -> Recipe:
     )  # fmt: skip
 
 
-def write_random_data(prefix: Path, model: LlamaConfig, *, tokens: int) -> None:
-    """Documents of random tokens and lengths."""
-    random, writer = np.random.default_rng(0), IndexedWriter(prefix, np.dtype(np.uint16))
+def write_random_data(prefix: Path, vocabulary: int, *, tokens: int, longest: int = 60) -> None:
+    """Documents of random tokens and lengths, the same ones every time."""
+    dtype = np.dtype(np.uint16 if vocabulary <= 2**16 else np.int32)
+    random, writer = np.random.default_rng(0), IndexedWriter(prefix, dtype)
     written = 0
     while written < tokens:
-        ids = random.integers(0, model.vocab_size, int(random.integers(5, 60)))
-        writer.add(ids.astype(np.uint16))
+        ids = random.integers(0, vocabulary, int(random.integers(5, longest)))
+        writer.add(ids.astype(dtype))
         writer.end_document()
         written += len(ids)
     writer.close()

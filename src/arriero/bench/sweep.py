@@ -1,0 +1,159 @@
+"""The best micro batch, recomputation and compilation for a recipe within memory, by trying them."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from arriero.bench.table import markdown, percent
+from arriero.bench.trial import Result, Trial, ran_out, run_trial
+from arriero.device import available_memory
+from arriero.errors import CheckFailed, UserError
+from arriero.launch import LaunchConfig
+from arriero.parallel.recompute import RecomputeConfig
+from arriero.recipe import Recipe, to_toml
+from arriero.train.config import TrainConfig
+
+POLICIES = (
+    RecomputeConfig(), RecomputeConfig("selective"), RecomputeConfig("selective", keep=("attention",)),
+    RecomputeConfig("full"),
+)  # fmt: skip
+"""From most memory to least: a policy is left at the first micro batch that does not fit."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One setting, and what came of it."""
+
+    micro_batch: int
+    recompute: RecomputeConfig
+    compiled: bool
+    result: Result | None
+    """None where it did not fit."""
+    reason: str = ""
+    """Why there is no result."""
+
+    @property
+    def policy(self) -> str:
+        """The recomputation in a word or two."""
+        kept = f", keeps {' and '.join(self.recompute.keep)}" if self.recompute.mode == "selective" else ""
+        return self.recompute.mode + kept
+
+
+def sweep(trial: Trial, processes: int, launch: LaunchConfig) -> list[Tried]:
+    """Runs every setting that is possible with the recipe's layout and batch, the global batch staying what it is."""
+    recipe = trial.recipe
+    if not trial.memory_limit and trial.device_kind == "cpu":
+        trial = replace(trial, memory_limit=0.9 * available_memory() / processes / 1e9)
+    data = max(1, processes // recipe.parallel.model_parallel)
+    sizes = micro_batches(recipe.train.global_batch // data)
+    policies = [p for p in POLICIES if not p.problems(recipe.parallel)]
+    found: list[Tried] = []
+    for compiled in compile_settings():
+        for policy in policies:
+            for size in sizes:
+                candidate = with_settings(recipe, size, policy, compiled)
+                if candidate.layout_problems(processes):
+                    continue
+                tried = attempt(replace(trial, recipe=candidate), processes, launch)
+                found.append(tried)
+                if tried.result is not None:
+                    trial = replace(trial, peak=(tried.result.peak_tflops, tried.result.peak_source))
+                print(f"{size} at a time, recompute {tried.policy}: {_outcome(tried)}", file=sys.stderr, flush=True)
+                if tried.result is None:
+                    break
+    return found
+
+
+def micro_batches(share: int) -> list[int]:
+    """The powers of two, and the whole share, that divide a data rank's share of the global batch; small to large."""
+    return [n for n in range(1, share + 1) if share % n == 0 and (n & (n - 1) == 0 or n == share)]
+
+
+def compile_settings() -> list[bool]:
+    """Whether to compile: both ways where training can."""
+    return [False, True] if any(f.name == "compile" for f in dataclasses.fields(TrainConfig)) else [False]
+
+
+def with_settings(recipe: Recipe, micro_batch: int, recompute: RecomputeConfig, compiled: bool) -> Recipe:
+    """The recipe with these settings."""
+    changes: dict[str, Any] = {"micro_batch": micro_batch}
+    if len(compile_settings()) > 1:
+        changes["compile"] = compiled
+    return replace(recipe, train=replace(recipe.train, **changes), recompute=recompute)
+
+
+def attempt(trial: Trial, processes: int, launch: LaunchConfig) -> Tried:
+    """One setting; to run out of memory is a result."""
+    train = trial.recipe.train
+    settings = (train.micro_batch, trial.recipe.recompute, bool(getattr(train, "compile", False)))
+    try:
+        return Tried(*settings, run_trial(trial, processes, launch))
+    except UserError as error:
+        if not (ran_out(trial) or "out of memory" in error.problem):
+            raise
+        return Tried(*settings, None, error.problem)
+
+
+def best(tried: list[Tried]) -> Tried:
+    """The fastest.
+
+    Raises:
+        CheckFailed: nothing fitted.
+    """
+    fitting = [t for t in tried if t.result is not None]
+    if not fitting:
+        raise CheckFailed("no setting fits into memory: use more processes, or cut the model (parallel.*)")
+    return max(fitting, key=lambda t: t.result.tokens_per_second_per_device if t.result else 0.0)
+
+
+def sweep_table(tried: list[Tried]) -> str:
+    """Every setting in a row, and the best below."""
+    rows = []
+    for t in tried:
+        figures = ["-", "-", "-", "-", t.reason]
+        if r := t.result:
+            rate = f"{r.tokens_per_second_per_device:.0f}"
+            figures = [rate, percent(r.mfu), f"{r.peak_memory_gb:.2f}", f"{r.first_step_seconds:.2f}", ""]
+        rows.append([str(t.micro_batch), t.policy, "yes" if t.compiled else "no", *figures])
+    headers = ["micro batch", "recompute", "compiled", "tokens/s/p", "MFU", "peak memory, GB", "first step, s", ""]
+    return f"{markdown(headers, rows)}\n\nbest: {_name(best(tried))}"
+
+
+def check_target(path: str) -> None:
+    """Refuses a file that is there already, before hours are spent.
+
+    Raises:
+        UserError: the file exists, or its directory does not.
+    """
+    if not path:
+        return
+    if Path(path).exists():
+        raise UserError(f"--write {path}: the file exists", "name another file")
+    if not Path(path).absolute().parent.is_dir():
+        raise UserError(f"--write {path}: no such directory", "make it first")
+
+
+def write_best(recipe: Recipe, tried: list[Tried], path: str) -> None:
+    """Writes the recipe as it was given, with the best settings, if a path is named."""
+    if not path:
+        return
+    found = best(tried)
+    assert found.result is not None
+    text = to_toml(with_settings(recipe, found.micro_batch, found.recompute, found.compiled))
+    why = f"# By arriero bench --sweep on {found.result.device}: {_name(found)}.\n"
+    Path(path).write_text(why + text, encoding="utf-8")
+    print(f"wrote {path}", file=sys.stderr)
+
+
+def _outcome(tried: Tried) -> str:
+    r = tried.result
+    return tried.reason if r is None else f"{r.tokens_per_second_per_device:.0f} tokens/s/p"
+
+
+def _name(tried: Tried) -> str:
+    compiled = ", compiled" if tried.compiled else ""
+    return f"{tried.micro_batch} samples at a time, recompute {tried.policy}{compiled}, {_outcome(tried)}"

@@ -1,0 +1,78 @@
+"""A profiler trace of some steps on request: one Chrome JSON a process, for chrome://tracing or ui.perfetto.dev."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from arriero.errors import UserError
+
+
+def profile_steps(text: str) -> tuple[int, int] | None:
+    """First and last step of "10:13" or "steps=10:13"; None for an empty text.
+
+    Raises:
+        UserError: anything else, or a last step before the first.
+    """
+    if not text:
+        return None
+    found = re.fullmatch(r"(?:steps=)?(\d+):(\d+)", text.strip())
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        fix = 'give the first and the last step, from 1, such as "10:13"'
+        raise UserError(f"log.profile is {text!r}", fix)
+    return int(found[1]), int(found[2])
+
+
+def profile_problems(text: str, steps: int) -> list[UserError]:
+    """What is wrong with the key in a run of `steps`."""
+    try:
+        span = profile_steps(text)
+    except UserError as error:
+        return [error]
+    if span and span[0] > steps:
+        return [UserError(f"log.profile {text!r} begins after the last step, {steps}", "choose an earlier step")]
+    return []
+
+
+class Profile:
+    """Turns torch's profiler on before the first step and off after the last, or after the run's last."""
+
+    def __init__(self, text: str, directory: Path, rank: int) -> None:
+        self.span, self.directory = profile_steps(text), directory
+        self.path = directory / f"rank-{rank}.json"
+        self._profiler: Any = None
+        self._written = False
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around step `number`."""
+        if self.span is None:
+            yield
+            return
+        if self._profiler is None and not self._written and self.span[0] <= number <= self.span[1]:
+            from torch import profiler
+
+            # what this build knows: the CPU, and the accelerator's kernels beside it
+            self._profiler = profiler.profile(activities=profiler.supported_activities())
+            self._profiler.start()
+        yield
+        if number >= self.span[1]:
+            self._write()
+
+    def _write(self) -> None:
+        if self._profiler is not None:
+            self._profiler.stop()
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._profiler.export_chrome_trace(str(self.path))
+            self._profiler, self._written = None, True
+
+    def finish(self) -> str:
+        """Ends what still runs; returns what to tell of it, empty where nothing was asked."""
+        self._write()
+        if self.span is None:
+            return ""
+        first, last = self.span
+        return f" profile: {self.path}" if self._written else f" NO profile: steps {first} to {last} were not run"
