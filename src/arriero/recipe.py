@@ -29,8 +29,10 @@ from arriero.train.config import TrainConfig
 from arriero.train.optim import OptimConfig
 from arriero.train.reporter import LogConfig
 from arriero.train.schedule import ScheduleConfig
+from arriero.untrusted import read_text
 
 T = TypeVar("T")
+MAX_RECIPE_BYTES = 100_000
 
 
 @dataclass(frozen=True)
@@ -204,11 +206,13 @@ def file_settings(path: Path) -> list[Setting]:
         UserError: no such file, or not TOML.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        if not path.is_file():
+            raise UserError(f"{path}: no such recipe", "name a TOML file, or one that comes with arriero")
+        text = read_text(path, "name a TOML file", MAX_RECIPE_BYTES)
         tables = tomllib.loads(text)
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path}: no such recipe", "name a TOML file, or one that comes with arriero") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except RecursionError:
+        raise UserError(f"{path}: not TOML that can be read: it is nested too deep", "mend it") from None
+    except ValueError as error:  # TOMLDecodeError is one; so is a number of more digits than Python reads
         raise UserError(f"{path}: not TOML: {error}", "mend that line") from None
     lines = _key_lines(text)
     return [Setting(key, words, f"{path}:{lines.get(key, 1)}") for key, words in _flatten(tables)]

@@ -14,7 +14,9 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from arriero.errors import UserError
+from arriero.untrusted import parse_json
 
+FORM = {"iteration": int}
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -139,12 +141,7 @@ def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         raise UserError(f"{path}: no such file", "name a run directory that has trained at least one step") from None
     found = []
     for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            raise UserError(f"{path}, line {number}: not JSON", "remove the line, or restore the file") from None
-        if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
-            raise UserError(f'{path}, line {number}: no whole number under "iteration"', "remove the line")
+        record = parse_json(line, f"{path}, line {number}", "remove the line, or restore the file", FORM)
         found.append((line, {k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()}))
     return found
 
