@@ -39,7 +39,7 @@ def read_text(path: Path, fix: str, most: int = MAX_JSON_BYTES) -> str:
 def read_bytes(path: Path, fix: str, most: int = MAX_JSON_BYTES) -> bytes:
     """The bytes of a regular file, at most `most` of them. Raises UserError."""
     try:
-        with open(path, "rb", opener=_open_waiting_for_nobody) as file:
+        with open(path, "rb", opener=open_regular) as file:
             raw = file.read(most + 1)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file", fix) from None
@@ -50,7 +50,7 @@ def read_bytes(path: Path, fix: str, most: int = MAX_JSON_BYTES) -> bytes:
     return raw
 
 
-def _open_waiting_for_nobody(path: str, flags: int) -> int:
+def open_regular(path: str | Path, flags: int) -> int:
     """Opens a regular file; a pipe or device in its place is refused, where `open` would wait for a writer for ever."""
     handle = os.open(path, flags | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(handle).st_mode):

@@ -22,9 +22,10 @@ _OUTPUT = {
     "dtype": str, "sequences": int, "documents": int, "tokens": int, "bin_bytes": int, "bin_sha256": str,
     "idx_sha256": str,
 }  # fmt: skip
+RECORDS = ("in", "out", "quarantined", "empty")
 FORM = {
     "version": int, "tokenizer": {"path": str, "vocab_size": int, "fingerprint": str}, "request": dict,
-    "sources": [{"sha256": str}], "records": {"in": int, "out": int, "quarantined": int}, "text_bytes": int,
+    "sources": [{"sha256": str}], "records": dict.fromkeys(RECORDS, int), "text_bytes": int,
     "largest_id": int, "outputs": {str: _OUTPUT},
 }  # fmt: skip
 """What is read from a manifest."""

@@ -143,7 +143,9 @@ class Tokenizer:
         for name in TOKENIZER_FILES:
             source = self.path.parent / name
             if source.is_file():
-                shutil.copyfile(inside(self.path.parent, source), directory / name)
+                if source != self.path:  # which the user may have named, link or not
+                    inside(self.path.parent, source)
+                shutil.copyfile(source, directory / name)
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -157,17 +159,17 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(path)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
+            self.vocab_size = len(self._processor)
+            pieces = self._processor.id_to_piece(list(range(self.vocab_size)))
+            self.fingerprint = _hash_pieces(pieces)
+            self._cuts = self._may_cut(pieces)
+            self.bos_id = _known_id(self._processor.bos_id())
+            self.eos_id = _known_id(self._processor.eos_id())
+        except (RuntimeError, OSError, ValueError, IndexError) as error:  # ValueError: pieces that are not UTF-8
             raise UserError(
                 f"{path} is not a SentencePiece model ({str(error).splitlines()[0]})",
                 "give the original tokenizer.model",
             ) from error
-        self.vocab_size = len(self._processor)
-        pieces = self._processor.id_to_piece(list(range(self.vocab_size)))
-        self.fingerprint = _hash_pieces(pieces)
-        self._cuts = self._may_cut(pieces)
-        self.bos_id = _known_id(self._processor.bos_id())
-        self.eos_id = _known_id(self._processor.eos_id())
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         # Bytes, not str: sentencepiece's own message for a lone surrogate names a C++ type.

@@ -14,9 +14,11 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from arriero.errors import UserError
-from arriero.untrusted import parse_json
+from arriero.untrusted import misfit, parse_json, read_bytes
 
 FORM = {"iteration": int}
+FIX = "remove the line, or restore the file"
+VALUES = {str: (float, str, bool, None, list, dict)}
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -135,13 +137,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     """Each whole line with its decoded record."""
-    try:
-        whole, _, _ = path.read_bytes().rpartition(b"\n")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file", "name a run directory that has trained at least one step") from None
+    if not path.exists():
+        raise UserError(f"{path}: no such file", "name a run directory that has trained at least one step")
+    whole, _, _ = read_bytes(path, FIX, 2 << 30).rpartition(b"\n")
     found = []
     for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
-        record = parse_json(line, f"{path}, line {number}", "remove the line, or restore the file", FORM)
+        record = parse_json(line, f"{path}, line {number}", FIX, FORM)
+        if wrong := misfit(record, VALUES):
+            raise UserError(f"{path}, line {number}: {wrong}", FIX)
         found.append((line, {k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()}))
     return found
 

@@ -112,7 +112,9 @@ def read_rank(path: Path) -> RankModel:
             f"{path}: checkpoint_version {version} orders q, k, v otherwise", "save it with a Megatron after 2021"
         )
     names = [n for n in ("model", "module") if isinstance(payload.get(n), dict)]
-    names = names[:1] or sorted((n for n in payload if re.fullmatch(r"model\d+", str(n))), key=lambda n: int(n[5:]))
+    names = names[:1] or sorted(
+        (n for n in payload if isinstance(n, str) and re.fullmatch(r"model[0-9]{1,4}", n)), key=lambda n: int(n[5:])
+    )
     if not names:
         raise UserError(f"{path}: holds no model", "name a checkpoint's directory, not an optimizer's")
     chunks = []

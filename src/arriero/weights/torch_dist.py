@@ -14,14 +14,14 @@ from typing import Any
 
 from arriero.errors import UserError
 from arriero.model.config import MOST_LAYERS, LlamaConfig, parameter_shapes
-from arriero.untrusted import inside, read_bytes
+from arriero.untrusted import inside, plain_name, read_bytes
 from arriero.weights.dialects import MCORE, MCORE_TE, Dialect
 from arriero.weights.foreign_config import ConfigHints, resolve_config
 from arriero.weights.layout import Cut, RankTable, Slot, gather
 from arriero.weights.megatron import TRACKER, iteration_directory
 from arriero.weights.run import check_cover
 from arriero.weights.stream import ITEMSIZE, Assembly, Piece, PieceReader, RawFile, Stored, matrix_shape
-from arriero.weights.torch_file import MAX_PICKLE_BYTES, Call, TensorRef, TorchFile, follow
+from arriero.weights.torch_file import MAX_PICKLE_BYTES, Call, TensorRef, TorchFile, follow, naturals
 
 FIX = "copy the whole directory again"
 
@@ -100,10 +100,10 @@ def _described(folder: Path, root: Any) -> dict[str, Assembly]:
             or "_extra_state" in key
         ):
             continue
-        shape = tuple(state["size"])
+        shape = naturals(state["size"])
         pieces: list[Piece] = []
         for chunk in state["chunks"]:
-            offsets, sizes = tuple(chunk.state["offsets"]), tuple(chunk.state["sizes"])
+            offsets, sizes = naturals(chunk.state["offsets"]), naturals(chunk.state["sizes"])
             place = places.get((key, offsets))
             if place is None:
                 raise UserError(f"{folder}: does not say where {key} at {list(offsets)} lies", FIX)
@@ -118,15 +118,13 @@ def _described(folder: Path, root: Any) -> dict[str, Assembly]:
 
 
 def _place(index: Any) -> tuple[str, tuple[int, ...] | None]:
-    offset = index.state.get("offset")
-    return index.state["fqn"], None if offset is None else tuple(offset)
+    offset, name = index.state.get("offset"), index.state["fqn"]
+    return name if isinstance(name, str) else "", None if offset is None else naturals(offset)
 
 
 def _stored(folder: Path, place: dict[str, Any], files: dict[str, RawFile], key: str) -> Assembly:
     """One chunk's archive inside its .distcp file."""
-    name = place["relative_path"]
-    if not re.fullmatch(r"[\w.-]+\.distcp", str(name)):
-        raise UserError(f"{folder / '.metadata'}: names a file outside its directory: {name!r}", "do not trust it")
+    name = plain_name(place["relative_path"], str(folder / ".metadata"))
     if name not in files:
         files[name] = RawFile(inside(folder, folder / name))
     begin, size = int(place["offset"]), int(place["length"])
@@ -156,7 +154,7 @@ def _unstack(tensors: dict[str, Assembly]) -> dict[str, Assembly]:
     """Gives each layer of a stacked tensor its own name."""
     result: dict[str, Assembly] = {}
     for key, tensor in tensors.items():
-        if not key.startswith("decoder.layers.") or re.match(r"decoder\.layers\.[0-9]+\.", key):
+        if not tensor.shape or not key.startswith("decoder.layers.") or re.match(r"decoder\.layers\.[0-9]+\.", key):
             result[key] = tensor
             continue
         count, shape = tensor.shape[0], tensor.shape[1:]

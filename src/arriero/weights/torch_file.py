@@ -110,7 +110,8 @@ def _key(key: Any) -> Any:
     raise ValueError("a key that is no plain value")
 
 
-def _naturals(values: Any) -> tuple[int, ...]:
+def naturals(values: Any) -> tuple[int, ...]:
+    """A shape or an offset. Raises ValueError for anything but whole numbers from 0, such as nested tuples."""
     if not isinstance(values, (tuple, list)) or not all(type(n) is int and 0 <= n < 2**63 for n in values):
         raise ValueError("a shape that is none")
     return tuple(values)
@@ -124,11 +125,11 @@ def _call(function: Any, args: Any) -> Any:
     if name == "torch._utils._rebuild_tensor_v2":
         if not isinstance(args[0], StorageRef):
             raise ValueError("a tensor without a storage")
-        return TensorRef(args[0], _naturals([args[1]])[0], _naturals(args[2]), _naturals(args[3]))
+        return TensorRef(args[0], naturals([args[1]])[0], naturals(args[2]), naturals(args[3]))
     if name == "torch._utils._rebuild_parameter":
         return args[0]
     if name == "torch.Size":
-        return _naturals(args[0])
+        return naturals(args[0])
     if name.endswith("Path"):
         return "/".join(args)  # only of strings
     return Call(function, args)
@@ -319,6 +320,8 @@ class TorchFile:
                 raise UserError(f"{self.path}: is nested without end", "fetch the file again")
             below = []
             for key, value in items:
+                if not isinstance(key, (str, int)):
+                    continue
                 if isinstance(value, dict):
                     below.append((f"{prefix}{key}.", depth + 1, value))
                 elif isinstance(value, TensorRef):
