@@ -193,8 +193,7 @@ def newest_that_verifies(paths: list[Path], ranks: Ranks, *, say: Callable[[str]
     raise UserError(f"{paths[0].parent}: no checkpoint there is whole", "start again, or from a copy kept elsewhere")
 
 
-def load_state(directory: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint."""
-    scale = {"scale": float, "window": int, "hysteresis": int, "clean": int, "patience": int}
-    state: dict[str, Any] = read_json(directory / STATE, {"step": int, "updates": int, "loss_scale": scale})
+def load_state(directory: Path, form: dict[str, Any]) -> dict[str, Any]:
+    """The JSON part of a checkpoint, which must hold at least what `form` says. Raises UserError."""
+    state: dict[str, Any] = read_json(directory / STATE, form)
     return state

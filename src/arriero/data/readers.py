@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from arriero.errors import UserError
+from arriero.untrusted import inside
 
 KINDS = {
     ".parquet": "parquet",
@@ -33,6 +34,7 @@ KINDS = {
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _BLOCK = 1 << 20
+TEMPORARY: str | None = None  # where compressed parquet and arrow files are unpacked; None is the system's choice
 MAX_RECORD_BYTES = 1 << 30  # of text; the largest documents that were seen have a fifth of it
 MAX_UNPACKED = 200  # times the packed size, where a compressed file must be unpacked to a scratch file, and 1 GiB
 
@@ -71,7 +73,7 @@ def find_inputs(inputs: tuple[str, ...]) -> tuple[str, list[Path]]:
         path = Path(given)
         if path.is_dir():
             found = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
-            files += [p for p in found if kind_of(p)]
+            files += [inside(path, p) for p in found if kind_of(p)]
             if not any(kind_of(p) for p in found):
                 raise UserError(
                     f"no data file in directory {path}", f"known endings: {', '.join(KINDS)} (also .gz, .zst)"
@@ -119,7 +121,7 @@ def _seekable(path: Path) -> Iterator[Any]:
     if _compression(path) is None:
         yield str(path)
         return
-    with tempfile.NamedTemporaryFile() as scratch:
+    with tempfile.NamedTemporaryFile(dir=TEMPORARY) as scratch:
         left = MAX_RECORD_BYTES + MAX_UNPACKED * path.stat().st_size
         with _open(path) as packed:
             while block := packed.read(_BLOCK):

@@ -53,6 +53,13 @@ def open_batches(recipe: Recipe, split: str) -> Batches:
     )  # fmt: skip
 
 
+STATE_FORM = {
+    "step": int, "updates": int,
+    "loss_scale": {"scale": float, "window": int, "hysteresis": int, "clean": int, "patience": int},
+}  # fmt: skip
+"""What is read of a checkpoint's state.json."""
+
+
 class Trainer:
     """Model, optimizer, loss scale and step of one process."""
 
@@ -94,7 +101,7 @@ class Trainer:
             load_weights(self.parts, source, self.ranks)
             self.optimizer.take_values()
             return
-        state, reader = load_state(checkpoint), CheckpointReader(checkpoint)
+        state, reader = load_state(checkpoint, STATE_FORM), CheckpointReader(checkpoint)
         load_weights(self.parts, reader, self.ranks)
         held = self.optimizer.shards.items()
         moments = {m: {path: reader.read(f"{m}.{s.name}", s.index) for path, s in held} for m in MOMENTS}

@@ -21,7 +21,7 @@ from arriero.errors import UserError
 from arriero.weights.stream import ITEMSIZE, Assembly, PieceReader, RawFile, Stored, matrix_shape
 
 MAX_PICKLE_BYTES = 256 << 20  # structure only; the weights lie in records of their own
-MAX_NODES = 10_000_000  # a few KB of pickle can describe a tree of any size by naming one branch again and again
+MAX_NODES = 1_000_000  # a few KB of pickle can describe a tree of any size by naming one branch again and again
 
 STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
