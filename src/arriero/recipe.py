@@ -29,6 +29,7 @@ from arriero.train.config import TrainConfig
 from arriero.train.optim import OptimConfig
 from arriero.train.reporter import LogConfig
 from arriero.train.schedule import ScheduleConfig
+from arriero.train.watch import WatchConfig
 from arriero.untrusted import read_text
 
 T = TypeVar("T")
@@ -59,6 +60,7 @@ class Recipe:
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
     def model_config(self) -> LlamaConfig:
         """The shape to train: `model`'s, which must be `init`'s where both are given.
@@ -84,8 +86,13 @@ class Recipe:
         if not self.out:
             found.append(UserError("out: not set", "name the run directory to write, such as --out runs/first"))
         found += self.layout_problems(processes)
-        for part in (self.optim, self.schedule, self.checkpoint, self.log, self.data):
+        for part in (self.optim, self.schedule, self.checkpoint, self.log, self.watch, self.data):
             found += part.problems()
+        if self.data.order == "megatron" and "rewind" in (self.train.on_nonfinite, self.train.on_spike):
+            fix = "use data.order stable, or skip or stop instead"
+            found.append(
+                UserError("train: rewind leaves batches out, and data.order megatron has no more of them", fix)
+            )
         return found
 
     def layout_problems(self, processes: int) -> list[UserError]:

@@ -10,6 +10,7 @@ from arriero.checkpoint.layout import MARKER, STATE, TEMPORARY, committed, read_
 from arriero.checkpoint.verify import verify as verify_files
 from arriero.errors import EXIT_CHECK_FAILED, EXIT_OK
 from arriero.model.config import LlamaConfig, count_parameters
+from arriero.observe.events import goodput_line
 from arriero.observe.metrics import read_metrics
 
 
@@ -40,6 +41,8 @@ def _run(path: Path, verify: bool) -> tuple[dict[str, Any], list[str]]:
         if steps:
             facts |= {"steps": steps[-1]["iteration"], "of": steps[-1].get("iterations")}
             facts |= {"lm loss": str(steps[-1].get("lm_loss"))[:7], "tokens": steps[-1].get("consumed_tokens")}
+    if line := goodput_line(path):
+        facts["time"] = line
     facts["checkpoints"] = ", ".join(p.name for p in whole) or "none"
     wrong = [f"{p}: not committed, its writing was cut off" for p in cut_off]
     for checkpoint in whole if verify else []:

@@ -82,6 +82,24 @@ class ValidationMetrics:
     kind = "validation"
 
 
+@dataclass(frozen=True)
+class RankMetrics:
+    """Which process needs most time of its own for a step; the keys of a `"kind": "ranks"` line."""
+
+    iteration: int
+    """Steps completed when it was measured, over the last `watch.every` of them."""
+    slowest_rank: int
+    """The process's number."""
+    slowest_ms: float
+    """Its own time a step, without waiting for others, milliseconds."""
+    median_ms: float
+    """The median of the other processes'."""
+    slowest_ratio: float
+    """The one over the other."""
+
+    kind = "ranks"
+
+
 class MetricsWriter:
     """Appends metrics to `path`; a half-written last line, as a kill leaves it, is cut off first.
 
@@ -95,7 +113,7 @@ class MetricsWriter:
         _cut_half_line(path)
         self._file: BinaryIO = path.open("ab")
 
-    def write(self, metrics: StepMetrics | ValidationMetrics) -> None:
+    def write(self, metrics: StepMetrics | ValidationMetrics | RankMetrics) -> None:
         """Appends one line and hands it to the operating system at once."""
         record = {"kind": metrics.kind} | {k: _encode(v) for k, v in asdict(metrics).items()}
         self._file.write(json.dumps(record).encode() + b"\n")
