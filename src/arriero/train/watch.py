@@ -24,6 +24,8 @@ from arriero.parallel.mesh import DIMENSIONS, Ranks
 
 FLOOR = 30.0
 """Seconds below which `watch.times` never calls a step too long: short steps vary by more than a factor."""
+HELD = 10.0
+"""Seconds beyond the limit after which faulthandler dumps, if the watchdog's thread could not."""
 GRACE = 2.0
 """Seconds that the first process gives the others to write their stacks before it reads them."""
 
@@ -68,7 +70,8 @@ class Watchdog:
         self._main = threading.get_ident()
         self._began: float | None = None
         self._step = 0
-        self._dumped: IO[str] | None = None
+        self._file: IO[str] | None = None
+        self._dumped = False
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         if config.seconds or config.times:
@@ -80,15 +83,19 @@ class Watchdog:
 
     def done(self) -> None:
         """It has ended."""
-        if self._began is not None:
-            took = time.monotonic() - self._began
-            self._began = None
-            self._recent.append(took)
-            if self._dumped is not None:
-                self._say(f" WATCHDOG: step {self._step} ended after {took:.1f} s")
-                self._dumped.close()
-                self._dumped = None
-                faulthandler.cancel_dump_traceback_later()
+        if self._began is None:
+            return
+        took = time.monotonic() - self._began
+        self._began = None
+        self._recent.append(took)
+        if self._dumped:
+            self._say(f" WATCHDOG: step {self._step} ended after {took:.1f} s")
+        if self._file is not None:
+            faulthandler.cancel_dump_traceback_later()
+            self._file.close()
+            if not self._dumped:
+                Path(self._file.name).unlink(missing_ok=True)
+        self._file, self._dumped = None, False
 
     def limit(self) -> float:
         """Seconds that a step may take now; infinite for any."""
@@ -103,27 +110,30 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        """Runs on the thread. It looks a few times within the limit, and arms faulthandler in case it cannot look."""
-        armed: IO[str] | None = None
+        """Runs on the thread. It looks ten times within the limit; after half of it, it arms faulthandler in case that
+        it cannot look again."""
         while not self._end.wait(min(1.0, self.limit() / 10)):
             began, limit = self._began, self.limit()
-            if began is None or self._dumped is not None or limit == float("inf"):
+            if began is None or self._dumped or limit == float("inf"):
                 continue
-            if time.monotonic() - began < limit:
-                if limit > 10:
-                    armed = armed or self._open(f"nothing could be told for {limit + 10:.0f} s: the lock is held")
-                    if armed is not None:
-                        faulthandler.dump_traceback_later(limit + 10, file=armed)
-                continue
-            self._dump(time.monotonic() - began)
+            took = time.monotonic() - began
+            if took > limit:
+                self._dump(took)
+            elif took > limit / 2 and self._file is None:
+                self._file = self._open(
+                    f"step {self._step} takes longer than {limit:.1f} s: the interpreter is held up"
+                )
+                if self._file is not None:
+                    faulthandler.dump_traceback_later(limit - took + HELD, file=self._file)
 
     def _dump(self, seconds: float) -> None:
+        faulthandler.cancel_dump_traceback_later()
         frame = sys._current_frames().get(self._main)
-        file = self._open(f"step {self._step} takes {seconds:.1f} s: {place(frame)}")
-        if file is None:
+        self._file = self._open(f"step {self._step} takes {seconds:.1f} s: {place(frame)}")
+        if self._file is None:
             return
-        faulthandler.dump_traceback(file, all_threads=True)
-        self._dumped = file
+        faulthandler.dump_traceback(self._file, all_threads=True)
+        self._dumped = True
         if self._rank == 0:
             time.sleep(GRACE)
             for line in self._told():
@@ -131,14 +141,14 @@ class Watchdog:
 
     def _open(self, head: str) -> IO[str] | None:
         """This process's file, new, with its first line; None where it cannot be written."""
-        with contextlib.suppress(OSError):
+        try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            path = self._folder / f"rank-{self._rank:05d}.txt"
-            file = path.open("w", encoding="utf-8")
+            file = (self._folder / f"rank-{self._rank:05d}.txt").open("w", encoding="utf-8")
             file.write(f"{head}\nprocess {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n\n")
             file.flush()
             return file
-        return None
+        except OSError:
+            return None
 
     def _told(self) -> list[str]:
         """Which ranks are where, from the first lines of all files of this step; those that stand alone come first."""
