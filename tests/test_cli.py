@@ -41,7 +41,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_run_directory(run: Path) -> None:
     out = run / "run"
     assert {p.name for p in out.iterdir()} == {
-        "recipe.toml", "env.json", "metrics.jsonl", "log.txt", "lock.json", "checkpoints", "loss.png"
+        "recipe.toml", "env.json", "metrics.jsonl", "events.jsonl", "log.txt", "lock.json", "checkpoints", "loss.png"
     }  # fmt: skip
     assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["step-00000004", "step-00000006"]  # keep = 2
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

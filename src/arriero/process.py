@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from arriero.agreement import Disagreement, agree, ranges
 from arriero.device import process_group_backend, share_cores, tune_allocator
-from arriero.errors import EXIT_USAGE, UserError
+from arriero.errors import EXIT_USAGE, CheckFailed, UserError
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -59,7 +59,7 @@ def leave(error: BaseException) -> NoReturn:
     """Ends this process of several with its error told: to the agent's file, or on stderr where there is no agent."""
     place, user, agent = Place.from_environment(), isinstance(error, UserError), ROUND in os.environ
     code = EXIT_USAGE if user else 1
-    message = str(error) if user else "".join(traceback.format_exception(error))
+    message = str(error) if user or isinstance(error, CheckFailed) else "".join(traceback.format_exception(error))
     lost_touch = isinstance(error, RuntimeError) and bool(LOST_TOUCH.search(str(error)))
     if lost_touch:
         message = silent_ranks(place) + message

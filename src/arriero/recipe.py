@@ -30,8 +30,11 @@ from arriero.train.config import TrainConfig
 from arriero.train.optim import OptimConfig
 from arriero.train.reporter import LogConfig
 from arriero.train.schedule import ScheduleConfig
+from arriero.train.watch import WatchConfig
+from arriero.untrusted import read_text
 
 T = TypeVar("T")
+MAX_RECIPE_BYTES = 100_000
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Recipe:
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
     def model_config(self) -> LlamaConfig:
         """The shape to train: `model`'s, which must be `init`'s where both are given.
@@ -84,8 +88,13 @@ class Recipe:
             found.append(UserError("out: not set", "name the run directory to write, such as --out runs/first"))
         found += self.layout_problems(processes)
         found += profile_problems(self.log.profile, self.train.steps)
-        for part in (self.optim, self.schedule, self.checkpoint, self.log, self.data):
+        for part in (self.optim, self.schedule, self.checkpoint, self.log, self.watch, self.data):
             found += part.problems()
+        if self.data.order == "megatron" and "rewind" in (self.train.on_nonfinite, self.train.on_spike):
+            fix = "use data.order stable, or skip or stop instead"
+            found.append(
+                UserError("train: rewind leaves batches out, and data.order megatron has no more of them", fix)
+            )
         return found
 
     def layout_problems(self, processes: int) -> list[UserError]:
@@ -206,11 +215,13 @@ def file_settings(path: Path) -> list[Setting]:
         UserError: no such file, or not TOML.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        if not path.is_file():
+            raise UserError(f"{path}: no such recipe", "name a TOML file, or one that comes with arriero")
+        text = read_text(path, "name a TOML file", MAX_RECIPE_BYTES)
         tables = tomllib.loads(text)
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path}: no such recipe", "name a TOML file, or one that comes with arriero") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except RecursionError:
+        raise UserError(f"{path}: not TOML that can be read: it is nested too deep", "mend it") from None
+    except ValueError as error:  # TOMLDecodeError is one; so is a number of more digits than Python reads
         raise UserError(f"{path}: not TOML: {error}", "mend that line") from None
     lines = _key_lines(text)
     return [Setting(key, words, f"{path}:{lines.get(key, 1)}") for key, words in _flatten(tables)]

@@ -34,7 +34,7 @@ def test_exit_codes(a: Path, b: Path) -> None:
     assert run(CompareArgs(a, a, max_rel=0)) == 0
     assert run(CompareArgs(a, b)) == 1
     assert run(CompareArgs(a, b, quantity=("lm_loss",))) == 0
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="no such file"):
         run(CompareArgs(a, a.with_name("c.csv")))
 
 

@@ -159,7 +159,7 @@ def test_csv_of_several_dialects(tmp_path: Path, text: str) -> None:
         ("a.log", ASCENDSPEED.format(i=1, s=1, loss=" lm loss: 1.2.3 |"), "a.log, line 1: lm loss is '1.2.3'"),
         ("a.jsonl", "{broken\n", "a.jsonl, line 1: not JSON"),
         ("a.jsonl", "", "a.jsonl: no training step"),
-        ("missing.log", None, "missing.log: cannot be read .No such file"),
+        ("missing.log", None, "missing.log: no such file"),
     ],
 )
 def test_bad_input_names_file_line_and_fix(tmp_path: Path, name: str, text: str | None, problem: str) -> None:

@@ -92,7 +92,11 @@ def test_a_half_written_last_line_is_repaired(tmp_path: Path, kept: int) -> None
 
 @pytest.mark.parametrize(
     ("line", "problem"),
-    [("{broken", "line 2: not JSON"), ("[1]", "line 2: no whole number"), ('{"iteration": "4"}', "line 2: no whole")],
+    [
+        ("{broken", "line 2: not JSON"),
+        ("[1]", "line 2: the whole is a list"),
+        ('{"iteration": "4"}', "line 2: iteration is"),
+    ],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: str, problem: str) -> None:
     path = tmp_path / "metrics.jsonl"

@@ -29,6 +29,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any] | None:
     result: dict[str, Any] = {"name": case["name"], "loss": [], "grad_norm": [], "scale": [], "skipped": []}
     while trainer.done < 5:
         step = trainer.step()
+        trainer.check_replicas()  # what several processes hold alike is alike, in every layout
         result["loss"].append(step.loss)
         result["grad_norm"].append(step.grad_norm)
         result["scale"].append(step.loss_scale)

@@ -32,7 +32,7 @@ def save_run(directory, config, weights, *, tensor=2, steps=(50, 100)):
                     tensors[key] = pieces[rank].clone().contiguous()
                     parts[key] = {"shape": list(whole.shape), "offset": offset}
             save_file(tensors, home / f"rank-{rank:05d}.safetensors")
-            (home / f"rank-{rank:05d}.json").write_text(json.dumps(parts))
+            (home / f"rank-{rank:05d}.json").write_text(json.dumps({"tensors": parts}))
         (home / "COMMITTED").write_text("{}")
     return directory
 

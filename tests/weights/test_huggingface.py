@@ -114,8 +114,8 @@ def break_index(directory, change):
         (lambda d: break_index(d, lambda m: m.update(extra="../secret.safetensors")), "outside its directory"),
         (lambda d: break_index(d, lambda m: m.update(extra="/etc/passwd")), "outside its directory"),
         (lambda d: break_index(d, lambda m: m.update(extra="..")), "outside its directory"),
-        (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "not an index"),
-        (lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": [1]}'), "not an index"),
+        (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "lacks 'weight_map"),
+        (lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": [1]}'), "weight_map is a list"),
     ],
 )
 def test_broken_shards_are_refused_by_name(tmp_path, damage, says):

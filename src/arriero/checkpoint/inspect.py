@@ -10,6 +10,7 @@ from arriero.checkpoint.layout import MARKER, STATE, TEMPORARY, committed, read_
 from arriero.checkpoint.verify import verify as verify_files
 from arriero.errors import EXIT_CHECK_FAILED, EXIT_OK
 from arriero.model.config import LlamaConfig, count_parameters
+from arriero.observe.events import goodput_line
 from arriero.observe.metrics import read_metrics
 
 
@@ -36,11 +37,12 @@ def _run(path: Path, verify: bool) -> tuple[dict[str, Any], list[str]]:
     cut_off = [p for p in sorted(root.glob("step-*")) if p.suffix != TEMPORARY and not (p / MARKER).is_file()]
     facts: dict[str, Any] = {"kind": "run", "path": str(path)}
     if (path / "metrics.jsonl").is_file():
-        steps = [m for m in read_metrics(path / "metrics.jsonl") if m["kind"] == "step"]
+        steps = [m for m in read_metrics(path / "metrics.jsonl") if m.get("kind") == "step"]
         if steps:
-            last = steps[-1]
-            facts |= {"steps": last["iteration"], "of": last["iterations"], "lm loss": f"{last['lm_loss']:.4f}"}
-            facts |= {"tokens": last["consumed_tokens"]}
+            facts |= {"steps": steps[-1]["iteration"], "of": steps[-1].get("iterations")}
+            facts |= {"lm loss": str(steps[-1].get("lm_loss"))[:7], "tokens": steps[-1].get("consumed_tokens")}
+    if line := goodput_line(path):
+        facts["time"] = line
     facts["checkpoints"] = ", ".join(p.name for p in whole) or "none"
     wrong = [f"{p}: not committed, its writing was cut off" for p in cut_off]
     for checkpoint in whole if verify else []:
@@ -55,7 +57,7 @@ def _checkpoint(path: Path, verify: bool) -> tuple[dict[str, Any], list[str]]:
     facts: dict[str, Any] = {
         "kind": "checkpoint",
         "path": str(path),
-        "step": read_json(path / STATE)["step"],
+        "step": read_json(path / STATE, {"step": int})["step"],
         "parameters": count_parameters(config),
         "layers": config.num_hidden_layers,
         "hidden": config.hidden_size,

@@ -17,8 +17,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from arriero import untrusted
 from arriero.checkpoint import disk
-from arriero.errors import UserError
 
 FORMAT = 1
 MARKER = "COMMITTED"
@@ -26,7 +26,6 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 TEMPORARY = ".tmp"
 DAMAGED = "the checkpoint is damaged: use another one"
-MAX_JSON_BYTES = 1 << 30
 
 
 def step_directory(root: Path, step: int) -> Path:
@@ -56,22 +55,13 @@ def write_json(path: Path, value: object) -> None:
     disk.write_file(path, json.dumps(value, indent=1).encode() + b"\n")
 
 
-def read_json(path: Path) -> Any:
-    """Reads JSON.
+def read_json(path: Path, form: Any = dict) -> Any:
+    """Reads a file of the checkpoint that holds JSON of this form.
 
     Raises:
-        UserError: the file is missing or broken.
+        UserError: the file is missing, broken or of another form.
     """
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise UserError(f"{path}: {path.stat().st_size:,} bytes are too many", DAMAGED)
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file", "the checkpoint is not whole: use another one") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})", DAMAGED) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})", DAMAGED) from None
+    return untrusted.read_json(untrusted.inside(path.parent, path), DAMAGED, form)
 
 
 def commit(temporary: Path, final: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from arriero.checkpoint.layout import DAMAGED, STATE, committed, read_json
 from arriero.checkpoint.verify import verify
 from arriero.errors import UserError
 from arriero.parallel.mesh import Ranks
+from arriero.untrusted import inside
 from arriero.weights.safetensors_file import SafetensorsFile
 from arriero.weights.stream import TORCH_NAMES, RawFile
 
@@ -48,14 +50,20 @@ class CheckpointReader:
         self._maps: dict[Path, mmap.mmap] = {}
         for index in sorted(directory.glob("rank-*.json")):
             path = index.with_suffix(".safetensors")
-            file = SafetensorsFile(path)
+            file = SafetensorsFile(inside(directory, path))
             self._files[path] = RawFile(path)
             for key, (whole, offset) in places(index).items():
                 part = file.assembly(key)
+                if not len(whole) == len(offset) == len(part.shape) or min((0, *whole, *offset)) < 0:
+                    raise UserError(f"{index}: {key} is {list(part.shape)} at {list(offset)} of {list(whole)}", DAMAGED)
                 dtype = getattr(torch, TORCH_NAMES[part.dtype])
                 start = part.pieces[0].source.offset  # type: ignore[attr-defined]
                 self._shapes[key] = whole
                 self._parts.setdefault(key, []).append(StoredPart(path, offset, part.shape, dtype, start))
+        for key, whole in self._shapes.items():  # before memory is taken for a shape that a file merely claims
+            held, needed = sum(math.prod(part.shape) for part in self._parts[key]), math.prod(whole)
+            if held != needed:
+                raise UserError(f"{directory}: {key} has {held} of {needed} elements", DAMAGED)
 
     def keys(self) -> list[str]:
         """Weights and moments."""
@@ -133,11 +141,8 @@ def places(index: Path) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     Raises:
         UserError: the index is not one.
     """
-    try:
-        tensors = read_json(index)["tensors"]
-        return {key: (tuple(map(int, t["shape"])), tuple(map(int, t["offset"]))) for key, t in tensors.items()}
-    except (KeyError, TypeError, AttributeError, ValueError):
-        raise UserError(f"{index}: is not an index of parts", DAMAGED) from None
+    tensors = read_json(index, {"tensors": {str: {"shape": [int], "offset": [int]}}})["tensors"]
+    return {key: (tuple(t["shape"]), tuple(t["offset"])) for key, t in tensors.items()}
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -188,7 +193,7 @@ def newest_that_verifies(paths: list[Path], ranks: Ranks, *, say: Callable[[str]
     raise UserError(f"{paths[0].parent}: no checkpoint there is whole", "start again, or from a copy kept elsewhere")
 
 
-def load_state(directory: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint."""
-    state: dict[str, Any] = read_json(directory / STATE)
+def load_state(directory: Path, form: dict[str, Any]) -> dict[str, Any]:
+    """The JSON part of a checkpoint, which must hold at least what `form` says. Raises UserError."""
+    state: dict[str, Any] = read_json(directory / STATE, form)
     return state

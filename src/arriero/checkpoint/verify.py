@@ -13,6 +13,10 @@ from typing import Any
 
 from arriero.checkpoint.layout import FORMAT, MANIFEST, MARKER, file_digest, read_json
 from arriero.errors import UserError
+from arriero.untrusted import MAX_JSON_BYTES, plain_name
+
+INDEX = {"bytes": int, "block": int, "header": str, "tensors": {str: {"start": int, "sha256": [str]}}}
+MAX_BLOCK = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -55,14 +59,16 @@ def _chain(path: Path) -> tuple[list[str], list[Block]]:
     """What is wrong with the small files and the files' sizes, and the blocks still to be hashed."""
     if not (path / MARKER).is_file():
         return [f"{path}: not committed, its writing was cut off"], []
-    marker = read_json(path / MARKER)
+    marker = read_json(path / MARKER, {"manifest": dict})
     if not (path / MANIFEST).is_file():
         return [f"{path / MANIFEST}: missing"], []
-    if not isinstance(marker, dict) or marker.get("manifest") != file_digest(path / MANIFEST):
+    if marker["manifest"] != file_digest(path / MANIFEST):
         return [f"{path / MANIFEST}: not the manifest that was committed"], []
-    manifest = read_json(path / MANIFEST)
-    if manifest.get("format") != FORMAT:
-        return [f"{path / MANIFEST}: format {manifest.get('format')}, this version reads {FORMAT}"], []
+    manifest = read_json(path / MANIFEST, {"format": int, "files": {str: dict}, "data": [str]})
+    for name in (*manifest["files"], *manifest["data"]):
+        plain_name(name, str(path / MANIFEST))
+    if manifest["format"] != FORMAT:
+        return [f"{path / MANIFEST}: format {manifest['format']}, this version reads {FORMAT}"], []
     wrong: list[str] = []
     blocks: list[Block] = []
     for name, expected in manifest["files"].items():
@@ -74,7 +80,7 @@ def _chain(path: Path) -> tuple[list[str], list[Block]]:
         index = (path / name).with_suffix(".json")
         if any(line.startswith(f"{index}:") for line in wrong):
             continue
-        content = read_json(index)
+        content = read_json(index, INDEX)
         problem = _file_problem(path / name) or _size_problem(path / name, content["bytes"])
         if problem:
             wrong.append(problem)
@@ -101,6 +107,8 @@ def _blocks(path: Path, index: dict[str, Any]) -> list[Block]:
     tensors = sorted(index["tensors"].items(), key=lambda item: item[1]["start"])
     size, step = index["bytes"], index["block"]
     starts = [entry["start"] for _, entry in tensors] + [size]
+    if starts[0] < 0 or starts != sorted(starts) or not 0 < step <= MAX_BLOCK or starts[0] > MAX_JSON_BYTES + 8:
+        raise UserError(f"{path}: its index places tensors outside it")
     found = [Block(path, "the header", 0, starts[0], index["header"])]
     for (name, entry), end in zip(tensors, starts[1:], strict=True):
         ranges = range(entry["start"], end, step)

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from arriero.errors import UserError
 from arriero.observe.metrics import read_metrics
+from arriero.untrusted import read_bytes
 
+MAX_BYTES = 2 << 30
 Columns = dict[str, dict[int, float]]
 
 LOG_FORMATS = (
@@ -21,8 +23,8 @@ LOG_FORMATS = (
 )
 # One pattern for all: Megatron has a time stamp in front, AscendSpeed none, MindSpeed's FSDP2 a colon and no total,
 # and a launcher may put `[default0]:` before everything.
-_STEP = re.compile(r"\biteration:?\s+(\d+)\s*(?:/\s*\d+\s*)?\|(.*)")
-_VALIDATION = re.compile(r"validation loss at iteration (\d+) \| lm loss value: (\S+)")
+_STEP = re.compile(r"\biteration:?\s+([0-9]{1,15})\s*(?:/\s*\d+\s*)?\|(.*)")
+_VALIDATION = re.compile(r"validation loss at iteration ([0-9]{1,15}) \| lm loss value: (\S+)")
 _ITERATION_NAMES = ("iteration", "iter", "step", "steps", "iterations")
 _ALIASES = {"loss": "lm_loss", "train_loss": "lm_loss", "gradient_norm": "grad_norm"}
 
@@ -53,13 +55,14 @@ def read_curves(path: Path) -> Curves:
         if not file.exists():
             raise UserError(f"{path}: no metrics.jsonl in it", "name a run directory, a metrics file, a log or a CSV")
         path = file
+    raw = read_bytes(path, "check the path and its permissions", MAX_BYTES)
+    text = raw.decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n")
     try:
-        text = path.read_text(encoding="utf-8", errors="replace").replace("\r\n", "\n").replace("\r", "\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})", "check the path and its permissions") from None
-    kind = _kind(path, text)
-    read = {"metrics": _read_metrics, "csv": _read_csv, "log": _read_log}[kind]
-    curves = Curves(path, read(path, text), kind)
+        kind = _kind(path, text)
+        read = {"metrics": _read_metrics, "csv": _read_csv, "log": _read_log}[kind]
+        curves = Curves(path, read(path, text), kind)
+    except csv.Error as error:
+        raise UserError(f"{path}: {error}", "repair the file") from None
     if not curves.iterations:
         fix = {
             "metrics": "train at least one step",
@@ -148,7 +151,7 @@ def _read_csv(path: Path, text: str) -> Columns:
                 f"{where}: {len(row)} values under {len(names)} columns", "give each column a value, or none: ,,"
             )
         iteration = _number(row[at], where, names[at])
-        if iteration != int(iteration if math.isfinite(iteration) else 0):
+        if not abs(iteration) < 1e15 or iteration != int(iteration):
             raise UserError(f"{where}: iteration is {row[at].strip()!r}", "give a whole number")
         for i, name in enumerate(names):
             if i != at and row[i].strip():

@@ -97,6 +97,11 @@ def _mean(values: list[float]) -> float:
     return math.fsum(values) / len(values)
 
 
+def _drawn(values: list[float]) -> list[float]:
+    """Without what no axis can hold."""
+    return [value if abs(value) < 1e100 else math.nan for value in values]
+
+
 def _figure(verdict: Verdict) -> Any:
     """A row for each quantity: the two curves at the left, the relative error and its limit at the right."""
     figure, axes = new_figure(rows=len(verdict.agreements), columns=2, width=11, height=3.4 * len(verdict.agreements))
@@ -104,8 +109,8 @@ def _figure(verdict: Verdict) -> Any:
     for i, x in enumerate(verdict.agreements):
         left, right = axes[2 * i], axes[2 * i + 1]
         dot = "." if len(x.iterations) <= 50 else None
-        left.plot(x.iterations, x.a, color=BLUE, linewidth=2.4, alpha=0.55, label=f"A: {a}", marker=dot)
-        left.plot(x.iterations, x.b, color=ORANGE, linewidth=1.1, label=f"B: {b}", marker=dot)
+        left.plot(x.iterations, _drawn(x.a), color=BLUE, linewidth=2.4, alpha=0.55, label=f"A: {a}", marker=dot)
+        left.plot(x.iterations, _drawn(x.b), color=ORANGE, linewidth=1.1, label=f"B: {b}", marker=dot)
         left.set_ylabel(x.quantity)
         shown = [(i, e) for i, e in zip(x.iterations, x.relative, strict=True) if 0 < e < math.inf]
         if shown:

@@ -89,14 +89,14 @@ def parse_prefix(text: str) -> list[tuple[float, str]]:
         raise UserError("data.prefix is empty", fix)
     if idx_path(text).is_file() or is_instruction(text):
         return [(1.0, text)]
-    words = shlex.split(text)
-    if len(words) == 1:
-        return [(1.0, words[0])]
     try:
+        words = shlex.split(text)
+        if len(words) == 1:
+            return [(1.0, words[0])]
         weights = [float(w) for w in words[::2]]
     except ValueError as error:
         raise UserError(f"data.prefix {text!r} is no blend", fix) from error
-    if len(words) % 2 or min(weights) <= 0:
+    if len(words) % 2 or not all(0 < w < float("inf") for w in weights):
         raise UserError(f"data.prefix {text!r}: every prefix needs a weight above 0", fix)
     return [(w / sum(weights), p) for w, p in zip(weights, words[1::2], strict=True)]
 
@@ -108,7 +108,7 @@ def parse_split(text: str) -> tuple[float, ...]:
     except ValueError as error:
         raise UserError(f"data.split {text!r} is not three numbers", 'write train,valid,test as "969,30,1"') from error
     shares += [0.0] * (3 - len(shares))
-    if len(shares) > 3 or min(shares) < 0 or sum(shares) <= 0:
+    if len(shares) > 3 or not all(0 <= s < float("inf") for s in shares) or sum(shares) <= 0:
         raise UserError(
             f"data.split {text!r} needs up to three shares, none negative", 'write train,valid,test as "969,30,1"'
         )

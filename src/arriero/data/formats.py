@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from arriero.errors import UserError, nearest
+from arriero.untrusted import read_text
 
 Record = dict[str, Any]
 
@@ -108,8 +109,8 @@ def load_template(name: str) -> Template:
             f"unknown template {name!r}; {nearest(name, TEMPLATES)}", "give one of these names, or a TOML file"
         )
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        found = tomllib.loads(read_text(path, "give a template's TOML file", 1_000_000))
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is not TOML ({error})", 'write lines such as prompt = "Q: {instruction}\\n"'
         ) from error

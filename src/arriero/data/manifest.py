@@ -15,8 +15,20 @@ import numpy as np
 
 from arriero.data.indexed import IndexedDataset, bin_path, idx_path
 from arriero.errors import UserError
+from arriero.untrusted import plain_name, read_json
 
 VERSION = 1
+_OUTPUT = {
+    "dtype": str, "sequences": int, "documents": int, "tokens": int, "bin_bytes": int, "bin_sha256": str,
+    "idx_sha256": str,
+}  # fmt: skip
+RECORDS = ("in", "out", "quarantined", "empty")
+FORM = {
+    "version": int, "tokenizer": {"path": str, "vocab_size": int, "fingerprint": str}, "request": dict,
+    "sources": [{"sha256": str}], "records": dict.fromkeys(RECORDS, int), "text_bytes": int,
+    "largest_id": int, "outputs": {str: _OUTPUT},
+}  # fmt: skip
+"""What is read from a manifest."""
 
 
 def manifest_path(out: str) -> Path:
@@ -47,12 +59,12 @@ def read_manifest(out: str) -> dict[str, Any] | None:
     path = manifest_path(out)
     if not path.is_file():
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["version"] != VERSION:
-            raise ValueError(f"version {found['version']}, known: {VERSION}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a manifest ({error})", "prepare the data set again with --overwrite") from error
+    fix = "prepare the data set again with --overwrite"
+    found: dict[str, Any] = read_json(path, fix, FORM)
+    if found["version"] != VERSION:
+        raise UserError(f"{path}: is of version {found['version']}, known: {VERSION}", fix)
+    for name in found["outputs"]:
+        plain_name(name, str(path))
     return found
 
 

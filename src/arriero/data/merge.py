@@ -9,7 +9,7 @@ import numpy as np
 
 import arriero
 from arriero.data.indexed import IndexedDataset, IndexedWriter
-from arriero.data.manifest import manifest_path, read_manifest, verify, write_manifest
+from arriero.data.manifest import RECORDS, manifest_path, read_manifest, verify, write_manifest
 from arriero.errors import EXIT_OK, UserError
 
 _STEP = 1 << 22  # tokens copied at a time
@@ -85,7 +85,7 @@ def merge(prefixes: list[str], out: str, *, overwrite: bool) -> int:
 
 
 def _joined(manifests: list[dict[str, Any]], prefixes: list[str], outputs: dict[str, Any]) -> dict[str, Any]:
-    total = {key: sum(m["records"][key] for m in manifests) for key in manifests[0]["records"]}
+    total = {key: sum(m["records"][key] for m in manifests) for key in RECORDS}
     return {
         "arriero": arriero.__version__,
         "tokenizer": manifests[0]["tokenizer"],

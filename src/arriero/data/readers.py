@@ -13,7 +13,6 @@ import glob
 import gzip
 import io
 import json
-import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from arriero.errors import UserError
+from arriero.untrusted import inside
 
 KINDS = {
     ".parquet": "parquet",
@@ -34,6 +34,9 @@ KINDS = {
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _BLOCK = 1 << 20
+TEMPORARY: str | None = None  # where compressed parquet and arrow files are unpacked; None is the system's choice
+MAX_RECORD_BYTES = 1 << 30  # of text; the largest documents that were seen have a fifth of it
+MAX_UNPACKED = 200  # times the packed size, where a compressed file must be unpacked to a scratch file, and 1 GiB
 
 
 class Bad(NamedTuple):
@@ -70,7 +73,7 @@ def find_inputs(inputs: tuple[str, ...]) -> tuple[str, list[Path]]:
         path = Path(given)
         if path.is_dir():
             found = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
-            files += [p for p in found if kind_of(p)]
+            files += [inside(path, p) for p in found if kind_of(p)]
             if not any(kind_of(p) for p in found):
                 raise UserError(
                     f"no data file in directory {path}", f"known endings: {', '.join(KINDS)} (also .gz, .zst)"
@@ -118,9 +121,14 @@ def _seekable(path: Path) -> Iterator[Any]:
     if _compression(path) is None:
         yield str(path)
         return
-    with tempfile.NamedTemporaryFile() as scratch:
+    with tempfile.NamedTemporaryFile(dir=TEMPORARY) as scratch:
+        left = MAX_RECORD_BYTES + MAX_UNPACKED * path.stat().st_size
         with _open(path) as packed:
-            shutil.copyfileobj(packed, scratch, _BLOCK)
+            while block := packed.read(_BLOCK):
+                left -= len(block)
+                if left < 0:
+                    raise UserError(f"{path}: unpacks to more than {MAX_UNPACKED} times its size", "unpack it yourself")
+                scratch.write(block)
         scratch.flush()
         yield scratch.name
 
@@ -128,13 +136,21 @@ def _seekable(path: Path) -> Iterator[Any]:
 def _lines(path: Path, meter: Meter) -> Iterator[tuple[int, bytes]]:
     """Numbered lines without their line ends; a UTF-8 byte order mark at the start is dropped."""
     with _open(path, meter) as file:
-        first = file.readline()
+        first = _line(file, path)
         if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise UserError(f"{path} is UTF-16", f"convert it: iconv -f utf-16 -t utf-8 {path}")
         if first:
             yield 1, first.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n")
-        for number, line in enumerate(file, 2):
+        for number, line in enumerate(iter(lambda: _line(file, path), b""), 2):
             yield number, line.rstrip(b"\r\n")
+
+
+def _line(file: BinaryIO, path: Path) -> bytes:
+    """The next line. Raises UserError for one that would fill the memory, as a few KB of gzip can hold."""
+    line = file.readline(MAX_RECORD_BYTES + 1)
+    if len(line) > MAX_RECORD_BYTES:
+        raise UserError(f"{path}: has a line of more than {MAX_RECORD_BYTES:,} bytes", "cut it into records")
+    return line
 
 
 def _show(raw: bytes) -> str:
@@ -143,7 +159,7 @@ def _show(raw: bytes) -> str:
 
 def _text(path: Path, per: str, meter: Meter) -> Numbered:
     """A record {"text": ...} for each line, paragraph (blank lines between) or file. Blank lines are no records."""
-    first, held = 1, list[bytes]()
+    first, held, size = 1, list[bytes](), 0
 
     def give() -> Iterator[tuple[int, dict[str, Any] | Bad]]:
         raw = b"\n".join(held)
@@ -160,7 +176,11 @@ def _text(path: Path, per: str, meter: Meter) -> Numbered:
             continue
         if not held:
             first = number
+            size = 0
         held.append(line)
+        size += len(line)
+        if size > MAX_RECORD_BYTES:
+            raise UserError(f"{path}: has a record of more than {MAX_RECORD_BYTES:,} bytes", "cut it into records")
         if per == "line":
             yield from give()
     yield from give()
@@ -206,6 +226,8 @@ def _json(path: Path, meter: Meter) -> Numbered:
                 # A record is whole only if something follows it: `12` may be the start of `123`.
                 if end == len(buffer) and more:
                     raise json.JSONDecodeError("needs more", buffer, end)
+            except RecursionError as error:
+                raise UserError(f"{path}: record {number + 1} is nested too deep", "repair the file") from error
             except json.JSONDecodeError as error:
                 # Text that merely ends too early is completed; the step doubles: one huge record costs linear time.
                 if not more or (
@@ -218,6 +240,9 @@ def _json(path: Path, meter: Meter) -> Numbered:
                 piece = file.read(want)
                 more, want = bool(piece), want * 2
                 buffer += piece
+                if len(buffer) > MAX_RECORD_BYTES:
+                    large = f"{path}: record {number + 1} is larger than {MAX_RECORD_BYTES:,} bytes"
+                    raise UserError(large, "cut it") from None
                 continue
             buffer, number, want = buffer[end:], number + 1, _BLOCK
             yield (
@@ -229,11 +254,11 @@ def _json(path: Path, meter: Meter) -> Numbered:
 
 
 def _csv(path: Path, meter: Meter) -> Numbered:
-    csv.field_size_limit(1 << 31)
+    csv.field_size_limit(MAX_RECORD_BYTES)
     with _open(path, meter) as raw:
         # Bytes that are not UTF-8 come through as lone surrogates, which the next stage refuses record by record.
         file = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        rows = csv.reader(file, strict=True)
+        rows = csv.reader(iter(lambda: _piece(file, path), ""), strict=True)
         header = next(rows, [])
         line = rows.line_num + 1
         while True:
@@ -249,6 +274,13 @@ def _csv(path: Path, meter: Meter) -> Numbered:
                 wrong = Bad(f"{len(row)} columns, not {len(header)}", ",".join(row)[:2000])
                 yield line, dict(zip(header, row, strict=True)) if len(row) == len(header) else wrong
             line = rows.line_num + 1
+
+
+def _piece(file: io.TextIOWrapper, path: Path) -> str:
+    line = file.readline(MAX_RECORD_BYTES + 1)
+    if len(line) > MAX_RECORD_BYTES:
+        raise UserError(f"{path}: has a line of more than {MAX_RECORD_BYTES:,} bytes", "cut it into records")
+    return line
 
 
 def _rows(table: Any, first: int) -> Numbered:
@@ -277,6 +309,19 @@ def _parquet(path: Path, columns: tuple[str, ...] | None, meter: Meter) -> Numbe
             number += batch.num_rows
 
 
+def _validate(batch: Any) -> None:
+    """Checks every offset and length of a batch of mapped memory: arrow believes them, and would read beyond its file.
+
+    Raises:
+        ValueError: one leads outside. Strings that are not UTF-8 are let through: they spoil their own record only.
+    """
+    import pyarrow
+
+    raw = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
+    for column in batch.columns:
+        (column.view(raw[column.type]) if column.type in raw else column).validate(full=True)
+
+
 def _arrow(path: Path, columns: tuple[str, ...] | None, meter: Meter) -> Numbered:
     """Arrow's file format (also feather version 2) and its stream format."""
     import pyarrow.ipc
@@ -289,6 +334,7 @@ def _arrow(path: Path, columns: tuple[str, ...] | None, meter: Meter) -> Numbere
         number, size = 1, max(1, mapped.size())
         meter(lambda: 1.0 if mapped.closed else mapped.tell() / size)
         for whole in batches:
+            _validate(whole)
             batch = whole.select([c for c in columns if c in whole.schema.names]) if columns is not None else whole
             for at in range(0, batch.num_rows, 512):
                 yield from _rows(batch.slice(at, 512), number + at)
@@ -330,6 +376,8 @@ def read_records(
             yield from _arrow(path, columns, meter)
     except UserError:
         raise
+    except csv.Error as error:
+        raise UserError(f"{path}: {error}", "repair the file") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: the compressed file is damaged or cut short ({error})", "copy it again") from error
     except UnicodeDecodeError as error:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from arriero.errors import UserError
+from arriero.untrusted import inside, read_bytes, read_json
 
 # Files that travel with a tokenizer, in the order in which they are looked for.
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -67,7 +68,7 @@ class Tokenizer:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.file_sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.file_sha256 = hashlib.sha256(read_bytes(path, "give the tokenizer's own file")).hexdigest()
         self.fingerprint = ""
         self.vocab_size = 0
         self.bos_id: int | None = None
@@ -142,6 +143,8 @@ class Tokenizer:
         for name in TOKENIZER_FILES:
             source = self.path.parent / name
             if source.is_file():
+                if source != self.path:  # which the user may have named, link or not
+                    inside(self.path.parent, source)
                 shutil.copyfile(source, directory / name)
 
 
@@ -156,17 +159,17 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(path)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
+            self.vocab_size = len(self._processor)
+            pieces = self._processor.id_to_piece(list(range(self.vocab_size)))
+            self.fingerprint = _hash_pieces(pieces)
+            self._cuts = self._may_cut(pieces)
+            self.bos_id = _known_id(self._processor.bos_id())
+            self.eos_id = _known_id(self._processor.eos_id())
+        except (RuntimeError, OSError, ValueError, IndexError) as error:  # ValueError: pieces that are not UTF-8
             raise UserError(
                 f"{path} is not a SentencePiece model ({str(error).splitlines()[0]})",
                 "give the original tokenizer.model",
             ) from error
-        self.vocab_size = len(self._processor)
-        pieces = self._processor.id_to_piece(list(range(self.vocab_size)))
-        self.fingerprint = _hash_pieces(pieces)
-        self._cuts = self._may_cut(pieces)
-        self.bos_id = _known_id(self._processor.bos_id())
-        self.eos_id = _known_id(self._processor.eos_id())
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         # Bytes, not str: sentencepiece's own message for a lone surrogate names a C++ type.
@@ -252,13 +255,8 @@ def _mentions_prefix(part: Any) -> bool:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"{path} is not valid JSON ({error})", "restore the file from the tokenizer's source"
-        ) from error
-    return found if isinstance(found, dict) else {}
+    found: dict[str, Any] = read_json(inside(path.parent, path), "restore it from the tokenizer's source", dict)
+    return found
 
 
 def _special_names(directory: Path) -> dict[str, str]:
@@ -309,7 +307,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
             raise UserError(
                 f"{path} holds no tokenizer.model and no tokenizer.json", "give the directory of the model's tokenizer"
             )
-        path = found
+        path = inside(path, found)
     if not path.is_file():
         raise UserError(
             f"no tokenizer at {path}", "give a directory with tokenizer.model or tokenizer.json, or such a file"

@@ -6,13 +6,16 @@ top, files of transformers 5 keep both in `rope_parameters`: both are read, and 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from arriero.errors import UserError, join_problems, nearest
+from arriero.untrusted import inside, misfit, read_json
 
+FIX = "restore the file from where the model came from"
+
+MOST_LAYERS, LARGEST = 10_000, 2**31  # a shape beyond these is an attack on the memory, not a model
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
 _ROPE_KEYS = {
     "default": (),
@@ -20,6 +23,15 @@ _ROPE_KEYS = {
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+
+
+_OPTIONAL = {
+    "num_key_value_heads": int, "head_dim": int, "rms_norm_eps": float, "max_position_embeddings": int,
+    "tie_word_embeddings": bool, "attention_bias": bool, "mlp_bias": bool, "initializer_range": float,
+    "bos_token_id": int, "eos_token_id": (int, [int]), "rope_theta": float, "rope_scaling": dict,
+    "rope_parameters": dict,
+}  # fmt: skip
+"""What else is read from config.json, null allowed."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +81,9 @@ class LlamaConfig:
         """
         path = Path(path)
         file = path / "config.json" if path.is_dir() else path
-        try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{file}: no such file", "name a Hugging Face config.json or its directory") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UserError(f"{file}: not JSON ({error})", "restore the file from where the model came from") from None
-        if not isinstance(raw, dict):
-            raise UserError(f"{file}: holds a {type(raw).__name__}, not an object", "name a Hugging Face config.json")
-        return cls.from_dict(raw, where=str(file))
+        if not file.exists():
+            raise UserError(f"{file}: no such file", "name a Hugging Face config.json or its directory")
+        return cls.from_dict(read_json(inside(path, file) if path.is_dir() else file, FIX, dict), where=str(file))
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], *, where: str = "config") -> LlamaConfig:
@@ -90,23 +96,30 @@ class LlamaConfig:
         if raw.get("hidden_act", "silu") != "silu":
             problems.append(UserError(f"{where}: hidden_act is {raw['hidden_act']!r}", "LLaMA's activation is silu"))
         for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            value = raw.get(key)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                problems.append(UserError(f"{where}: {key} is {value!r}", f"give {key} as a positive whole number"))
+            value: Any = raw.get(key)
+            most = MOST_LAYERS if key == "num_hidden_layers" else LARGEST
+            if misfit(value, int) or not 1 <= value <= most:
+                fix = f"give {key} as a whole number from 1 to {most:,}"
+                problems.append(UserError(f"{where}: {key} is {str(value)[:40]}", fix))
+        for key, form in _OPTIONAL.items():
+            if wrong := misfit(raw.get(key), (form, None), key):
+                problems.append(UserError(f"{where}: {wrong}", FIX))
         if problems:
             raise join_problems(problems)
         heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
         parameters = raw.get("rope_parameters") or {}
+        if wrong := misfit(parameters.get("rope_theta"), (float, None), "rope_theta"):
+            raise UserError(f"{where}: {wrong}", FIX)
         simple = {
             key: raw[key]
             for key in ("rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "attention_bias", "mlp_bias",
                         "initializer_range", "bos_token_id", "eos_token_id")
-            if key in raw
+            if raw.get(key) is not None or (key in raw and key.endswith("token_id"))
         }  # fmt: skip
         if isinstance(
             simple.get("eos_token_id"), list
         ):  # llama 3.1 instruct lists several ends; the first is the text's
-            simple["eos_token_id"] = simple["eos_token_id"][0]
+            simple["eos_token_id"] = next(iter(simple["eos_token_id"]), None)
         config = cls(
             vocab_size=raw["vocab_size"],
             hidden_size=hidden,
@@ -127,6 +140,11 @@ class LlamaConfig:
     def problems(self, where: str = "config") -> list[UserError]:
         """All that is impossible about this shape, each with its fix."""
         found = []
+        if not 0 < self.num_hidden_layers <= MOST_LAYERS:
+            return [UserError(f"{where}: {self.num_hidden_layers} layers", f"1 to {MOST_LAYERS:,} can be")]
+        if not (0 < self.num_key_value_heads <= LARGEST and 0 < self.head_dim <= LARGEST):
+            fix = "give head_dim and num_key_value_heads as positive whole numbers, or leave them out"
+            return [UserError(f"{where}: heads of {self.head_dim}, {self.num_key_value_heads} of keys and values", fix)]
         if self.num_attention_heads % self.num_key_value_heads:
             found.append(
                 UserError(
@@ -137,7 +155,7 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             found.append(UserError(f"{where}: head_dim {self.head_dim} is odd", "rotary embedding needs pairs"))
-        if self.rms_norm_eps <= 0 or self.rope_theta <= 0:
+        if not (self.rms_norm_eps > 0 and self.rope_theta > 0):  # nor NaN
             found.append(UserError(f"{where}: rms_norm_eps and rope_theta must be positive", "use 1e-5 and 10000"))
         return found
 
@@ -176,6 +194,8 @@ class LlamaConfig:
 def _read_scaling(raw: dict[str, Any], where: str) -> RopeScaling:
     """Reads `rope_scaling`, whose type key was `type` before transformers 4.43 and `rope_type` since."""
     kind = raw.get("rope_type") or raw.get("type") or "default"
+    if wrong := misfit(raw, {key: float for key in _ROPE_KEYS.get(str(kind), ()) if key in raw}, "rope_scaling"):
+        raise UserError(f"{where}: {wrong}", FIX)
     if kind not in ROPE_TYPES:
         raise UserError(f"{where}: rope_scaling of type {kind!r} is not supported", nearest(str(kind), ROPE_TYPES))
     missing = [key for key in _ROPE_KEYS[kind] if key not in raw]

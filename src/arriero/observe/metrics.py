@@ -14,7 +14,11 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from arriero.errors import UserError
+from arriero.untrusted import misfit, parse_json, read_bytes
 
+FORM = {"iteration": int}
+FIX = "remove the line, or restore the file"
+VALUES = {str: (float, str, bool, None, list, dict)}
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -96,6 +100,24 @@ class ValidationMetrics:
     kind = "validation"
 
 
+@dataclass(frozen=True)
+class RankMetrics:
+    """Which process needs most time of its own for a step; the keys of a `"kind": "ranks"` line."""
+
+    iteration: int
+    """Steps completed when it was measured, over the last `watch.every` of them."""
+    slowest_rank: int
+    """The process's number."""
+    slowest_ms: float
+    """Its own time a step, without waiting for others, milliseconds."""
+    median_ms: float
+    """The median of the other processes'."""
+    slowest_ratio: float
+    """The one over the other."""
+
+    kind = "ranks"
+
+
 class MetricsWriter:
     """Appends metrics to `path`; a half-written last line, as a kill leaves it, is cut off first.
 
@@ -109,7 +131,7 @@ class MetricsWriter:
         _cut_half_line(path)
         self._file: BinaryIO = path.open("ab")
 
-    def write(self, metrics: StepMetrics | ValidationMetrics) -> None:
+    def write(self, metrics: StepMetrics | ValidationMetrics | RankMetrics) -> None:
         """Appends one line and hands it to the operating system at once."""
         record = {"kind": metrics.kind} | {k: _encode(v) for k, v in asdict(metrics).items()}
         self._file.write(json.dumps(record).encode() + b"\n")
@@ -151,18 +173,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     """Each whole line with its decoded record."""
-    try:
-        whole, _, _ = path.read_bytes().rpartition(b"\n")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file", "name a run directory that has trained at least one step") from None
+    if not path.exists():
+        raise UserError(f"{path}: no such file", "name a run directory that has trained at least one step")
+    whole, _, _ = read_bytes(path, FIX, 2 << 30).rpartition(b"\n")
     found = []
     for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            raise UserError(f"{path}, line {number}: not JSON", "remove the line, or restore the file") from None
-        if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
-            raise UserError(f'{path}, line {number}: no whole number under "iteration"', "remove the line")
+        record = parse_json(line, f"{path}, line {number}", FIX, FORM)
+        if wrong := misfit(record, VALUES):
+            raise UserError(f"{path}, line {number}: {wrong}", FIX)
         found.append((line, {k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()}))
     return found
 

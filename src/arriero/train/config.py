@@ -27,8 +27,15 @@ class TrainConfig:
     float64 for proofs."""
     grad_clip: float = 1.0
     """The gradient's global L2 norm is cut down to this; 0 clips nothing."""
-    on_nonfinite: Literal["skip", "stop"] = "skip"
-    """A non-finite loss or gradient: skip that update on all processes, or stop the run."""
+    on_nonfinite: Literal["skip", "stop", "rewind"] = "skip"
+    """A non-finite loss or gradient: skip that update on all processes; save and stop the run; or go back to the last
+    checkpoint and leave out the batches since. float16 always skips: its loss scale needs overflows."""
+    on_spike: Literal["ignore", "skip", "stop", "rewind"] = "ignore"
+    """Likewise a loss that stands out from the last 100."""
+    spike_factor: float = 10.0
+    """A loss stands out above the running median by so many robust standard deviations."""
+    check_replicas_every: int = 100
+    """Steps between two comparisons of what several processes hold alike; a difference stops the run. 0: none."""
     initial_loss_scale: float = 65536.0
     """float16 only: the first loss scale."""
     loss_scale_window: int = 1000
@@ -46,7 +53,9 @@ class TrainConfig:
         for key in ("steps", "sequence_length", "global_batch", "micro_batch", "eval_batches", "loss_scale_window"):
             if getattr(self, key) < 1:
                 found.append(UserError(f"train.{key} is {getattr(self, key)}", "give a whole number from 1"))
-        for key in ("grad_clip", "eval_every"):
+        if self.spike_factor <= 0:
+            found.append(UserError(f"train.spike_factor is {self.spike_factor}", "give a number above 0"))
+        for key in ("grad_clip", "eval_every", "check_replicas_every"):
             if getattr(self, key) < 0:
                 found.append(UserError(f"train.{key} is {getattr(self, key)}", "give 0 to turn it off"))
         if found:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from arriero.checkpoint.layout import committed
 from arriero.checkpoint.load import newest_that_verifies
 from arriero.checkpoint.save import Saved, last_word
 from arriero.device import device_name
 from arriero.errors import UserError
+from arriero.observe.events import Events, goodput_line
 from arriero.observe.profile import Profile
 from arriero.parallel.mesh import Ranks
 from arriero.process import seconds_since_start, stop_wanted
 from arriero.recipe import Recipe
-from arriero.train.reporter import Reporter
+from arriero.train.reporter import Reporter, StepResult
 from arriero.train.trainer import Trainer
+from arriero.train.watch import Comparison, Watchdog
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,55 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, st
         recomputed=recipe.recompute.layers(recipe.parallel, trainer.config.num_hidden_layers),
     )  # fmt: skip
     profile = Profile(recipe.log.profile, out / "profile", ranks.rank)
+    events = Events(out, first=ranks.first, since_start=seconds_since_start())
+    watchdog = Watchdog(out, ranks, recipe.watch, reporter.say)
+    begin(trainer, start, reporter)
+    comparison = Comparison(ranks, recipe.watch, trainer.device)
+    events.note("ready", step=trainer.done)
+    saved: list[Saved] = []
+    stopping = False
+    while trainer.done < settings.steps and not stopping:
+        watchdog.begin(trainer.done + 1)
+        with profile.step(trainer.done + 1):
+            result = trainer.step()
+        watchdog.done()
+        reporter.step(result)
+        events.note("step", step=result.step, seconds=result.seconds, data=result.phases.get("data_wait", 0.0))
+        reporter.slowest(result.step, comparison.step(result.phases.get("data_wait", 0.0)), recipe.watch.slow)
+        if result.skipped and refuse(trainer, result, reporter, events, start):
+            continue
+        last = trainer.done == settings.steps
+        if settings.check_replicas_every and trainer.done % settings.check_replicas_every == 0:
+            trainer.check_replicas()
+        if settings.eval_every and (trainer.done % settings.eval_every == 0 or last):
+            reporter.validation(trainer.done, trainer.validate())
+        timed_out = bool(start.stop_after) and seconds_since_start() > start.stop_after
+        stopping = ranks.any(stop_wanted() or timed_out) and not last
+        every = recipe.checkpoint.every
+        if last or stopping or (every and trainer.done % every == 0):
+            began = time.perf_counter()
+            trainer.save(wait=last or stopping)
+            events.note("saved", step=trainer.done, seconds=time.perf_counter() - began)
+        saved = trainer.saver.results()
+        reporter.saved(saved)
+    if stopping:
+        reporter.say(f" stopped after step {trainer.done}; go on with: arriero pretrain --resume {recipe.out}")
+    if told := profile.finish():
+        reporter.say(told)
+    watchdog.close()
+    events.close()
+    if line := goodput_line(out) if ranks.first else "":
+        reporter.say(f" time: {line}")
+    reporter.finish()
+    last_word(saved)
+    return not stopping
+
+
+def begin(trainer: Trainer, start: Continuation, reporter: Reporter) -> None:
+    """Loads the first checkpoint that is whole, or draws the weights, and tells which."""
     checkpoint = None
     if start.checkpoints:
-        checkpoint = newest_that_verifies(list(start.checkpoints), ranks, say=reporter.say)
+        checkpoint = newest_that_verifies(list(start.checkpoints), trainer.ranks, say=reporter.say)
     trainer.start(checkpoint)
     reporter.resume_after(trainer.done)
     for line in start.notices:
@@ -55,30 +105,29 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, st
     if checkpoint is not None:
         reporter.say(f" resumed from {checkpoint} after step {trainer.done}")
     trainer.saver.reserve(trainer.parts_to_save())
-    saved: list[Saved] = []
-    stopping = False
-    while trainer.done < settings.steps and not stopping:
-        with profile.step(trainer.done + 1):
-            result = trainer.step()
-        reporter.step(result)
-        last = trainer.done == settings.steps
-        if result.skipped and settings.on_nonfinite == "stop" and not trainer.fp16:
-            trainer.save()
-            fix = f"look at the data of step {trainer.done}, lower the rate, or set train.on_nonfinite skip"
-            raise UserError(f"step {trainer.done}: loss {result.loss}, gradient norm {result.grad_norm}", fix)
-        if settings.eval_every and (trainer.done % settings.eval_every == 0 or last):
-            reporter.validation(trainer.done, trainer.validate())
-        timed_out = bool(start.stop_after) and seconds_since_start() > start.stop_after
-        stopping = ranks.any(stop_wanted() or timed_out) and not last
-        every = recipe.checkpoint.every
-        if last or stopping or (every and trainer.done % every == 0):
-            trainer.save(wait=last or stopping)
-        saved = trainer.saver.results()
-        reporter.saved(saved)
-    if stopping:
-        reporter.say(f" stopped after step {trainer.done}; go on with: arriero pretrain --resume {recipe.out}")
-    if told := profile.finish():
-        reporter.say(told)
-    reporter.finish()
-    last_word(saved)
-    return not stopping
+
+
+def refuse(trainer: Trainer, result: StepResult, reporter: Reporter, events: Events, start: Continuation) -> bool:
+    """After a step whose update was left out: does what the recipe says; whether the run went back.
+
+    Raises:
+        UserError: it says to stop, or going back is of no use.
+    """
+    settings, step = trainer.recipe.train, result.step
+    policy = settings.on_spike if result.spike else "skip" if trainer.fp16 else settings.on_nonfinite
+    what = f"step {step}: loss {result.loss:g}, gradient norm {result.grad_norm:g}"
+    if result.spike:
+        what += f": above {trainer.spikes.limit():g}, a spike"
+    if policy == "stop":
+        trainer.save()
+        key = "on_spike" if result.spike else "on_nonfinite"
+        raise UserError(what, f"look at the data of step {step}, lower the rate, or set train.{key} skip")
+    reporter.say(f" SKIPPED {what}")
+    if policy != "rewind":
+        return False
+    trainer.saver.wait()
+    trainer.ranks.barrier()
+    trainer.rewind(committed(trainer.saver.root)[::-1] or list(start.checkpoints), say=reporter.say)
+    reporter.resume_after(trainer.done)
+    events.note("rewind", step=trainer.done)
+    return True

@@ -25,10 +25,11 @@ from arriero.errors import UserError
 from arriero.model.config import LlamaConfig
 from arriero.observe.figure import loss_figure
 from arriero.observe.logline import arriero_line, megatron_line, validation_line
-from arriero.observe.metrics import MetricsWriter, StepMetrics, ValidationMetrics
+from arriero.observe.metrics import MetricsWriter, RankMetrics, StepMetrics, ValidationMetrics
 from arriero.observe.step_time import BETWEEN, IN_STEP
 from arriero.observe.throughput import peak_flops, throughput
 from arriero.train.config import TrainConfig
+from arriero.train.watch import Slowest
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,14 @@ class StepResult:
     learning_rate: float
     loss_scale: float
     skipped: bool
+    """Whether the update was left out, on all processes."""
     seconds: float
     phases: dict[str, float]
     """Seconds of each phase (observe/step_time.py), those since the step before included."""
     attended: float
     """Tokens of context: the sequence length, or under document masks sum of squared lengths over their sum."""
+    spike: bool = False
+    """Whether it was left out for a loss that stands out, not for one that is not finite."""
 
 
 class Reporter:
@@ -173,6 +177,19 @@ class Reporter:
         if result.step % self.log.every == 0 or result.step == train.steps:
             self.say(megatron_line(metrics, datetime.now()) if self.log.style == "megatron" else arriero_line(metrics))
             self._skipped = self._nan = 0
+
+    def slowest(self, step: int, found: Slowest | None, factor: float) -> None:
+        """Takes note of the process that is slower than the others; a line where it is so by more than `factor`."""
+        if found is None:
+            return
+        if self._metrics is not None:
+            metrics = RankMetrics(step, found.rank, found.seconds * 1000, found.median * 1000, found.ratio)
+            self._keep(partial(self._metrics.write, metrics))
+        if found.ratio > factor:
+            times = (
+                f"{found.seconds:.3f} s of its own a step, {found.ratio:.1f} times the median of {found.median:.3f} s"
+            )
+            self.say(f" SLOW: rank {found.rank} takes {times}")
 
     def validation(self, step: int, loss: float) -> None:
         """Takes note of a validation."""

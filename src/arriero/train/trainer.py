@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,12 +19,13 @@ import torch
 from arriero import __version__
 from arriero.agreement import input_digests
 from arriero.checkpoint.layout import step_directory
-from arriero.checkpoint.load import CheckpointReader, load_state
+from arriero.checkpoint.load import CheckpointReader, load_state, newest_that_verifies
 from arriero.checkpoint.parts import Part
 from arriero.checkpoint.save import Saver
 from arriero.data.batches import Batches
 from arriero.data.prefetch import Prefetch
 from arriero.device import synchronize, take_device
+from arriero.errors import UserError
 from arriero.model.init import InitialWeights
 from arriero.observe.step_time import StepClock
 from arriero.parallel.apply import build_parts, load_weights
@@ -34,6 +35,7 @@ from arriero.parallel.pipeline import Pipeline, sum_tied_gradients
 from arriero.parallel.shards import local, shards
 from arriero.parallel.zero import cut_again, sum_gradients_now, watch_collectives
 from arriero.recipe import Recipe, to_toml
+from arriero.train.guard import MOST_REWINDS, Replicated, SkippedWindows, Spikes, check_replicas
 from arriero.train.loss import IGNORED, loss_context, summed_loss
 from arriero.train.optim import MOMENTS, Optimizer
 from arriero.train.precision import LossScale, forward_in, store_dtype
@@ -54,6 +56,13 @@ def open_batches(recipe: Recipe, split: str) -> Batches:
         recipe.data, sequence_length=train.sequence_length, global_batch=train.global_batch, seed=recipe.seed,
         split=split, samples=count * train.global_batch,
     )  # fmt: skip
+
+
+STATE_FORM = {
+    "step": int, "updates": int,
+    "loss_scale": {"scale": float, "window": int, "hysteresis": int, "clean": int, "patience": int},
+}  # fmt: skip
+"""What is read of a checkpoint's state.json."""
 
 
 class Trainer:
@@ -92,10 +101,14 @@ class Trainer:
         self.updates = 0
         """Steps whose update was not skipped."""
         self.batches = open_batches(recipe, "train")
+        self.skipped = SkippedWindows()
+        """The batches that rewinds have left out."""
+        self.spikes = Spikes(train.spike_factor)
+        self.rewinds = 0
         self.saver = Saver(Path(recipe.out) / "checkpoints", recipe.checkpoint, ranks)
         self.attended = 0.0
         """Sum of squared document lengths over their sum, of the last batch: how far attention reached."""
-        self._feed: Iterator[list[MicroBatch]] | None = None
+        self._feed: Prefetch[list[MicroBatch]] | None = None
 
     def start(self, checkpoint: Path | None) -> None:
         """Takes weights and state from a checkpoint, or weights from `init`, or draws them."""
@@ -105,7 +118,7 @@ class Trainer:
             load_weights(self.parts, source, self.ranks)
             self.optimizer.take_values()
             return
-        state, reader = load_state(checkpoint), CheckpointReader(checkpoint)
+        state, reader = load_state(checkpoint, STATE_FORM), CheckpointReader(checkpoint)
         load_weights(self.parts, reader, self.ranks)
         held = self.optimizer.shards.items()
         moments = {m: {path: reader.read(f"{m}.{s.name}", s.index) for path, s in held} for m in MOMENTS}
@@ -113,6 +126,32 @@ class Trainer:
         self.optimizer.take_values()
         self.optimizer.load_moments(moments, self.updates)
         self.scale = LossScale(**state["loss_scale"])
+        self.skipped = SkippedWindows([(at, count) for at, count in state.get("skipped_windows", [])])
+        self.spikes.recent = state.get("recent_losses", [])
+
+    def rewind(self, checkpoints: list[Path], *, say: Callable[[str], None]) -> None:
+        """Goes back to the newest of these checkpoints that is whole, or to the start of the run where there are none,
+        and leaves out the batches that were read since.
+
+        Raises:
+            UserError: none is whole, or this was done too often.
+        """
+        bad, skipped = self.done - 1, self.skipped
+        self.rewinds += 1
+        if self.rewinds > MOST_REWINDS:
+            raise UserError(f"rewound {MOST_REWINDS} times: it is not the data", "lower the rate, or look at the model")
+        checkpoint = newest_that_verifies(checkpoints, self.ranks, say=say) if checkpoints else None
+        if self._feed is not None:
+            self._feed.close()
+            self._feed = None
+        if checkpoint is None:
+            self.done = self.updates = 0
+            self.optimizer.adamw.state.clear()
+            self.spikes.recent = []
+        self.start(checkpoint)
+        self.skipped = skipped
+        first, last = self.skipped.leave_out(self.done, bad)
+        say(f" REWOUND to step {self.done} ({checkpoint or 'the start'}); batches {first} to {last} are left out now")
 
     def parts_to_save(self) -> dict[str, Part]:
         """The weights and moments that this process writes, by global name."""
@@ -136,11 +175,13 @@ class Trainer:
             return self._save(wait=wait)
 
     def _save(self, *, wait: bool) -> Path:
+        kept = {"skipped_windows": self.skipped.windows, "recent_losses": self.spikes.recent}
         texts = {"config.json": json.dumps(self.config.to_json(), indent=1), "recipe.toml": to_toml(self.recipe)}
         state = {
             "updates": self.updates, "loss_scale": asdict(self.scale), "seed": self.recipe.seed,
             "consumed_samples": self.done * self.recipe.train.global_batch, "inputs": input_digests(self.recipe),
             "versions": {"arriero": __version__, "torch": torch.__version__}, "processes": self.ranks.world,
+            **{key: value for key, value in kept.items() if value},
         }  # fmt: skip
         self.saver.save(self.done, self.parts_to_save(), state=state, texts=texts)
         if wait:
@@ -164,14 +205,13 @@ class Trainer:
         """The micro-batches of the coming step, made ahead on another thread."""
         if self._feed is None:
             steps = range(self.done, self.recipe.train.steps)
-            self._prefetch = Prefetch(lambda step: self.micro_batches(self.batches, step), steps)
-            self._feed = iter(self._prefetch)
-        return next(self._feed)
+            self._feed = Prefetch(lambda step: self.micro_batches(self.batches, self.skipped.batch(step)), steps)
+        return next(iter(self._feed))
 
     def close(self) -> None:
         """Ends the thread that makes batches, which would keep this trainer and its memory alive."""
         if self._feed is not None:
-            self._prefetch.close()
+            self._feed.close()
 
     def forward_backward(self, micro: list[MicroBatch], *, train: bool) -> float:
         """The mean loss over the global batch; with `train`, its gradient is left in the parameters."""
@@ -217,9 +257,9 @@ class Trainer:
         self.optimizer.take_gradients()
         scale = self.scale.scale
         norm = self.optimizer.gradient_norm().item() / scale
-        finite = math.isfinite(norm) and math.isfinite(loss)
+        finite, accepted = self._judge(loss, norm)
         rate = learning_rate(self.recipe.schedule, self.done, train.steps)
-        if finite:
+        if accepted:
             clip = min(1.0, train.grad_clip / (norm + 1e-6)) if train.grad_clip else 1.0
             self.optimizer.step(lr=rate, gradient_scale=clip / scale)
             self.updates += 1
@@ -230,9 +270,33 @@ class Trainer:
         synchronize(self.kind)
         self.clock.mark("optimizer")
         return StepResult(
-            step=self.done, loss=loss, grad_norm=norm, learning_rate=rate, loss_scale=scale, skipped=not finite,
-            seconds=time.perf_counter() - began, phases=self.clock.take(), attended=self.attended,
+            step=self.done, loss=loss, grad_norm=norm, learning_rate=rate, loss_scale=scale, skipped=not accepted,
+            spike=finite and not accepted, seconds=time.perf_counter() - began, phases=self.clock.take(),
+            attended=self.attended,
         )  # fmt: skip
+
+    def _judge(self, loss: float, norm: float) -> tuple[bool, bool]:
+        """Whether all processes found loss and gradient finite, and whether all of them accept the step.
+
+        Loss and norm are sums over most processes already; over the copies of a gradient they are not.
+        """
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        spike = finite and self.recipe.train.on_spike != "ignore" and loss > self.spikes.limit()
+        against = torch.tensor([not finite, spike], dtype=torch.float32, device=self.device)
+        nonfinite, spikes = self.ranks.sum(against, "replica", "tensor").tolist()
+        if not nonfinite and not spikes and self.recipe.train.on_spike != "ignore":
+            self.spikes.remember(loss)
+        return not nonfinite, not nonfinite and not spikes
+
+    def check_replicas(self) -> None:
+        """Compares what several processes hold alike, weights and moments. Raises CheckFailed on all processes."""
+        moments, state = self.optimizer.moments(), []
+        for path, (shard, parameter) in shards(self.parts, self.ranks).items():
+            over = tuple(n for n, size in self.ranks.sizes.items() if size > 1 and n not in shard.cut_over)
+            if over and 0 not in shard.local_shape:
+                state.append(Replicated(shard.name, local(parameter), over))
+                state += [Replicated(f"{moment}.{shard.name}", of[path], over) for moment, of in moments.items()]
+        check_replicas(state, self.ranks, self.done)
 
     @torch.no_grad()
     def validate(self) -> float:

@@ -60,7 +60,9 @@ def resolve_config(
     if given is not None:
         return apply_vocabulary(LlamaConfig.from_json(given), hints, known=True)
     args = payload.get("args")
-    state = args.state if isinstance(args, Call) and isinstance(args.state, dict) else {}
+    saved = args.state if isinstance(args, Call) and isinstance(args.state, dict) else {}
+    # Only plain numbers, of a sane size: what is worse than absent is treated as absent.
+    state = {k: v for k, v in saved.items() if isinstance(v, bool) or (isinstance(v, (int, float)) and 0 < v < 2**31)}
     inferred, notes = _from_tensors(root, tensors, dialect, tensor=tensor, layers=layers, args=state)
     config, more = apply_vocabulary(inferred, hints, known=isinstance(state.get("vocab_size"), int))
     return config, notes + more

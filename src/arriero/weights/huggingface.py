@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from arriero.errors import UserError, join_problems
 from arriero.model.config import LlamaConfig, parameter_shapes
+from arriero.untrusted import inside, plain_name, read_json
 from arriero.weights.safetensors_file import SafetensorsFile, build_header
 from arriero.weights.stream import (
     ITEMSIZE,
@@ -57,7 +58,7 @@ def open_files(directory: Path) -> PieceReader:
     """All tensors of a directory's weight files, unchecked against the config."""
     for single in _SINGLES:
         if (directory / single).is_file():
-            return open_file(directory / single)
+            return open_file(inside(directory, directory / single))
         if (directory / f"{single}.index.json").is_file():
             return _open_shards(directory, directory / f"{single}.index.json")
     raise UserError(
@@ -77,20 +78,14 @@ def open_file(path: Path) -> PieceReader:
 
 
 def _open_shards(directory: Path, index: Path) -> PieceReader:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index}: is not an index of shards (no weight_map)", FIX_SHARD) from None
-    for file in files:
-        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-            raise UserError(f"{index}: names a shard outside its directory: {file!r}", "do not trust this checkpoint")
+    weight_map = read_json(inside(directory, index), FIX_SHARD, {"weight_map": {str: str}})["weight_map"]
+    files = sorted({plain_name(file, str(index)) for file in weight_map.values()})
     missing = [file for file in files if not (directory / file).is_file()]
     if missing:
         raise UserError(f"{directory}: {len(missing)} of {len(files)} shards are missing: {_some(missing)}", FIX_SHARD)
     tensors: dict[str, Assembly] = {}
     for file in files:
-        shard = open_file(directory / file)
+        shard = open_file(inside(directory, directory / file))
         promised = {name for name, where in weight_map.items() if where == file}
         absent = sorted(promised - set(shard.tensors))
         if absent:
@@ -240,7 +235,7 @@ def copy_tokenizer(source: Path, directory: Path) -> str:
     if "tokenizer.model" not in present and "tokenizer.json" not in present:
         raise UserError(f"{source}: holds no tokenizer.model or tokenizer.json", "name the tokenizer's directory")
     for file in present:
-        shutil.copyfile(folder / file, directory / file)
+        shutil.copyfile(inside(folder, folder / file), directory / file)
     if "tokenizer.json" in present:
         return ""
     from arriero.weights.tokenizer_json import write_tokenizer_json

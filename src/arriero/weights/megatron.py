@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from arriero.errors import UserError, join_problems
-from arriero.model.config import LlamaConfig, parameter_shapes
+from arriero.model.config import MOST_LAYERS, LlamaConfig, parameter_shapes
+from arriero.untrusted import inside, read_text
 from arriero.weights.dialects import Dialect, recognise
 from arriero.weights.foreign_config import ConfigHints, resolve_config
 from arriero.weights.layout import Cut, RankTable, Slot, gather
@@ -51,8 +52,8 @@ def iteration_directory(path: Path) -> Path:
         file = path / tracker
         if not file.is_file():
             continue
-        word = file.read_text(encoding="utf-8", errors="replace").strip()
-        if not re.fullmatch(r"\d+|release|iter_\d+", word):
+        word = read_text(inside(path, file), FIX, 1000).strip()
+        if not re.fullmatch(r"[0-9]{1,12}|release|iter_[0-9]{1,12}", word):
             raise UserError(
                 f"{file}: says {word[:40]!r}, which is no iteration", "write the iteration or `release` into it"
             )
@@ -83,11 +84,13 @@ def rank_files(folder: Path) -> dict[tuple[int, int], Path]:
     if not found:
         raise UserError(f"{folder}: holds no mp_rank_* files", "name the checkpoint's directory")
     tensor, pipeline = max(t for t, _ in found) + 1, max(p for _, p in found) + 1
+    if tensor * pipeline > 1000 * len(found):
+        raise UserError(f"{folder}: has {len(found)} files of {tensor * pipeline:,} ranks", FIX)
     missing = [(t, p) for t in range(tensor) for p in range(pipeline) if (t, p) not in found]
     if missing:
         names = ", ".join(f"tensor rank {t} of stage {p}" for t, p in missing[:3])
         raise UserError(f"{folder}: {len(missing)} of {tensor * pipeline} rank files are missing: {names}", FIX)
-    return found
+    return {place: inside(folder, file) for place, file in found.items()}
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,9 @@ def read_rank(path: Path) -> RankModel:
             f"{path}: checkpoint_version {version} orders q, k, v otherwise", "save it with a Megatron after 2021"
         )
     names = [n for n in ("model", "module") if isinstance(payload.get(n), dict)]
-    names = names[:1] or sorted((n for n in payload if re.fullmatch(r"model\d+", str(n))), key=lambda n: int(n[5:]))
+    names = names[:1] or sorted(
+        (n for n in payload if isinstance(n, str) and re.fullmatch(r"model[0-9]{1,4}", n)), key=lambda n: int(n[5:])
+    )
     if not names:
         raise UserError(f"{path}: holds no model", "name a checkpoint's directory, not an optimizer's")
     chunks = []
@@ -181,8 +186,12 @@ def open_ranks(path: Path, hints: ConfigHints) -> RankModels:
 
 
 def _count_layers(chunk: Mapping[str, Assembly], dialect: Dialect) -> int:
-    numbers = {int(m[1]) for key in chunk if (m := re.match(re.escape(dialect.layer).replace(r"\{\}", r"(\d+)"), key))}
-    return max(numbers, default=-1) + 1
+    pattern = re.escape(dialect.layer).replace(r"\{\}", r"([0-9]{1,9})(?![0-9])")
+    numbers = {int(m[1]) for key in chunk if (m := re.match(pattern, key))}
+    count = max(numbers, default=-1) + 1
+    if count > MOST_LAYERS:
+        raise UserError(f"the checkpoint numbers a layer {count - 1}", FIX)
+    return count
 
 
 def _match(

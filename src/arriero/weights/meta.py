@@ -6,15 +6,15 @@ matrix was cut along is read off its shape, since Llama 3 cuts the embedding oth
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from arriero.errors import UserError
-from arriero.model.config import LlamaConfig, RopeScaling, parameter_shapes
+from arriero.errors import UserError, join_problems
+from arriero.model.config import MOST_LAYERS, LlamaConfig, RopeScaling, parameter_shapes
+from arriero.untrusted import inside, misfit, read_json
 from arriero.weights.foreign_config import ConfigHints
 from arriero.weights.stream import Assembly, Piece, PieceReader
 from arriero.weights.torch_file import TorchFile
@@ -29,6 +29,9 @@ _LAYER_NAMES = {
     "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
     "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+}  # fmt: skip
+_OPTIONAL = {
+    "n_kv_heads": int, "norm_eps": float, "rope_theta": float, "use_scaled_rope": bool, "rope_scaling_factor": float,
 }  # fmt: skip
 _COLUMNS = ("o_proj.weight", "down_proj.weight")  # cut by columns whatever their shapes say
 
@@ -50,7 +53,8 @@ def open_meta(path: Path, hints: ConfigHints) -> tuple[PieceReader, LlamaConfig,
     files = sorted(path.glob("consolidated.*.pth"))
     if [f.name for f in files] != [f"consolidated.{i:02d}.pth" for i in range(len(files))]:
         raise UserError(f"{path}: consolidated.NN.pth files have gaps: {', '.join(f.name for f in files)}", FIX)
-    shards = [{_name(key): t for key, t in TorchFile(f).reader().tensors.items() if key != "rope.freqs"} for f in files]
+    readers = [TorchFile(inside(path, f)).reader() for f in files]
+    shards = [{_name(key): t for key, t in r.tensors.items() if key != "rope.freqs"} for r in readers]
     config, notes = _config(path, hints, shards)
     tensors = {}
     for name, shape in parameter_shapes(config).items():
@@ -67,7 +71,7 @@ def open_meta(path: Path, hints: ConfigHints) -> tuple[PieceReader, LlamaConfig,
 def _name(key: str) -> str:
     if key in _NAMES:
         return _NAMES[key]
-    match = re.fullmatch(r"layers\.(\d+)\.(.+)\.weight", key)
+    match = re.fullmatch(r"layers\.([0-9]+)\.(.+)\.weight", key)
     inner = _LAYER_NAMES.get(match[2]) if match else None
     return f"model.layers.{match[1]}.{inner}.weight" if match and inner else key
 
@@ -76,16 +80,22 @@ def _config(path: Path, hints: ConfigHints, shards: list[dict[str, Assembly]]) -
     """The shape: params.json, completed by what the tensors say."""
     if hints.config is not None:
         return LlamaConfig.from_json(hints.config), []
+    file = path / "params.json"
+    if not file.exists():
+        raise UserError(f"{path}: holds no params.json", FIX)
+    params: dict[str, Any] = read_json(inside(path, file), FIX, {"dim": int, "n_layers": int, "n_heads": int})
+    for key, form in _OPTIONAL.items():
+        if wrong := misfit(params.get(key), (form, None), key):
+            raise UserError(f"{file}: {wrong}", FIX)
+    hidden, layers, heads = params["dim"], params["n_layers"], params["n_heads"]
+    if min(hidden, layers, heads) < 1 or layers > MOST_LAYERS or hidden % heads:
+        raise UserError(f"{file}: {layers} layers of {heads} heads in {hidden}", FIX)
     try:
-        params: dict[str, Any] = json.loads((path / "params.json").read_text(encoding="utf-8"))
-        hidden, layers, heads = int(params["dim"]), int(params["n_layers"]), int(params["n_heads"])
         ffn = sum(shard["model.layers.0.mlp.gate_proj.weight"].shape[0] for shard in shards)
         embedding = [shard["model.embed_tokens.weight"].shape for shard in shards]
-    except FileNotFoundError:
-        raise UserError(f"{path}: holds no params.json", FIX) from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path / 'params.json'}: is broken, or a rank lacks its layers", FIX) from None
-    rows = embedding[0][0] if embedding[0][1] * len(shards) == hidden else sum(shape[0] for shape in embedding)
+        rows = embedding[0][0] if embedding[0][1] * len(shards) == hidden else sum(shape[0] for shape in embedding)
+    except (KeyError, IndexError):
+        raise UserError(f"{path}: a rank lacks its first layer or its embedding", FIX) from None
     scaling, notes = RopeScaling(), []
     if params.get("use_scaled_rope"):
         scaling = RopeScaling("llama3", factor=float(params.get("rope_scaling_factor") or 8.0),
@@ -98,6 +108,8 @@ def _config(path: Path, hints: ConfigHints, shards: list[dict[str, Assembly]]) -
         rms_norm_eps=float(params.get("norm_eps") or 1e-5), rope_theta=theta, rope_scaling=scaling,
         tie_word_embeddings="lm_head.weight" not in shards[0],
     )  # fmt: skip
+    if problems := config.problems(str(file)):
+        raise join_problems(problems)
     return replace(config, vocab_size=hints.vocab_size or config.vocab_size), notes
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from arriero.errors import UserError
 from arriero.model.config import LlamaConfig
+from arriero.untrusted import inside, read_json
 from arriero.weights.huggingface import checked
 from arriero.weights.safetensors_file import SafetensorsFile
 from arriero.weights.stream import Assembly, Piece, PieceReader, matrix_shape
@@ -54,13 +54,10 @@ def open_run(path: Path) -> tuple[PieceReader, LlamaConfig, Path]:
     pieces: dict[str, list[Piece]] = {}
     dtypes: dict[str, str] = {}
     for index in sorted(directory.glob("rank-*.json")):
-        file = SafetensorsFile(index.with_suffix(".safetensors"))
-        try:
-            parts = json.loads(index.read_text(encoding="utf-8"))["tensors"]
-            places = {name: (tuple(part["shape"]), tuple(part["offset"])) for name, part in parts.items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{index}: is not a list of parts", FIX) from None
-        for name, (shape, offset) in places.items():
+        file = SafetensorsFile(inside(directory, index.with_suffix(".safetensors")))
+        parts = read_json(inside(directory, index), FIX, {"tensors": {str: {"shape": [int], "offset": [int]}}})
+        for name, place in parts["tensors"].items():
+            shape, offset = tuple(place["shape"]), tuple(place["offset"])
             if name.startswith(("exp_avg.", "exp_avg_sq.")):
                 continue
             part = file.assembly(name)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from arriero.errors import UserError, nearest
+from arriero.untrusted import open_regular
 
 if TYPE_CHECKING:
     import torch
@@ -106,7 +107,7 @@ class RawFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._fd = os.open(path, os.O_RDONLY)
+            self._fd = open_regular(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})", "check the path") from None
         self.size = os.fstat(self._fd).st_size
@@ -115,7 +116,10 @@ class RawFile:
         """Fills `out` from byte `offset` on."""
         done = 0
         while done < len(out):
-            got = os.preadv(self._fd, [out[done:]], offset + done)
+            try:
+                got = os.preadv(self._fd, [out[done:]], offset + done)
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be read ({error.strerror})", "fetch the file again") from None
             if got <= 0:
                 raise UserError(f"{self.path}: ends at byte {offset + done}, in mid-tensor", "fetch the file again")
             done += got

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from arriero.errors import UserError
+from arriero.untrusted import inside, read_bytes, read_json
 
 PROBES = (
     "Hello world", "  two  blanks", "a  b   c", "tab\tand\nnewline\n\n", "naïve café — “quotes”", "日本語 и русский 🦙",
@@ -63,16 +64,16 @@ def vocabulary_size(directory: Path) -> int:
         UserError: there is no tokenizer, or a broken one.
     """
     model, fast = directory / "tokenizer.model", directory / "tokenizer.json"
+    if not (model.is_file() or fast.is_file()):
+        raise UserError(f"{directory}: holds no tokenizer", "name the directory of tokenizer.model or .json")
     try:
         if model.is_file():
-            return len(_fields(model.read_bytes())[1])
-        raw = json.loads(fast.read_text(encoding="utf-8"))
+            return len(_fields(read_bytes(inside(directory, model), "copy it again"))[1])
+        raw = read_json(inside(directory, fast), "copy it again")
         vocab = raw["model"]["vocab"]
         ids = list(vocab.values()) if isinstance(vocab, dict) else [len(vocab) - 1]
         return int(max(ids + [token["id"] for token in raw.get("added_tokens", [])])) + 1
-    except OSError:
-        raise UserError(f"{directory}: holds no tokenizer", "name the directory of tokenizer.model or .json") from None
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError):
         raise UserError(f"{directory}: holds a broken tokenizer", "copy it again") from None
 
 

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from arriero.errors import UserError
-from arriero.model.config import LlamaConfig, parameter_shapes
+from arriero.model.config import MOST_LAYERS, LlamaConfig, parameter_shapes
+from arriero.untrusted import inside, plain_name, read_bytes
 from arriero.weights.dialects import MCORE, MCORE_TE, Dialect
 from arriero.weights.foreign_config import ConfigHints, resolve_config
 from arriero.weights.layout import Cut, RankTable, Slot, gather
 from arriero.weights.megatron import TRACKER, iteration_directory
 from arriero.weights.run import check_cover
 from arriero.weights.stream import ITEMSIZE, Assembly, Piece, PieceReader, RawFile, Stored, matrix_shape
-from arriero.weights.torch_file import Call, TensorRef, TorchFile, follow
+from arriero.weights.torch_file import MAX_PICKLE_BYTES, Call, TensorRef, TorchFile, follow, naturals
 
 FIX = "copy the whole directory again"
 
@@ -52,8 +53,10 @@ def _open(
     path: Path, folder: Path, tensors: dict[str, Assembly], dialect: Dialect, hints: ConfigHints
 ) -> tuple[PieceReader, LlamaConfig, list[str]]:
     layers = 1 + max(int(key.split(".")[2]) for key in tensors if key.startswith("decoder.layers."))
+    if layers > MOST_LAYERS:
+        raise UserError(f"{folder}: numbers a layer {layers - 1}", FIX)
     common = folder / "common.pt"  # Megatron before 0.19 keeps the arguments here
-    payload = TorchFile(common).root if common.is_file() else {}
+    payload = TorchFile(inside(folder, common)).root if common.is_file() else {}
     config, notes = resolve_config(
         path, folder, hints, tensors=tensors, dialect=dialect, tensor=1, layers=layers,
         payload=payload if isinstance(payload, dict) else {},
@@ -76,12 +79,17 @@ def _open(
 
 def _tensors(folder: Path) -> dict[str, Assembly]:
     """Every model tensor, whole, of up to three dimensions, the first two merged into rows."""
-    root = follow((folder / ".metadata").read_bytes(), str(folder / ".metadata"))
+    table = inside(folder, folder / ".metadata")
+    root = follow(read_bytes(table, FIX, MAX_PICKLE_BYTES), str(table))
     try:
-        described = root.state["state_dict_metadata"]
-        places = {_place(index): info.state for index, info in root.state["storage_data"].items()}
-    except (AttributeError, KeyError, TypeError):
-        raise UserError(f"{folder / '.metadata'}: is no distributed checkpoint's", FIX) from None
+        return _described(folder, root)
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError, OverflowError):  # of another form than DCP's
+        raise UserError(f"{table}: is no distributed checkpoint's", FIX) from None
+
+
+def _described(folder: Path, root: Any) -> dict[str, Assembly]:
+    described = root.state["state_dict_metadata"]
+    places = {_place(index): info.state for index, info in root.state["storage_data"].items()}
     files: dict[str, RawFile] = {}
     tensors = {}
     for key, entry in described.items():
@@ -92,10 +100,10 @@ def _tensors(folder: Path) -> dict[str, Assembly]:
             or "_extra_state" in key
         ):
             continue
-        shape = tuple(state["size"])
+        shape = naturals(state["size"])
         pieces: list[Piece] = []
         for chunk in state["chunks"]:
-            offsets, sizes = tuple(chunk.state["offsets"]), tuple(chunk.state["sizes"])
+            offsets, sizes = naturals(chunk.state["offsets"]), naturals(chunk.state["sizes"])
             place = places.get((key, offsets))
             if place is None:
                 raise UserError(f"{folder}: does not say where {key} at {list(offsets)} lies", FIX)
@@ -110,17 +118,15 @@ def _tensors(folder: Path) -> dict[str, Assembly]:
 
 
 def _place(index: Any) -> tuple[str, tuple[int, ...] | None]:
-    offset = index.state.get("offset")
-    return index.state["fqn"], None if offset is None else tuple(offset)
+    offset, name = index.state.get("offset"), index.state["fqn"]
+    return name if isinstance(name, str) else "", None if offset is None else naturals(offset)
 
 
 def _stored(folder: Path, place: dict[str, Any], files: dict[str, RawFile], key: str) -> Assembly:
     """One chunk's archive inside its .distcp file."""
-    name = place["relative_path"]
-    if not re.fullmatch(r"[\w.-]+\.distcp", str(name)):
-        raise UserError(f"{folder / '.metadata'}: names a file outside its directory: {name!r}", "do not trust it")
+    name = plain_name(place["relative_path"], str(folder / ".metadata"))
     if name not in files:
-        files[name] = RawFile(folder / name)
+        files[name] = RawFile(inside(folder, folder / name))
     begin, size = int(place["offset"]), int(place["length"])
     if begin < 0 or size < 0 or begin + size > files[name].size:
         raise UserError(f"{folder / name}: ends before {key}", FIX)
@@ -148,10 +154,12 @@ def _unstack(tensors: dict[str, Assembly]) -> dict[str, Assembly]:
     """Gives each layer of a stacked tensor its own name."""
     result: dict[str, Assembly] = {}
     for key, tensor in tensors.items():
-        if not key.startswith("decoder.layers.") or key.split(".")[2].isdigit():
+        if not tensor.shape or not key.startswith("decoder.layers.") or re.match(r"decoder\.layers\.[0-9]+\.", key):
             result[key] = tensor
             continue
         count, shape = tensor.shape[0], tensor.shape[1:]
+        if count > MOST_LAYERS:
+            raise UserError(f"{key} stacks {count:,} layers", FIX)
         for n in range(count):
             name = key.replace("decoder.layers.", f"decoder.layers.{n}.")
             if len(shape) == 1:  # [layers, n]: a row of the matrix becomes a column of its own

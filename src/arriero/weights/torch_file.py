@@ -21,6 +21,7 @@ from arriero.errors import UserError
 from arriero.weights.stream import ITEMSIZE, Assembly, PieceReader, RawFile, Stored, matrix_shape
 
 MAX_PICKLE_BYTES = 256 << 20  # structure only; the weights lie in records of their own
+MAX_NODES = 1_000_000  # a few KB of pickle can describe a tree of any size by naming one branch again and again
 
 STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
@@ -93,24 +94,44 @@ class _Machine:
 
 
 def _named(module: str, name: str, where: str) -> Global:
+    if not (isinstance(module, str) and isinstance(name, str)):
+        raise ValueError("a global whose name is no text")
     full = f"{module}.{name}"
     if module.partition(".")[0] not in _FAMILIES and full not in _INERT:
         raise UserError(f"{where}: the pickle asks for {full}, which no checkpoint needs", FIX)
     return Global(full)
 
 
+def _key(key: Any) -> Any:
+    """A dictionary's key: hashing a nest of shared tuples would take for ever, and no checkpoint has one."""
+    plain = key is None or isinstance(key, (str, bytes, int, float, Call, Global, StorageRef))
+    if plain or (isinstance(key, tuple) and len(key) < 100 and not any(isinstance(k, (tuple, list)) for k in key)):
+        return key
+    raise ValueError("a key that is no plain value")
+
+
+def naturals(values: Any) -> tuple[int, ...]:
+    """A shape or an offset. Raises ValueError for anything but whole numbers from 0, such as nested tuples."""
+    if not isinstance(values, (tuple, list)) or not all(type(n) is int and 0 <= n < 2**63 for n in values):
+        raise ValueError("a shape that is none")
+    return tuple(values)
+
+
 def _call(function: Any, args: Any) -> Any:
     name = function.name if isinstance(function, Global) else ""
     if name in ("collections.OrderedDict", "builtins.dict"):
-        return dict(args[0]) if args else {}
+        pairs = args[0].items() if args and isinstance(args[0], dict) else args[0] if args else ()
+        return {_key(key): value for key, value in pairs}
     if name == "torch._utils._rebuild_tensor_v2":
-        return TensorRef(args[0], args[1], tuple(args[2]), tuple(args[3]))
+        if not isinstance(args[0], StorageRef):
+            raise ValueError("a tensor without a storage")
+        return TensorRef(args[0], naturals([args[1]])[0], naturals(args[2]), naturals(args[3]))
     if name == "torch._utils._rebuild_parameter":
         return args[0]
     if name == "torch.Size":
-        return tuple(args[0])
+        return naturals(args[0])
     if name.endswith("Path"):
-        return "/".join(map(str, args))
+        return "/".join(args)  # only of strings
     return Call(function, args)
 
 
@@ -118,12 +139,12 @@ def _append(target: Any, items: list[Any]) -> None:
     if isinstance(target, list):
         target.extend(items)
     elif isinstance(target, set):
-        target.update(repr(i) for i in items)
+        target.update(map(_key, items))
 
 
 def _set(target: Any, pairs: list[Any]) -> None:
     if isinstance(target, dict):
-        target.update(zip(pairs[::2], pairs[1::2], strict=True))
+        target.update(zip(map(_key, pairs[::2]), pairs[1::2], strict=True))
 
 
 def _build(target: Any, state: Any) -> None:
@@ -135,7 +156,8 @@ def _storage(pid: Any, where: str) -> StorageRef:
     match pid:
         case ("storage", Global(name), str(key), _, int(elements)) if name.rsplit(".", 1)[-1] in STORAGES:
             return StorageRef(STORAGES[name.rsplit(".", 1)[-1]], key, elements)
-    raise UserError(f"{where}: holds an unknown kind of storage: {str(pid)[:80]}", "save it again with a recent torch")
+    kind = pid[1] if isinstance(pid, tuple) and len(pid) > 1 and isinstance(pid[1], Global) else type(pid).__name__
+    raise UserError(f"{where}: holds an unknown kind of storage: {str(kind)[:80]}", "save it again with a recent torch")
 
 
 def follow(data: bytes, where: str) -> Any:
@@ -186,7 +208,7 @@ def _step(m: _Machine, op: str, arg: Any) -> None:  # noqa: PLR0912, PLR0915 - o
         stack.append(_named(module, name, m.where))
     elif op == "STACK_GLOBAL":
         name, module = pop(), pop()
-        stack.append(_named(str(module), str(name), m.where))
+        stack.append(_named(module, name, m.where))
     elif op in ("REDUCE", "NEWOBJ"):
         args, function = pop(), pop()
         stack.append(_call(function, args))
@@ -201,7 +223,7 @@ def _step(m: _Machine, op: str, arg: Any) -> None:  # noqa: PLR0912, PLR0915 - o
     elif op in ("TUPLE", "LIST", "DICT", "FROZENSET"):
         items = m.to_mark()
         if op == "DICT":
-            stack.append(dict(zip(items[::2], items[1::2], strict=True)))
+            stack.append(dict(zip(map(_key, items[::2]), items[1::2], strict=True)))
         else:
             stack.append(items if op == "LIST" else tuple(items))
     elif op in ("TUPLE1", "TUPLE2", "TUPLE3"):
@@ -241,7 +263,7 @@ class TorchFile:
         window = _Window(self.file, begin, self.file.size - begin if size is None else size)
         try:
             archive = zipfile.ZipFile(window)
-        except (zipfile.BadZipFile, ValueError, OSError, struct.error, OverflowError):
+        except (zipfile.BadZipFile, ValueError, OSError, struct.error, OverflowError, NotImplementedError, UserError):
             raise UserError(
                 f"{path}: is not a torch.save archive, or is cut short",
                 "fetch it again; a file of torch before 1.6 must be saved again with a newer one",
@@ -286,16 +308,25 @@ class TorchFile:
         stored = Stored(self.file, where, start, storage.dtype, rows, columns, row_stride * size)
         return Assembly.whole(stored, ref.shape)
 
-    def tensors(self, tree: Any, prefix: str = "") -> dict[str, Assembly]:
+    def tensors(self, tree: Any) -> dict[str, Assembly]:
         """All tensors below a nested dict, named by their joined keys."""
         found: dict[str, Assembly] = {}
-        if prefix.count(".") > 64:
-            raise UserError(f"{self.path}: is nested without end", "fetch the file again")
-        for key, value in tree.items() if isinstance(tree, dict) else ():
-            if isinstance(value, dict):
-                found.update(self.tensors(value, f"{prefix}{key}."))
-            elif isinstance(value, TensorRef):
-                found[f"{prefix}{key}"] = self.tensor(value, f"{prefix}{key}")
+        waiting, seen = [("", 0, tree)], 0
+        while waiting:
+            prefix, depth, branch = waiting.pop()
+            items = branch.items() if isinstance(branch, dict) else ()
+            seen += 1 + len(items)
+            if depth > 64 or seen > MAX_NODES:
+                raise UserError(f"{self.path}: is nested without end", "fetch the file again")
+            below = []
+            for key, value in items:
+                if not isinstance(key, (str, int)):
+                    continue
+                if isinstance(value, dict):
+                    below.append((f"{prefix}{key}.", depth + 1, value))
+                elif isinstance(value, TensorRef):
+                    found[f"{prefix}{key}"] = self.tensor(value, f"{prefix}{key}")
+            waiting += reversed(below)
         return found
 
     def reader(self) -> PieceReader:

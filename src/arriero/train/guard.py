@@ -1,0 +1,121 @@
+"""Numerics guard: steps whose loss or gradient is not to be trusted, and copies of one state that have come apart."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from arriero.agreement import ranges
+from arriero.errors import CheckFailed
+from arriero.parallel.mesh import DIMENSIONS, Ranks
+
+WINDOW, FEWEST = 100, 20
+"""Losses that a spike is judged by: the last so many, and none before there are so few."""
+MOST_REWINDS = 10
+
+
+@dataclass
+class Spikes:
+    """Whether a loss stands out: above the running median by more than `factor` robust standard deviations
+    (1.4826 times the median absolute deviation, at least a hundredth of the median)."""
+
+    factor: float
+    recent: list[float] = field(default_factory=list)
+    """The last losses that did not stand out, kept with the checkpoint."""
+
+    def limit(self) -> float:
+        """The largest loss that does not stand out; infinite while too few are known."""
+        if len(self.recent) < FEWEST:
+            return math.inf
+        middle = statistics.median(self.recent)
+        deviation = 1.4826 * statistics.median(abs(loss - middle) for loss in self.recent)
+        return middle + self.factor * max(deviation, 0.01 * abs(middle))
+
+    def remember(self, loss: float) -> None:
+        """Takes note of a loss that was accepted."""
+        self.recent = [*self.recent[1 - WINDOW :], loss]
+
+
+@dataclass
+class SkippedWindows:
+    """Which global batch a step reads, once rewinds have left out some: (step, count) means that from this step on
+    (steps counted from 0) the batches lie `count` further."""
+
+    windows: list[tuple[int, int]] = field(default_factory=list)
+
+    def batch(self, step: int) -> int:
+        """The number of the batch that `step` reads."""
+        return step + sum(count for at, count in self.windows if at <= step)
+
+    def leave_out(self, first: int, last: int) -> tuple[int, int]:
+        """Leaves out the batches that the steps `first` to `last` have read; returns the numbers of first and last."""
+        window = self.batch(first), self.batch(last)
+        kept = [(at, count) for at, count in self.windows if at <= first]
+        self.windows = [*kept, (first, window[1] - window[0] + 1)]
+        return window
+
+
+@dataclass(frozen=True)
+class Replicated:
+    """One tensor of this process, and the mesh dimensions over which every process holds the same."""
+
+    name: str
+    value: Tensor
+    over: tuple[str, ...]
+
+
+def check_replicas(state: Iterable[Replicated], ranks: Ranks, step: int) -> None:
+    """Compares what several processes hold alike: a sum over the bits of each tensor, which one flipped bit changes.
+
+    Raises:
+        CheckFailed: on every process; names the processes that differ from most, and the tensors.
+    """
+    import torch.distributed as dist
+
+    held = list(state)
+    said = ""
+    for name in DIMENSIONS:
+        mine = [one for one in held if name in one.over]
+        if ranks.mesh is None or ranks.sizes[name] == 1 or not mine:
+            continue
+        group = ranks.mesh.get_group(name)
+        sums = bit_sums([one.value for one in mine]).to(ranks.mesh.device_type)
+        both = torch.stack([sums, -sums])  # the greatest of each: greatest and least
+        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
+        if torch.equal(both[0], -both[1]):
+            continue
+        gathered = [torch.empty_like(sums) for _ in range(ranks.sizes[name])]
+        dist.all_gather(gathered, sums, group=group)
+        said = _who([one.tolist() for one in gathered], [one.name for one in mine], dist.get_process_group_ranks(group))
+    lines = list(dict.fromkeys(line for line in ranks.texts(said) if line)) if ranks.mesh is not None else []
+    if lines:
+        raise CheckFailed(f"after step {step} copies of one state differ: {'; '.join(lines)}; the run has stopped")
+
+
+def _who(rows: list[list[int]], names: list[str], members: list[int]) -> str:
+    """Which members differ from most, and in which tensor; all of them where there is no majority."""
+    kinds: dict[tuple[int, ...], list[int]] = {}
+    for member, row in zip(members, rows, strict=True):
+        kinds.setdefault(tuple(row), []).append(member)
+    by_size = sorted(kinds.items(), key=lambda item: -len(item[1]))
+    common, most = by_size[0]
+    told = []
+    for sums, found in by_size[1:]:
+        wrong = [name for name, a, b in zip(names, sums, common, strict=True) if a != b]
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        told.append(
+            f"{ranges(found)} {'and' if len(found) == len(most) else 'from'} {ranges(most)} in {wrong[0]}{more}"
+        )
+    return "; ".join(told)
+
+
+def bit_sums(tensors: list[Tensor]) -> Tensor:
+    """For each tensor the sum of its bytes taken as whole numbers, int64 (it may wrap around): one number a tensor."""
+    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [t.detach().contiguous().view(-1).view(sizes[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
+    return torch.stack(sums)

@@ -1,0 +1,139 @@
+"""Reading files that a stranger may have made: JSON of a bounded size and a known form, and no way out of a directory.
+
+A file that is wrong in any way ends in a UserError which names it; nothing in it is ever run. docs/security.md lists
+what is checked where.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from arriero.errors import UserError
+
+MAX_JSON_BYTES = 100_000_000  # what safetensors allows its header; a vocabulary of 256,000 entries takes a third of it
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "an object"}
+
+
+def read_json(path: Path, fix: str, form: Any = object) -> Any:
+    """Reads a JSON file that fits `form` (see `misfit`).
+
+    Raises:
+        UserError: no regular file there, larger than MAX_JSON_BYTES, not UTF-8, not JSON, nested too deep to be read,
+            or of another form; names the file and, in the last case, the place in it.
+    """
+    return parse_json(read_text(path, fix), str(path), fix, form)
+
+
+def read_text(path: Path, fix: str, most: int = MAX_JSON_BYTES) -> str:
+    """The text of a regular UTF-8 file of at most `most` bytes. Raises UserError."""
+    try:
+        return read_bytes(path, fix, most).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 (byte {error.start})", fix) from None
+
+
+def read_bytes(path: Path, fix: str, most: int = MAX_JSON_BYTES) -> bytes:
+    """The bytes of a regular file, at most `most` of them. Raises UserError."""
+    try:
+        with open(path, "rb", opener=open_regular) as file:
+            raw = file.read(most + 1)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file", fix) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})", fix) from None
+    if len(raw) > most:
+        raise UserError(f"{path}: is larger than {most:,} bytes, which no file of its kind is", fix)
+    return raw
+
+
+def open_regular(path: str | Path, flags: int) -> int:
+    """Opens a regular file; a pipe or device in its place is refused, where `open` would wait for a writer for ever."""
+    handle = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(0, "not a regular file")
+    return handle
+
+
+def parse_json(text: str | bytes, where: str, fix: str, form: Any = object) -> Any:
+    """Decodes JSON of a known form. Raises UserError, as `read_json` does, with `where` for the file."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise UserError(f"{where}: not JSON that can be read: it is nested too deep", fix) from None
+    except ValueError as error:  # broken, or a number of more digits than Python reads
+        raise UserError(f"{where}: not JSON ({error})", fix) from None
+    if wrong := misfit(value, form):
+        raise UserError(f"{where}: {wrong}", fix)
+    return value
+
+
+def misfit(value: Any, form: Any, at: str = "") -> str:  # noqa: PLR0911 - one a kind of form
+    """Where and how decoded JSON differs from `form`: one sentence, or empty when it fits.
+
+    Args:
+        value: decoded JSON.
+        form: object (anything), int (of 64 bits, no bool), float (any number), str, bool, dict, None (null); {"key":
+            form, ...} for an object that has at least these keys; {str: form} for one whose values are all alike;
+            [form] for a list; a tuple of forms for any of them.
+        at: the place, for the message.
+    """
+    if form is object:
+        return ""
+    if isinstance(form, tuple):
+        return "" if any(not misfit(value, one) for one in form) else misfit(value, form[0], at)
+    name = at or "the whole"
+    if isinstance(form, list):
+        if not isinstance(value, list):
+            return f"{name} is {_show(value)}, not a list"
+        return next((wrong for i, one in enumerate(value) if (wrong := misfit(one, form[0], f"{at}[{i}]"))), "")
+    if isinstance(form, dict):
+        if not isinstance(value, dict):
+            return f"{name} is {_show(value)}, not an object"
+        if lacking := [key for key in form if key is not str and key not in value]:
+            return f"{name} lacks {lacking[0]!r}"
+        wanted = dict.fromkeys(value, form[str]) if str in form else form
+        return next((w for key, one in wanted.items() if (w := misfit(value[key], one, f"{at}.{key}"[not at :]))), "")
+    if form is None:
+        fits = value is None
+    elif form is int:
+        fits = type(value) is int and -(2**63) <= value < 2**63
+    elif form is float:
+        fits = type(value) is float or (type(value) is int and abs(value) < 2**63)
+    else:
+        fits = isinstance(value, form)
+    return "" if fits else f"{name} is {_show(value)}, not {_WORDS.get(form, 'null')}"
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, (dict, list)):
+        return "an object" if isinstance(value, dict) else "a list"
+    return json.dumps(value)[:60]
+
+
+def inside(directory: Path, path: Path) -> Path:
+    """`path`, which lies in `directory`, unless a symbolic link leads out of it.
+
+    The links of Hugging Face's cache, from `snapshots/REVISION` into the `blobs` beside it, are followed.
+
+    Raises:
+        UserError: the link leads elsewhere.
+    """
+    home, real = Path(directory).resolve(), Path(path).resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if not (real.is_relative_to(home) or real.is_relative_to(blobs)):
+        fix = "put the file itself there, if you trust it"
+        raise UserError(f"{path}: is a link out of its directory, to {real}", fix)
+    return path
+
+
+def plain_name(name: Any, where: str) -> str:
+    """`name`, which a file gives for a file beside it. Raises UserError for anything but a bare file name."""
+    if isinstance(name, str) and Path(name).name == name and name not in ("", ".", "..") and "\0" not in name:
+        return name
+    fix = "do not trust what this file came with"
+    raise UserError(f"{where}: names a file outside its directory: {str(name)[:80]!r}", fix)

@@ -1,0 +1,91 @@
+"""Runs cases on several processes in one launch, each with a fault on one rank: `python run_faults.py JOB.json`.
+
+Every process appends a line of JSON: the case, its rank, which steps it skipped, and the check that failed, if one did.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arriero.errors import CheckFailed
+from arriero.launch import run_processes
+from arriero.parallel.mesh import Ranks
+from arriero.parallel.shards import local
+from arriero.recipe import Recipe, Setting, parse
+from arriero.train.loop import Continuation, train
+from arriero.train.optim import Optimizer
+from arriero.train.trainer import Trainer
+
+STEP, BATCH, GRADIENTS = Trainer.step, Trainer.next_batch, Optimizer.take_gradients
+NAME = "model.norm.weight"
+
+
+def oversleep(seconds: float) -> None:
+    """Its name is looked for in the stacks."""
+    time.sleep(seconds)
+
+
+def spin(seconds: float) -> None:
+    until = time.thread_time() + seconds
+    while time.thread_time() < until:
+        pass
+
+
+def install(fault: str, here: bool, skipped: list[int]) -> None:
+    """Makes the third step, or every one where the fault is slowness, go wrong on this process."""
+    steps = [0]
+
+    def step(self: Trainer) -> Any:
+        steps[0] = self.done + 1
+        result = STEP(self)
+        skipped.extend([result.step] if result.skipped else [])
+        if here and fault == "flip" and result.step == 3:
+            raw = local(self.parts[0].get_parameter(NAME)).detach().view(torch.int32)
+            raw[0] ^= 1  # the last bit of one float32
+        return result
+
+    def batch(self: Trainer) -> Any:
+        micro = BATCH(self)
+        if here and fault == "sleep" and steps[0] == 3:
+            oversleep(4)
+        return micro
+
+    def gradients(self: Optimizer) -> None:
+        GRADIENTS(self)
+        if here and fault == "slow":
+            spin(0.2)
+        if here and fault == "nan" and steps[0] == 3:
+            held = self._locals[NAME].grad
+            assert held is not None
+            held.view(-1)[0] = math.nan
+
+    Trainer.step, Trainer.next_batch, Optimizer.take_gradients = step, batch, gradients  # type: ignore[method-assign]
+
+
+def run_job(job: dict[str, Any]) -> None:
+    for case in job["cases"]:
+        settings = [Setting(key, [str(value)], "case") for key, value in case["settings"].items()]
+        recipe: Recipe = parse(Recipe, settings, prog="case")
+        ranks = Ranks.build(recipe.parallel, "cpu")
+        skipped: list[int] = []
+        install(case["fault"], ranks.rank == case["rank"], skipped)
+        failed = ""
+        try:
+            train(recipe, ranks, local_rank=0, device_kind="cpu", start=Continuation())
+        except CheckFailed as error:
+            failed = str(error)
+        with open(job["results"], "a", encoding="utf-8") as file:
+            told = {"case": case["name"], "rank": ranks.rank, "skipped": skipped, "failed": failed}
+            file.write(json.dumps(told) + "\n")
+
+
+if __name__ == "__main__":
+    job = json.loads(Path(sys.argv[1]).read_text())
+    run_processes(run_job, job, job["processes"])
