@@ -22,7 +22,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,6 @@ TINY = LlamaConfig(
     vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-5, max_position_embeddings=256,
 )  # fmt: skip
-WITH_COMPILE = any(f.name == "compile" for f in fields(TrainConfig))
 
 
 @dataclass(frozen=True)
@@ -149,8 +148,6 @@ def contenders(kind: str) -> dict[str, Callable[..., Callable[[], float]]]:
     found: dict[str, Callable[..., Callable[[], float]]] = {"arriero": ours}
     if importlib.util.find_spec("transformers"):
         found["transformers"] = plain_transformers
-    if WITH_COMPILE:
-        found["arriero, compiled"] = lambda *args: ours(*args, compile=True)
     if kind == "cuda":
         found["arriero, cuDNN attention first"] = cudnn_first
     return found

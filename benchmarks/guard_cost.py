@@ -51,7 +51,7 @@ def measure(root: Path) -> None:
         events.note("step", step=1, seconds=1.0, data=0.0)
 
     parts: dict[str, tuple[Callable[[], object], float]] = {  # and steps between two of them, by default
-        "step": (trainer.step, 1), "judge, each step": (lambda: trainer._judge(1.0, 1.0), 1),
+        "step": (trainer.step, 1), "judge, each step": (lambda: trainer._judge(1.0, 1.0, stop=False), 1),
         "watchdog and events, each step": (watch, 1), "own time, every 10 steps": (lambda: comparison.step(0.0), 10),
         "replicas, every 100 steps": (trainer.check_replicas, 100),
     }  # fmt: skip

@@ -37,7 +37,7 @@ import arriero
 import toy
 from arriero.checkpoint.load import CheckpointReader, newest_that_verifies
 from arriero.cli import dispatch
-from arriero.data import readers
+from arriero.data import inputs, readers
 from arriero.errors import UserError
 from arriero.parallel.mesh import Ranks
 from arriero.recipe import Recipe, file_settings, parse, to_toml
@@ -380,8 +380,9 @@ TEXTS = {
 def test_text(
     good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(readers, "MAX_RECORD_BYTES", 1_000_000)  # a bomb of 5 MB is a bomb
-    monkeypatch.setattr(readers, "TEMPORARY", str(tmp_path))
+    for module in (inputs, readers):
+        monkeypatch.setattr(module, "MAX_RECORD_BYTES", 1_000_000)  # a bomb of 5 MB is a bomb
+    monkeypatch.setattr(inputs, "TEMPORARY", str(tmp_path))
 
     def damage(path: Path) -> None:
         path.unlink()

@@ -96,6 +96,28 @@ def synchronize(kind: str) -> None:
         torch.accelerator.synchronize()
 
 
+def host_room(like: torch.Tensor) -> torch.Tensor:
+    """Memory on the host for a copy of a tensor, page-locked where that lets the copy run beside the computation."""
+    import torch
+
+    return torch.empty(like.shape, dtype=like.dtype, pin_memory=like.device.type == "cuda")
+
+
+def masked_heads_are_spread(kind: str) -> bool:
+    """Whether attention under a mask should be given keys and values for every query head.
+
+    On CUDA the flash kernel alone shares heads, and it takes no mask; torch would then hold all scores in memory.
+    """
+    return kind == "cuda"
+
+
+def matmul_dtypes(kind: str) -> tuple[str, ...]:
+    """The dtypes whose matmul is worth measuring: float16 on a CPU runs a hundred times slower than bfloat16."""
+    return {"cpu": ("bfloat16", "float32"), "cuda": ("bfloat16", "float16", "tf32", "float32")}.get(
+        kind, ("bfloat16", "float16", "float32")
+    )
+
+
 def describe(kind: str) -> str:
     """The device for a person: its own name, or the CPU's with the threads of this process."""
     import torch

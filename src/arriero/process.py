@@ -19,7 +19,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from arriero.agreement import Disagreement, agree, ranges
-from arriero.device import process_group_backend, share_cores, tune_allocator
+from arriero.device import BACKENDS, process_group_backend, share_cores, tune_allocator
 from arriero.errors import EXIT_USAGE, CheckFailed, UserError
 
 if TYPE_CHECKING:
@@ -30,7 +30,9 @@ ROUND = "ARRIERO_ROUND"
 """Environment of a process that arriero's own agent started: 0 at first, more after each restart of the job."""
 TELL_FIRST = 3.0
 """Seconds that a process which only lost touch with another waits, so that the one which failed is heard first."""
-LOST_TOUCH = re.compile(r"(?i)gloo|timed out|connection (closed|reset|refused)|broken pipe|nccl|hccl|socket")
+LOST_TOUCH = re.compile(
+    rf"(?i){'|'.join(BACKENDS.values())}|timed out|connection (closed|reset|refused)|broken pipe|socket"
+)
 
 
 @dataclass(frozen=True)

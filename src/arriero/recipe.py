@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 import re
+import sys
 import tomllib
 from dataclasses import dataclass, field
 from importlib import resources
@@ -144,6 +145,14 @@ def parse(cls: type[T], settings: list[Setting], *, prog: str) -> T:
         except UserError as error:
             problems.append(error)
     raise join_problems(problems)
+
+
+def show_flags(cls: type, prog: str) -> None:
+    """Prints every flag of a dataclass with its default and its meaning, as tyro does."""
+    try:
+        tyro.cli(cls, prog=prog, args=["--help"], config=(tyro.conf.FlagConversionOff,))
+    except SystemExit:
+        sys.stdout.flush()
 
 
 def _tyro(cls: type[T], settings: list[Setting], prog: str) -> T:

@@ -48,12 +48,9 @@ def run(words: list[str]) -> int:
 def _help(words: list[str]) -> int:
     if words and words[0] not in ("slurm", "-h", "--help"):
         raise UserError(f"launch: unknown kind {words[0]!r}", nearest(words[0], ["slurm"]))
-    import tyro
+    from arriero.recipe import show_flags
 
-    try:
-        tyro.cli(SlurmArgs, prog="arriero launch slurm RECIPE", args=["--help"])
-    except SystemExit:
-        sys.stdout.flush()
+    show_flags(SlurmArgs, "arriero launch slurm RECIPE")
     return EXIT_OK
 
 

@@ -118,7 +118,7 @@ def made_up(trial: Trial, rate: float) -> Result:
     return Result(
         device="d", model="m", layout="one process", processes=1, dtype=train.dtype, micro_batch=train.micro_batch,
         global_batch=train.global_batch, sequence_length=train.sequence_length, recompute=trial.recipe.recompute.mode,
-        compiled=False, data="random tokens", iterations=1, seconds_per_step=1.0, samples_per_second_per_device=1.0,
+        data="random tokens", iterations=1, seconds_per_step=1.0, samples_per_second_per_device=1.0,
         tokens_per_second_per_device=rate, tflops=1.0, mfu=0.5, mfu_full=0.5, hfu=None, peak_tflops=2.0,
         peak_source="measured", first_step_seconds=1.0, peak_memory_gb=1.0, last_loss=5.0,
     )  # fmt: skip
@@ -138,7 +138,6 @@ def test_a_sweep_stops_at_what_does_not_fit_and_writes_the_fastest(
         return made_up(trial, micro * {"none": 1.0, "selective": 0.95, "full": 0.9}[mode])
 
     monkeypatch.setattr(sweep, "run_trial", run_trial)
-    monkeypatch.setattr(sweep, "compile_settings", lambda: [False])
     whole = parse(Recipe, file_settings(recipe), prog="test")
     first = trial(whole, "cpu", tmp_path, iterations=1, warmup=1)
     found = sweep.sweep(first, 1, LaunchConfig())
@@ -152,12 +151,12 @@ def test_a_sweep_stops_at_what_does_not_fit_and_writes_the_fastest(
         whole, train=replace(whole.train, micro_batch=8), recompute=RecomputeConfig("full")
     )  # nothing else is changed, and what the trials changed for themselves is not in it
     assert tomllib.loads(target.read_text())["out"] == whole.out
-    assert "| 4 | none | no | - | - | - | - | out of memory |" in sweep.sweep_table(found)
+    assert "| 4 | none | - | - | - | - | out of memory |" in sweep.sweep_table(found)
 
 
 def test_a_sweep_in_which_nothing_fits() -> None:
     with pytest.raises(CheckFailed, match="no setting fits"):
-        sweep.best([sweep.Tried(1, RecomputeConfig(), False, None, "out of memory")])
+        sweep.best([sweep.Tried(1, RecomputeConfig(), None, "out of memory")])
 
 
 def test_micro_batches_divide_the_share() -> None:

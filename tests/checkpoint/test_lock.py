@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -26,10 +25,8 @@ def test_the_second_job_is_refused_and_a_dead_one_is_not_feared(tmp_path: Path) 
     holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    began = time.monotonic()
     with pytest.raises(UserError, match=f"another job is writing this run \\(process {holder.pid} on "):
         RunLock(tmp_path, seconds=0.3)
-    assert time.monotonic() > began
     os.kill(holder.pid, signal.SIGKILL)
     holder.communicate()
     lock = RunLock(tmp_path)

@@ -57,11 +57,14 @@ def test_what_changes_while_it_is_written_does_not_leak_in(tmp_path: Path, monke
 def test_one_save_at_a_time_and_the_copies_are_reused(tmp_path: Path) -> None:
     one = saving.saver(tmp_path)
     one.reserve(saving.parts(saving.state()))
+    one.wait()
+    rooms = {key: room.data_ptr() for key, room in one._copies.items()}
     for step in (1, 2, 3):
         one.save(step, saving.parts(saving.state(step)), state={}, texts={})
     one.wait()
     assert [s.step for s in one.results()] == [1, 2, 3]
-    assert len(one._copies) == len(saving.state())
+    assert rooms == {key: room.data_ptr() for key, room in one._copies.items()}
+    assert rooms.keys() == saving.state().keys()
     for step in (1, 2, 3):
         assert same(read_all(step_directory(tmp_path, step)), saving.state(step))
 

@@ -290,7 +290,7 @@ def test_grouped_heads_under_a_mask_are_spread_for_cuda(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
     ops.causal_attention(q, k, v)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(ops.device, "masked_heads_are_spread", lambda kind: True)
     ops.causal_attention(q, k, v)
     assert seen == [(2, True), (2, True)]  # causal attention shares heads everywhere
     assert torch.equal(ops.causal_attention(q, k, v, mask), expected)

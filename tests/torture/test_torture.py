@@ -21,7 +21,7 @@ def test_killed_and_killed_again_it_ends_the_same(tmp_path: Path) -> None:
 
 
 def test_a_run_that_ends_otherwise_fails() -> None:
-    tally = torture.Tally(runs=1, sha256=[json.dumps(["other", []])])
+    tally = torture.Tally(runs=1, ends=[("other", [])])
     with pytest.raises(CheckFailed, match="1 of 1 runs ended otherwise"):
         torture.report(torture.TortureArgs(json=True), ("sha", []), tally, {}, 1.0)
     with pytest.raises(CheckFailed, match="0 of 0 runs"):

@@ -42,9 +42,9 @@ def install(fault: str, here: bool, skipped: list[int]) -> None:
     """Makes the third step, or every one where the fault is slowness, go wrong on this process."""
     steps = [0]
 
-    def step(self: Trainer) -> Any:
+    def step(self: Trainer, *arguments: Any) -> Any:
         steps[0] = self.done + 1
-        result = STEP(self)
+        result = STEP(self, *arguments)
         skipped.extend([result.step] if result.skipped else [])
         if here and fault == "flip" and result.step == 3:
             raw = local(self.parts[0].get_parameter(NAME)).detach().view(torch.int32)

@@ -8,8 +8,8 @@ from weights_helpers import TINY, VARIANTS, assert_same, random_weights, save_hf
 
 from arriero.errors import UserError
 from arriero.model.config import LlamaConfig
+from arriero.weights.held import DictReader
 from arriero.weights.huggingface import open_huggingface, write_huggingface
-from arriero.weights.stream import DictReader
 
 
 @pytest.mark.parametrize("shards", [1, 3])

@@ -9,8 +9,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from arriero.errors import UserError
+from arriero.weights.raw_file import RawFile
 from arriero.weights.safetensors_file import SafetensorsFile, build_header
-from arriero.weights.stream import RawFile
 
 GOOD = {
     "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},

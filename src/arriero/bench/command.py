@@ -7,18 +7,27 @@ import sys
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
-from arriero.bench.peak import Peak, matmul_peak, peak_dtypes
+from arriero.bench.peak import Peak, matmul_peak
 from arriero.bench.sweep import check_target, sweep, sweep_table, write_best
 from arriero.bench.table import as_json, peak_table, result_table
 from arriero.bench.trial import run_trial, trial
-from arriero.device import describe, device_type, take_device
+from arriero.device import describe, device_type, matmul_dtypes, take_device
 from arriero.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError, join_problems
 from arriero.launch import LaunchConfig, Place, ProcessFailed, run_processes, started_by_another, take_place
-from arriero.recipe import Recipe, Setting, command_line_settings, field_types, file_settings, find_bundled, parse
+from arriero.recipe import (
+    Recipe,
+    Setting,
+    command_line_settings,
+    field_types,
+    file_settings,
+    find_bundled,
+    parse,
+    show_flags,
+)
 from arriero.train.command import process_count
 
 
@@ -29,11 +38,11 @@ class BenchConfig:
     iterations: int = 10
     """Steps that are timed."""
     warmup: int = 3
-    """Steps before them, which compile and fill caches."""
+    """Steps before them, which fill caches."""
     peak: bool = False
     """Measure the fastest matrix multiplication of each dtype instead; takes no recipe."""
     sweep: bool = False
-    """Try micro batches, recomputation and compilation, and name the best."""
+    """Try micro batches and recomputation, and name the best."""
     write: str = ""
     """sweep only: write the recipe with the best settings to this TOML file."""
     memory_limit: float = 0.0
@@ -157,7 +166,7 @@ def measure_peak(job: PeakJob) -> None:
     """What each process does."""
     place = Place.from_environment()
     device = take_device(job.device_kind, place.local_rank)
-    peaks: list[Peak] = [matmul_peak(device, dtype) for dtype in peak_dtypes(job.device_kind)]
+    peaks: list[Peak] = [matmul_peak(device, dtype) for dtype in matmul_dtypes(job.device_kind)]
     if place.rank == 0:
         print(as_json(peaks) if job.json else peak_table(describe(job.device_kind), peaks))
 
@@ -173,8 +182,4 @@ def print_help() -> None:
     print("usage: arriero bench RECIPE [--key.sub value ...]\n       arriero bench --peak\n")
     print("Trains some iterations with random weights, writes no run, and prints the table. Every key of a recipe may")
     print("be given as in arriero pretrain.\n")
-    options: Any = (tyro.conf.FlagConversionOff,)
-    try:
-        tyro.cli(Bench, prog="arriero bench [RECIPE]", args=["--help"], config=options)
-    except SystemExit:
-        sys.stdout.flush()
+    show_flags(Bench, "arriero bench [RECIPE]")

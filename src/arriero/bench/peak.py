@@ -32,13 +32,6 @@ class Peak:
     """Which of the device's routines it was."""
 
 
-def peak_dtypes(kind: str) -> tuple[str, ...]:
-    """The dtypes that are worth measuring: float16 on a CPU runs a hundred times slower than bfloat16."""
-    return {"cpu": ("bfloat16", "float32"), "cuda": ("bfloat16", "float16", "tf32", "float32")}.get(
-        kind, ("bfloat16", "float16", "float32")
-    )
-
-
 def matmul_peak(device: torch.device, dtype: str, *, seconds: float = 1.0) -> Peak:
     """Measures for about `seconds`: sizes from small to large, each several times; the best counts.
 

@@ -1,12 +1,10 @@
-"""The best micro batch, recomputation and compilation for a recipe within memory, by trying them."""
+"""The best micro batch and recomputation for a recipe within memory, by trying them."""
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from arriero.bench.table import markdown, percent
 from arriero.bench.trial import Result, Trial, ran_out, run_trial
@@ -15,7 +13,6 @@ from arriero.errors import CheckFailed, UserError
 from arriero.launch import LaunchConfig
 from arriero.parallel.recompute import RecomputeConfig
 from arriero.recipe import Recipe, to_toml
-from arriero.train.config import TrainConfig
 
 POLICIES = (
     RecomputeConfig(), RecomputeConfig("selective"), RecomputeConfig("selective", keep=("attention",)),
@@ -30,7 +27,6 @@ class Tried:
 
     micro_batch: int
     recompute: RecomputeConfig
-    compiled: bool
     result: Result | None
     """None where it did not fit."""
     reason: str = ""
@@ -52,19 +48,18 @@ def sweep(trial: Trial, processes: int, launch: LaunchConfig) -> list[Tried]:
     sizes = micro_batches(recipe.train.global_batch // data)
     policies = [p for p in POLICIES if not p.problems(recipe.parallel)]
     found: list[Tried] = []
-    for compiled in compile_settings():
-        for policy in policies:
-            for size in sizes:
-                candidate = with_settings(recipe, size, policy, compiled)
-                if candidate.layout_problems(processes):
-                    continue
-                tried = attempt(replace(trial, recipe=candidate), processes, launch)
-                found.append(tried)
-                if tried.result is not None:
-                    trial = replace(trial, peak=(tried.result.peak_tflops, tried.result.peak_source))
-                print(f"{size} at a time, recompute {tried.policy}: {_outcome(tried)}", file=sys.stderr, flush=True)
-                if tried.result is None:
-                    break
+    for policy in policies:
+        for size in sizes:
+            candidate = with_settings(recipe, size, policy)
+            if candidate.layout_problems(processes):
+                continue
+            tried = attempt(replace(trial, recipe=candidate), processes, launch)
+            found.append(tried)
+            if tried.result is not None:
+                trial = replace(trial, peak=(tried.result.peak_tflops, tried.result.peak_source))
+            print(_name(tried), file=sys.stderr, flush=True)
+            if tried.result is None:
+                break
     return found
 
 
@@ -73,23 +68,14 @@ def micro_batches(share: int) -> list[int]:
     return [n for n in range(1, share + 1) if share % n == 0 and (n & (n - 1) == 0 or n == share)]
 
 
-def compile_settings() -> list[bool]:
-    """Whether to compile: both ways where training can."""
-    return [False, True] if any(f.name == "compile" for f in dataclasses.fields(TrainConfig)) else [False]
-
-
-def with_settings(recipe: Recipe, micro_batch: int, recompute: RecomputeConfig, compiled: bool) -> Recipe:
+def with_settings(recipe: Recipe, micro_batch: int, recompute: RecomputeConfig) -> Recipe:
     """The recipe with these settings."""
-    changes: dict[str, Any] = {"micro_batch": micro_batch}
-    if len(compile_settings()) > 1:
-        changes["compile"] = compiled
-    return replace(recipe, train=replace(recipe.train, **changes), recompute=recompute)
+    return replace(recipe, train=replace(recipe.train, micro_batch=micro_batch), recompute=recompute)
 
 
 def attempt(trial: Trial, processes: int, launch: LaunchConfig) -> Tried:
     """One setting; to run out of memory is a result."""
-    train = trial.recipe.train
-    settings = (train.micro_batch, trial.recipe.recompute, bool(getattr(train, "compile", False)))
+    settings = (trial.recipe.train.micro_batch, trial.recipe.recompute)
     try:
         return Tried(*settings, run_trial(trial, processes, launch))
     except UserError as error:
@@ -118,8 +104,8 @@ def sweep_table(tried: list[Tried]) -> str:
         if r := t.result:
             rate = f"{r.tokens_per_second_per_device:.0f}"
             figures = [rate, percent(r.mfu), f"{r.peak_memory_gb:.2f}", f"{r.first_step_seconds:.2f}", ""]
-        rows.append([str(t.micro_batch), t.policy, "yes" if t.compiled else "no", *figures])
-    headers = ["micro batch", "recompute", "compiled", "tokens/s/p", "MFU", "peak memory, GB", "first step, s", ""]
+        rows.append([str(t.micro_batch), t.policy, *figures])
+    headers = ["micro batch", "recompute", "tokens/s/p", "MFU", "peak memory, GB", "first step, s", ""]
     return f"{markdown(headers, rows)}\n\nbest: {_name(best(tried))}"
 
 
@@ -143,17 +129,13 @@ def write_best(recipe: Recipe, tried: list[Tried], path: str) -> None:
         return
     found = best(tried)
     assert found.result is not None
-    text = to_toml(with_settings(recipe, found.micro_batch, found.recompute, found.compiled))
+    text = to_toml(with_settings(recipe, found.micro_batch, found.recompute))
     why = f"# By arriero bench --sweep on {found.result.device}: {_name(found)}.\n"
     Path(path).write_text(why + text, encoding="utf-8")
     print(f"wrote {path}", file=sys.stderr)
 
 
-def _outcome(tried: Tried) -> str:
-    r = tried.result
-    return tried.reason if r is None else f"{r.tokens_per_second_per_device:.0f} tokens/s/p"
-
-
 def _name(tried: Tried) -> str:
-    compiled = ", compiled" if tried.compiled else ""
-    return f"{tried.micro_batch} samples at a time, recompute {tried.policy}{compiled}, {_outcome(tried)}"
+    r = tried.result
+    outcome = tried.reason if r is None else f"{r.tokens_per_second_per_device:.0f} tokens/s/p"
+    return f"{tried.micro_batch} samples at a time, recompute {tried.policy}, {outcome}"

@@ -71,7 +71,6 @@ class Result:
     global_batch: int
     sequence_length: int
     recompute: str
-    compiled: bool
     data: str
     iterations: int
     seconds_per_step: float
@@ -84,7 +83,7 @@ class Result:
     peak_tflops: float
     peak_source: str
     first_step_seconds: float
-    """The first step, compilation included."""
+    """The first step, with all that is done once."""
     peak_memory_gb: float
     """Of the process that used most: the device's allocations, or on the CPU the resident set."""
     last_loss: float
@@ -194,7 +193,7 @@ def conclude(
         device=describe(trial.device_kind), model=trial.model, layout=describe_layout(recipe.parallel, ranks.world),
         processes=ranks.world, dtype=train.dtype, micro_batch=train.micro_batch, global_batch=train.global_batch,
         sequence_length=train.sequence_length, recompute=recompute.mode,
-        compiled=bool(getattr(train, "compile", False)), data=trial.data, iterations=trial.iterations,
+        data=trial.data, iterations=trial.iterations,
         seconds_per_step=seconds, samples_per_second_per_device=samples, tokens_per_second_per_device=tokens,
         tflops=figures.tflops, mfu=figures.mfu, mfu_full=figures.mfu_full, hfu=figures.hfu, peak_tflops=peak[0],
         peak_source=peak[1], first_step_seconds=first_step_seconds, peak_memory_gb=memory / 1e9, last_loss=last.loss,

@@ -17,6 +17,7 @@ import signal
 from pathlib import Path
 
 from arriero.errors import UserError
+from arriero.weights import transfer
 
 FAULT = "ARRIERO_FAULT"
 _count = itertools.count(1)
@@ -50,9 +51,7 @@ def write_at(handle: int, data: memoryview, offset: int, path: Path) -> None:
             os.pwrite(handle, data[: len(data) // 2], offset)
         _fail(what, str(path))
     try:
-        while data:
-            done = os.pwrite(handle, data, offset)
-            data, offset = data[done:], offset + done
+        transfer.write_at(handle, data, offset)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None  # the kernel knows a number, the user a name
 

@@ -19,29 +19,21 @@ from typing import Any
 
 from arriero import untrusted
 from arriero.checkpoint import disk
+from arriero.weights.run import FIX as DAMAGED
+from arriero.weights.run import MARKER, committed, step_of
+
+__all__ = ["DAMAGED", "FORMAT", "MANIFEST", "MARKER", "STATE", "TEMPORARY", "commit", "committed", "file_digest",
+           "read_json", "step_directory", "step_of", "write_json"]  # fmt: skip
 
 FORMAT = 1
-MARKER = "COMMITTED"
 MANIFEST = "manifest.json"
 STATE = "state.json"
 TEMPORARY = ".tmp"
-DAMAGED = "the checkpoint is damaged: use another one"
 
 
 def step_directory(root: Path, step: int) -> Path:
     """Where the checkpoint of `step` lies below `checkpoints/`."""
     return root / f"step-{step:08d}"
-
-
-def step_of(path: Path) -> int:
-    """The step that a checkpoint's directory is named after."""
-    return int(path.name.removeprefix("step-"))
-
-
-def committed(root: Path) -> list[Path]:
-    """All checkpoints below `root` that were written to the end, oldest first."""
-    named = [p for p in root.glob("step-*") if p.name.removeprefix("step-").isdigit() and (p / MARKER).is_file()]
-    return sorted(named, key=step_of)
 
 
 def file_digest(path: Path) -> dict[str, Any]:

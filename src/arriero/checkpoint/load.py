@@ -16,8 +16,10 @@ from arriero.checkpoint.verify import verify
 from arriero.errors import UserError
 from arriero.parallel.mesh import Ranks
 from arriero.untrusted import inside
+from arriero.weights.raw_file import RawFile
+from arriero.weights.run import places
 from arriero.weights.safetensors_file import SafetensorsFile
-from arriero.weights.stream import TORCH_NAMES, RawFile
+from arriero.weights.stream import torch_dtype
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class CheckpointReader:
                 part = file.assembly(key)
                 if not len(whole) == len(offset) == len(part.shape) or min((0, *whole, *offset)) < 0:
                     raise UserError(f"{index}: {key} is {list(part.shape)} at {list(offset)} of {list(whole)}", DAMAGED)
-                dtype = getattr(torch, TORCH_NAMES[part.dtype])
+                dtype = torch_dtype(part.dtype)
                 start = part.pieces[0].source.offset  # type: ignore[attr-defined]
                 self._shapes[key] = whole
                 self._parts.setdefault(key, []).append(StoredPart(path, offset, part.shape, dtype, start))
@@ -133,16 +135,6 @@ class CheckpointReader:
         count = torch.Size(part.shape).numel()
         flat = torch.frombuffer(self._maps[part.path], dtype=part.dtype, count=count, offset=part.start)
         return flat.view(part.shape)
-
-
-def places(index: Path) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Of each tensor in a process's file: the whole's shape, and where the part begins in it.
-
-    Raises:
-        UserError: the index is not one.
-    """
-    tensors = read_json(index, {"tensors": {str: {"shape": [int], "offset": [int]}}})["tensors"]
-    return {key: (tuple(t["shape"]), tuple(t["offset"])) for key, t in tensors.items()}
 
 
 def find_checkpoint(path: Path) -> Path:

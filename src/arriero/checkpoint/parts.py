@@ -18,10 +18,9 @@ from torch import Tensor, uint8
 from arriero.checkpoint import disk
 from arriero.checkpoint.layout import write_json
 from arriero.weights.safetensors_file import build_header
-from arriero.weights.stream import TORCH_NAMES
+from arriero.weights.stream import dtype_name
 
 BLOCK = 8 << 20
-NAMES = {f"torch.{torch_name}": name for name, torch_name in TORCH_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def data_file(directory: Path, rank: int) -> Path:
 def write_parts(path: Path, parts: dict[str, Part]) -> None:
     """Writes `parts` to `path` and their index beside it, and waits until the disk has both."""
     header, starts, size = build_header(
-        {k: (NAMES[str(p.value.dtype)], tuple(p.value.shape)) for k, p in parts.items()}
+        {k: (dtype_name(p.value.dtype), tuple(p.value.shape)) for k, p in parts.items()}
     )
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     pool = ThreadPoolExecutor(max(2, min(8, len(os.sched_getaffinity(0)))), thread_name_prefix="checkpoint")
@@ -59,7 +58,7 @@ def write_parts(path: Path, parts: dict[str, Part]) -> None:
     tensors = {
         key: {
             "shape": part.shape, "offset": part.offset, "part": tuple(part.value.shape), "start": starts[key],
-            "dtype": NAMES[str(part.value.dtype)], "sha256": hashes[key],
+            "dtype": dtype_name(part.value.dtype), "sha256": hashes[key],
         }
         for key, part in parts.items()
     }  # fmt: skip

@@ -14,14 +14,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from arriero.checkpoint import disk
 from arriero.checkpoint.config import CheckpointConfig
 from arriero.checkpoint.layout import MARKER, STATE, TEMPORARY, commit, step_directory, write_json
 from arriero.checkpoint.parts import Part, data_file, write_parts
 from arriero.checkpoint.retention import forget, superfluous, sweep
 from arriero.checkpoint.verify import verify
+from arriero.device import host_room, synchronize
 from arriero.errors import UserError
 from arriero.parallel.mesh import Ranks
 
@@ -76,14 +75,14 @@ class Saver:
         began = time.perf_counter()
         self.wait()
         if self.config.asynchronous:
-            parts = {key: replace(part, value=self._copy(key, part.value)) for key, part in parts.items()}
-            if torch.accelerator.is_available():
-                torch.accelerator.synchronize()
+            copies = {key: replace(part, value=self._copy(key, part.value)) for key, part in parts.items()}
+            for kind in {part.value.device.type for part in parts.values()}:
+                synchronize(kind)
         else:
-            parts = {key: replace(part, value=part.value.cpu().contiguous()) for key, part in parts.items()}
+            copies = {key: replace(part, value=part.value.cpu().contiguous()) for key, part in parts.items()}
         saved = Saved(step, step_directory(self.root, step), time.perf_counter() - began)
         small = {"step": step, **state}
-        self._thread = threading.Thread(target=self._write, args=(saved, parts, small, texts), name="checkpoint")
+        self._thread = threading.Thread(target=self._write, args=(saved, copies, small, texts), name="checkpoint")
         self._thread.start()
         if not self.config.asynchronous:
             self.wait()
@@ -110,8 +109,7 @@ class Saver:
     def _room(self, key: str, value: Tensor) -> Tensor:
         room = self._copies.get(key)
         if room is None or room.shape != value.shape or room.dtype != value.dtype:
-            pinned = value.device.type == "cuda"
-            room = self._copies[key] = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
+            room = self._copies[key] = host_room(value)
         return room
 
     def _copy(self, key: str, value: Tensor) -> Tensor:

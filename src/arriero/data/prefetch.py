@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -48,16 +48,19 @@ class Prefetch(Generic[T]):
             return True
         return False
 
-    def __iter__(self) -> Iterator[T]:
-        while True:
-            began = time.perf_counter()
-            kind, value = self._ready.get()
-            self.waited_ms = 1000 * (time.perf_counter() - began)
-            if kind == "end":
-                return
-            if isinstance(value, BaseException):
-                raise value
-            yield value  # type: ignore[misc]
+    def __iter__(self) -> Prefetch[T]:
+        return self
+
+    def __next__(self) -> T:
+        began = time.perf_counter()
+        kind, value = self._ready.get()
+        self.waited_ms = 1000 * (time.perf_counter() - began)
+        if kind == "end":
+            self._ready.put((kind, value))  # whoever asks again is told again
+            raise StopIteration
+        if isinstance(value, BaseException):
+            raise value
+        return value  # type: ignore[return-value]
 
     def close(self) -> None:
         """Stops the thread."""

@@ -7,36 +7,17 @@ record is a dictionary, or a `Bad` that says why it is none. What makes the rest
 from __future__ import annotations
 
 import codecs
-import contextlib
 import csv
-import glob
 import gzip
 import io
 import json
-import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple
 
+from arriero.data.inputs import BLOCK, MAX_RECORD_BYTES, Meter, no_meter, open_input, seekable
 from arriero.errors import UserError
-from arriero.untrusted import inside
-
-KINDS = {
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".feather": "arrow",
-    ".json": "json",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".csv": "csv",
-    ".txt": "text",
-}
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-_BLOCK = 1 << 20
-TEMPORARY: str | None = None  # where compressed parquet and arrow files are unpacked; None is the system's choice
-MAX_RECORD_BYTES = 1 << 30  # of text; the largest documents that were seen have a fifth of it
-MAX_UNPACKED = 200  # times the packed size, where a compressed file must be unpacked to a scratch file, and 1 GiB
 
 
 class Bad(NamedTuple):
@@ -46,96 +27,12 @@ class Bad(NamedTuple):
     raw: str
 
 
-def _no_meter(fraction: Callable[[], float]) -> None:
-    """Takes no notice of how much has been read."""
-
-
-Meter = Callable[[Callable[[], float]], None]
 Numbered = Iterator[tuple[int, dict[str, Any] | Bad]]
-
-
-def kind_of(path: Path) -> str | None:
-    """The kind of a file by its name (a compression's suffix is looked through), or None."""
-    suffixes = [s.lower() for s in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes.pop()
-    return KINDS.get(suffixes[-1]) if suffixes else None
-
-
-def find_inputs(inputs: tuple[str, ...]) -> tuple[str, list[Path]]:
-    """Expands files, globs and directories; returns their one kind and the files, each argument's sorted by name.
-
-    Raises:
-        UserError: nothing found, an unknown ending, or files of several kinds (which are listed).
-    """
-    files: list[Path] = []
-    for given in inputs:
-        path = Path(given)
-        if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
-            files += [inside(path, p) for p in found if kind_of(p)]
-            if not any(kind_of(p) for p in found):
-                raise UserError(
-                    f"no data file in directory {path}", f"known endings: {', '.join(KINDS)} (also .gz, .zst)"
-                )
-        elif path.is_file():
-            files.append(path)
-        elif matched := sorted(p for p in map(Path, glob.glob(given, recursive=True)) if p.is_file()):
-            files += matched
-        else:
-            raise UserError(f"no such file: {given}", "give a file, a directory, or a glob in quotes")
-    kinds: dict[str, list[Path]] = {}
-    for path in files:
-        kind = kind_of(path)
-        if kind is None:
-            raise UserError(f"{path}: unknown ending", f"known endings: {', '.join(KINDS)} (also .gz, .zst)")
-        kinds.setdefault(kind, []).append(path)
-    if len(kinds) > 1:
-        listed = "; ".join(f"{len(paths)} {kind} ({paths[0].name})" for kind, paths in sorted(kinds.items()))
-        raise UserError(f"files of several kinds: {listed}", "prepare each kind on its own, then join with --merge")
-    return next(iter(kinds)), files
-
-
-def _compression(path: Path) -> str | None:
-    return COMPRESSIONS.get(path.suffix.lower())
-
-
-def _open(path: Path, meter: Meter = _no_meter) -> BinaryIO:
-    """A file's bytes, decompressed."""
-    raw = path.open("rb", buffering=_BLOCK)
-    size = max(1, path.stat().st_size)
-    meter(lambda: 1.0 if raw.closed else raw.tell() / size)  # the last batches are written after the file is closed
-    how = _compression(path)
-    if how == "gzip":
-        return cast(BinaryIO, gzip.open(raw, "rb"))
-    if how == "zstd":
-        import pyarrow
-
-        return cast(BinaryIO, io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), _BLOCK))
-    return raw
-
-
-@contextlib.contextmanager
-def _seekable(path: Path) -> Iterator[Any]:
-    """A file that can be read at any place: a compressed one is unpacked to a scratch file first."""
-    if _compression(path) is None:
-        yield str(path)
-        return
-    with tempfile.NamedTemporaryFile(dir=TEMPORARY) as scratch:
-        left = MAX_RECORD_BYTES + MAX_UNPACKED * path.stat().st_size
-        with _open(path) as packed:
-            while block := packed.read(_BLOCK):
-                left -= len(block)
-                if left < 0:
-                    raise UserError(f"{path}: unpacks to more than {MAX_UNPACKED} times its size", "unpack it yourself")
-                scratch.write(block)
-        scratch.flush()
-        yield scratch.name
 
 
 def _lines(path: Path, meter: Meter) -> Iterator[tuple[int, bytes]]:
     """Numbered lines without their line ends; a UTF-8 byte order mark at the start is dropped."""
-    with _open(path, meter) as file:
+    with open_input(path, meter) as file:
         first = _line(file, path)
         if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise UserError(f"{path} is UTF-16", f"convert it: iconv -f utf-16 -t utf-8 {path}")
@@ -207,9 +104,9 @@ def _jsonl(path: Path, meter: Meter) -> Numbered:
 def _json(path: Path, meter: Meter) -> Numbered:
     """A JSON array of records, read piece by piece; a file whose first character is { is taken for JSON lines."""
     decoder = json.JSONDecoder()
-    with _open(path, meter) as raw:
+    with open_input(path, meter) as raw:
         file = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
-        buffer, number, want = file.read(_BLOCK).lstrip(), 0, _BLOCK
+        buffer, number, want = file.read(BLOCK).lstrip(), 0, BLOCK
         if buffer.startswith("{"):
             file.detach()
             yield from _jsonl(path, meter)
@@ -244,7 +141,7 @@ def _json(path: Path, meter: Meter) -> Numbered:
                     large = f"{path}: record {number + 1} is larger than {MAX_RECORD_BYTES:,} bytes"
                     raise UserError(large, "cut it") from None
                 continue
-            buffer, number, want = buffer[end:], number + 1, _BLOCK
+            buffer, number, want = buffer[end:], number + 1, BLOCK
             yield (
                 number,
                 record
@@ -255,7 +152,7 @@ def _json(path: Path, meter: Meter) -> Numbered:
 
 def _csv(path: Path, meter: Meter) -> Numbered:
     csv.field_size_limit(MAX_RECORD_BYTES)
-    with _open(path, meter) as raw:
+    with open_input(path, meter) as raw:
         # Bytes that are not UTF-8 come through as lone surrogates, which the next stage refuses record by record.
         file = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
         rows = csv.reader(iter(lambda: _piece(file, path), ""), strict=True)
@@ -299,7 +196,7 @@ def _rows(table: Any, first: int) -> Numbered:
 def _parquet(path: Path, columns: tuple[str, ...] | None, meter: Meter) -> Numbered:
     import pyarrow.parquet
 
-    with _seekable(path) as source, pyarrow.parquet.ParquetFile(source, pre_buffer=False, buffer_size=_BLOCK) as file:
+    with seekable(path) as source, pyarrow.parquet.ParquetFile(source, pre_buffer=False, buffer_size=BLOCK) as file:
         known = file.schema_arrow.names
         number, total = 1, max(1, file.metadata.num_rows)
         meter(lambda: number / total)
@@ -326,7 +223,7 @@ def _arrow(path: Path, columns: tuple[str, ...] | None, meter: Meter) -> Numbere
     """Arrow's file format (also feather version 2) and its stream format."""
     import pyarrow.ipc
 
-    with _seekable(path) as source, pyarrow.memory_map(source) as mapped:
+    with seekable(path) as source, pyarrow.memory_map(source) as mapped:
         head = mapped.read(6)
         mapped.seek(0)
         reader = pyarrow.ipc.open_file(mapped) if head == b"ARROW1" else pyarrow.ipc.open_stream(mapped)
@@ -347,7 +244,7 @@ def read_records(
     *,
     columns: tuple[str, ...] | None = None,
     per: str = "line",
-    meter: Meter = _no_meter,
+    meter: Meter = no_meter,
 ) -> Numbered:
     """Records of one file.
 

@@ -109,16 +109,16 @@ class Ranks:
                 value.copy_(here)
         return value
 
-    def any(self, wanted: bool) -> bool:
-        """Whether any process wants it."""
+    def any(self, *wanted: bool) -> list[bool]:
+        """Of each of these, whether any process wants it: one collective for all of them."""
         import torch
         import torch.distributed as dist
 
         if self.mesh is None:
-            return wanted
-        flag = torch.tensor(int(wanted), dtype=torch.int32, device=self.mesh.device_type)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+            return list(wanted)
+        flags = torch.tensor(wanted, dtype=torch.int32, device=self.mesh.device_type)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        return [bool(flag) for flag in flags.tolist()]
 
     def texts(self, text: str, group: ProcessGroup | None = None, *, limit: int = 1024) -> list[str]:
         """What every process says, by rank, cut at `limit` bytes; `group` is one of all processes on the CPU."""

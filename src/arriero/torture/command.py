@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from arriero.errors import EXIT_OK, CheckFailed, UserError
-from arriero.torture.outcome import EVERY, STEPS
+from arriero.torture.outcome import EVERY, STEPS, Outcome
 from arriero.torture.rack import KINDS, Rack, Tally
 
 
@@ -61,16 +61,15 @@ def run(args: TortureArgs) -> int:
             shutil.rmtree(root, ignore_errors=True)
 
 
-def report(args: TortureArgs, peace: object, tally: Tally, others: dict[str, float], seconds: float) -> int:
+def report(args: TortureArgs, peace: Outcome, tally: Tally, others: dict[str, float], seconds: float) -> int:
     """Prints the verdict; raises CheckFailed if a run ended otherwise than in peace."""
     from arriero.train.verify import LIMIT
 
-    wrong = sum(outcome != json.dumps(peace) for outcome in tally.sha256)
+    wrong = sum(end != peace for end in tally.ends)
     same_elsewhere = all(value <= LIMIT for value in others.values())
-    sha256 = json.loads(json.dumps(peace))[0]
     facts = {
         "kills": dict(tally.kills), "resumes": tally.resumes, "lost steps": tally.lost_steps,
-        "runs completed": tally.runs, "runs that ended otherwise": wrong, "sha256": sha256,
+        "runs completed": tally.runs, "runs that ended otherwise": wrong, "sha256": peace[0],
         "other layouts": others, "seconds": round(seconds, 1),
     }  # fmt: skip
     if args.json:
@@ -85,7 +84,7 @@ def report(args: TortureArgs, peace: object, tally: Tally, others: dict[str, flo
               f"{tally.runs} runs completed in {seconds:.0f} s")  # fmt: skip
         for name, value in others.items():
             print(f"resumed from step {EVERY * (STEPS // EVERY // 2)} on {name}: final state within {value:.1e}")
-        print(f"final SHA-256 {sha256}: {'never changed' if not wrong else f'CHANGED in {wrong} runs'}")
+        print(f"final SHA-256 {peace[0]}: {'never changed' if not wrong else f'CHANGED in {wrong} runs'}")
     if wrong or not same_elsewhere:
         raise CheckFailed(f"{wrong} of {tally.runs} runs ended otherwise; other layouts: {others}, limit {LIMIT:g}")
     return EXIT_OK

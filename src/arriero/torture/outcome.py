@@ -11,6 +11,10 @@ STEPS, EVERY = 40, 3
 """Steps of a run, and between its checkpoints."""
 
 
+Outcome = tuple[str, list[tuple[int, str]]]
+"""SHA-256 of the final state, and the loss of every step to the last bit."""
+
+
 def log_size(out: Path) -> int:
     """Bytes that all starts of a run have printed."""
     path = out.with_suffix(".log")
@@ -35,7 +39,7 @@ def last_step(out: Path) -> int:
     return 0
 
 
-def outcome(out: Path) -> tuple[str, list[tuple[int, str]]]:
+def outcome(out: Path) -> Outcome:
     """SHA-256 of the final state, and the loss of every step to the last bit."""
     from arriero.checkpoint.digest import state_sha256
     from arriero.checkpoint.layout import step_directory

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from arriero.errors import EXIT_OK, EXIT_STOPPED, CheckFailed, join_problems
-from arriero.torture.outcome import EVERY, STEPS, largest_difference, last_step, log_size, outcome, tail
+from arriero.torture.outcome import EVERY, STEPS, Outcome, largest_difference, last_step, log_size, outcome, tail
 
 DEAD = (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM)  # by the signal, or by a SIGTERM that came too early
 PATIENCE = 240.0
@@ -37,7 +36,8 @@ class Tally:
     resumes: int = 0
     lost_steps: int = 0
     runs: int = 0
-    sha256: list[str] = field(default_factory=list)
+    ends: list[Outcome] = field(default_factory=list)
+    """Of every run that was completed."""
 
 
 class Rack:
@@ -95,7 +95,7 @@ class Rack:
         os.close(log)
         return pid
 
-    def in_peace(self) -> tuple[str, list[tuple[int, str]]]:
+    def in_peace(self) -> Outcome:
         """The run that nobody disturbs: its SHA-256 and its losses."""
         out = self.root / "peace"
         code = wait(self.start(out))
@@ -111,7 +111,7 @@ class Rack:
             kind = self.random.choice(list(KINDS)) if tally.kills.total() < self.kills else ""
             code = self.life(out, kind, tally)
             if code == EXIT_OK:
-                tally.sha256.append(json.dumps(outcome(out)))
+                tally.ends.append(outcome(out))
                 tally.runs += 1
                 if tally.kills.total() >= self.kills:
                     return tally

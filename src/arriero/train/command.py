@@ -42,6 +42,7 @@ from arriero.recipe import (
     file_settings,
     find_bundled,
     parse,
+    show_flags,
     to_toml,
 )  # fmt: skip
 from arriero.train.loop import Continuation, train
@@ -287,7 +288,4 @@ def print_help() -> None:
         recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
 
     print("usage: arriero pretrain [RECIPE] [--key.sub value ...]\n")
-    try:
-        tyro.cli(Pretrain, prog="arriero pretrain [RECIPE]", args=["--help"], config=(tyro.conf.FlagConversionOff,))
-    except SystemExit:
-        sys.stdout.flush()
+    show_flags(Pretrain, "arriero pretrain [RECIPE]")

@@ -59,7 +59,7 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, st
     while trainer.done < settings.steps and not stopping:
         watchdog.begin(trainer.done + 1)
         with profile.step(trainer.done + 1):
-            result = trainer.step()
+            result = trainer.step(lambda: stop_wanted() or timed_out(start))
         watchdog.done()
         reporter.step(result)
         events.note("step", step=result.step, seconds=result.seconds, data=result.phases.get("data_wait", 0.0))
@@ -71,8 +71,7 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, st
             trainer.check_replicas()
         if settings.eval_every and (trainer.done % settings.eval_every == 0 or last):
             reporter.validation(trainer.done, trainer.validate())
-        timed_out = bool(start.stop_after) and seconds_since_start() > start.stop_after
-        stopping = ranks.any(stop_wanted() or timed_out) and not last
+        stopping = result.stop and not last
         every = recipe.checkpoint.every
         if last or stopping or (every and trainer.done % every == 0):
             began = time.perf_counter()
@@ -91,6 +90,11 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, st
     reporter.finish()
     last_word(saved)
     return not stopping
+
+
+def timed_out(start: Continuation) -> bool:
+    """Whether the time that `--stop-after` gives is over."""
+    return bool(start.stop_after) and seconds_since_start() > start.stop_after
 
 
 def begin(trainer: Trainer, start: Continuation, reporter: Reporter) -> None:

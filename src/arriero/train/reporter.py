@@ -73,6 +73,8 @@ class StepResult:
     """Tokens of context: the sequence length, or under document masks sum of squared lengths over their sum."""
     spike: bool = False
     """Whether it was left out for a loss that stands out, not for one that is not finite."""
+    stop: bool = False
+    """Whether some process was asked to end the run."""
 
 
 class Reporter:

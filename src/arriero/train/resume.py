@@ -18,7 +18,7 @@ from arriero.recipe import Recipe, file_settings, parse
 FREE = (
     "out", "device", "parallel.*", "recompute.*", "checkpoint.*", "log.*", "watch.*", "train.steps",
     "train.micro_batch", "train.eval_*", "train.on_*", "train.check_*", "train.spike_factor",
-    "train.compile", "optim.offload",
+    "optim.offload",
 )  # fmt: skip
 """Keys that may change: the run stays the same run. train.steps moves the end of the schedule, not a sample."""
 BY_CONTENT = ("model", "init", "tokenizer", "data.prefix")

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -153,6 +153,11 @@ class Trainer:
         first, last = self.skipped.leave_out(self.done, bad)
         say(f" REWOUND to step {self.done} ({checkpoint or 'the start'}); batches {first} to {last} are left out now")
 
+    @cached_property
+    def _inputs(self) -> dict[str, str]:
+        """Digests of data and tokenizer, for the checkpoints: they are read once, by the process that writes them."""
+        return input_digests(self.recipe) if self.ranks.first else {}
+
     def parts_to_save(self) -> dict[str, Part]:
         """The weights and moments that this process writes, by global name."""
         found: dict[str, Part] = {}
@@ -179,7 +184,7 @@ class Trainer:
         texts = {"config.json": json.dumps(self.config.to_json(), indent=1), "recipe.toml": to_toml(self.recipe)}
         state = {
             "updates": self.updates, "loss_scale": asdict(self.scale), "seed": self.recipe.seed,
-            "consumed_samples": self.done * self.recipe.train.global_batch, "inputs": input_digests(self.recipe),
+            "consumed_samples": self.done * self.recipe.train.global_batch, "inputs": self._inputs,
             "versions": {"arriero": __version__, "torch": torch.__version__}, "processes": self.ranks.world,
             **{key: value for key, value in kept.items() if value},
         }  # fmt: skip
@@ -206,7 +211,7 @@ class Trainer:
         if self._feed is None:
             steps = range(self.done, self.recipe.train.steps)
             self._feed = Prefetch(lambda step: self.micro_batches(self.batches, self.skipped.batch(step)), steps)
-        return next(iter(self._feed))
+        return next(self._feed)
 
     def close(self) -> None:
         """Ends the thread that makes batches, which would keep this trainer and its memory alive."""
@@ -246,8 +251,9 @@ class Trainer:
             total += loss.detach()
         return total
 
-    def step(self) -> StepResult:
-        """One optimizer step: batch, loss, gradient, norm, update."""
+    def step(self, stop: Callable[[], bool] = lambda: False) -> StepResult:
+        """One optimizer step: batch, loss, gradient, norm, update. `stop` says whether this process was asked to end
+        the run; they agree on it where they agree on the step."""
         train = self.recipe.train
         self.clock.begin(shown=(self.done + 1) % self.recipe.log.every == 0)
         began = time.perf_counter()
@@ -257,7 +263,7 @@ class Trainer:
         self.optimizer.take_gradients()
         scale = self.scale.scale
         norm = self.optimizer.gradient_norm().item() / scale
-        finite, accepted = self._judge(loss, norm)
+        finite, accepted, stopping = self._judge(loss, norm, stop=stop())
         rate = learning_rate(self.recipe.schedule, self.done, train.steps)
         if accepted:
             clip = min(1.0, train.grad_clip / (norm + 1e-6)) if train.grad_clip else 1.0
@@ -271,22 +277,22 @@ class Trainer:
         self.clock.mark("optimizer")
         return StepResult(
             step=self.done, loss=loss, grad_norm=norm, learning_rate=rate, loss_scale=scale, skipped=not accepted,
-            spike=finite and not accepted, seconds=time.perf_counter() - began, phases=self.clock.take(),
+            spike=finite and not accepted, stop=stopping, seconds=time.perf_counter() - began, phases=self.clock.take(),
             attended=self.attended,
         )  # fmt: skip
 
-    def _judge(self, loss: float, norm: float) -> tuple[bool, bool]:
-        """Whether all processes found loss and gradient finite, and whether all of them accept the step.
+    def _judge(self, loss: float, norm: float, *, stop: bool) -> tuple[bool, bool, bool]:
+        """Whether all processes found loss and gradient finite, whether all of them accept the step, and whether any
+        was asked to stop.
 
         Loss and norm are sums over most processes already; over the copies of a gradient they are not.
         """
         finite = math.isfinite(norm) and math.isfinite(loss)
         spike = finite and self.recipe.train.on_spike != "ignore" and loss > self.spikes.limit()
-        against = torch.tensor([not finite, spike], dtype=torch.float32, device=self.device)
-        nonfinite, spikes = self.ranks.sum(against, "replica", "tensor").tolist()
+        nonfinite, spikes, stopping = self.ranks.any(not finite, spike, stop)
         if not nonfinite and not spikes and self.recipe.train.on_spike != "ignore":
             self.spikes.remember(loss)
-        return not nonfinite, not nonfinite and not spikes
+        return not nonfinite, not nonfinite and not spikes, stopping
 
     def check_replicas(self) -> None:
         """Compares what several processes hold alike, weights and moments. Raises CheckFailed on all processes."""

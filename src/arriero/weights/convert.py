@@ -23,7 +23,8 @@ from arriero.weights.layout import Cut, check_cut, padded
 from arriero.weights.megatron_write import RankFormat, plan_ranks
 from arriero.weights.progress import Progress
 from arriero.weights.sources import Opened, open_model
-from arriero.weights.transfer import fingerprint, new_directory, read_fingerprints, transfer
+from arriero.weights.transfer import new_directory, read_fingerprints, transfer
+from arriero.weights.values import fingerprint
 
 DTYPES = {"keep": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 

@@ -15,7 +15,8 @@ from arriero.weights.huggingface import open_huggingface, write_huggingface
 from arriero.weights.progress import Progress
 from arriero.weights.sources import build, open_model
 from arriero.weights.stream import PieceReader, torch_dtype
-from arriero.weights.transfer import fingerprint, read_fingerprints
+from arriero.weights.transfer import read_fingerprints
+from arriero.weights.values import fingerprint
 
 
 @dataclass(frozen=True)

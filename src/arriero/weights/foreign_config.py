@@ -10,9 +10,9 @@ from typing import Any
 from arriero.errors import UserError
 from arriero.model.config import LlamaConfig, RopeScaling
 from arriero.weights.dialects import Dialect
+from arriero.weights.pickle_symbols import Call
 from arriero.weights.stream import Assembly
 from arriero.weights.tokenizer_json import vocabulary_size
-from arriero.weights.torch_file import Call
 
 
 @dataclass(frozen=True)

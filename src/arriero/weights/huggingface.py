@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from arriero.errors import UserError, join_problems
 from arriero.model.config import LlamaConfig, parameter_shapes
 from arriero.untrusted import inside, plain_name, read_json
+from arriero.weights.held import assemblies
 from arriero.weights.safetensors_file import SafetensorsFile, build_header
 from arriero.weights.stream import (
     ITEMSIZE,
@@ -23,7 +24,6 @@ from arriero.weights.stream import (
     Assembly,
     PieceReader,
     TensorReader,
-    assemblies,
     dtype_name,
     matrix_shape,
 )

@@ -13,7 +13,8 @@ from arriero.weights.progress import Progress
 from arriero.weights.sources import detect, open_model
 from arriero.weights.stream import Assembly
 from arriero.weights.tokenizer_json import vocabulary_size
-from arriero.weights.transfer import fingerprint, read_fingerprints
+from arriero.weights.transfer import read_fingerprints
+from arriero.weights.values import fingerprint
 
 _FILES = (".safetensors", ".bin", ".pt", ".pth")
 

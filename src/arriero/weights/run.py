@@ -14,6 +14,31 @@ from arriero.weights.stream import Assembly, Piece, PieceReader, matrix_shape
 FIX = "the checkpoint is damaged: use another one"
 
 
+MARKER = "COMMITTED"  # checkpoint/layout.py has the rest of the names
+_INDEX = {"tensors": {str: {"shape": [int], "offset": [int]}}}
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's directory is named after."""
+    return int(path.name.removeprefix("step-"))
+
+
+def committed(root: Path) -> list[Path]:
+    """All checkpoints below `root` that were written to the end, oldest first."""
+    named = [p for p in root.glob("step-*") if p.name.removeprefix("step-").isdigit() and (p / MARKER).is_file()]
+    return sorted(named, key=step_of)
+
+
+def places(index: Path) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Of each tensor in a process's file: the whole's shape, and where the part begins in it.
+
+    Raises:
+        UserError: the index is not one.
+    """
+    tensors = read_json(inside(index.parent, index), FIX, _INDEX)["tensors"]
+    return {key: (tuple(t["shape"]), tuple(t["offset"])) for key, t in tensors.items()}
+
+
 def is_checkpoint(path: Path) -> bool:
     """Whether `path` is one checkpoint of a run."""
     return (path / "state.json").is_file() and any(path.glob("rank-*.json"))
@@ -30,8 +55,6 @@ def newest_checkpoint(path: Path) -> Path:
     Raises:
         UserError: it was not committed, or there is none.
     """
-    from arriero.checkpoint.layout import MARKER, committed  # names only: nothing of training is imported
-
     if is_checkpoint(path):
         if not (path / MARKER).is_file():
             raise UserError(f"{path}: was not committed, its writing was cut off", "name an earlier checkpoint")
@@ -55,9 +78,7 @@ def open_run(path: Path) -> tuple[PieceReader, LlamaConfig, Path]:
     dtypes: dict[str, str] = {}
     for index in sorted(directory.glob("rank-*.json")):
         file = SafetensorsFile(inside(directory, index.with_suffix(".safetensors")))
-        parts = read_json(inside(directory, index), FIX, {"tensors": {str: {"shape": [int], "offset": [int]}}})
-        for name, place in parts["tensors"].items():
-            shape, offset = tuple(place["shape"]), tuple(place["offset"])
+        for name, (shape, offset) in places(index).items():
             if name.startswith(("exp_avg.", "exp_avg_sq.")):
                 continue
             part = file.assembly(name)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from arriero.errors import UserError
-from arriero.weights.stream import ITEMSIZE, Assembly, PieceReader, RawFile, Stored
+from arriero.weights.raw_file import RawFile
+from arriero.weights.stream import ITEMSIZE, Assembly, PieceReader, Stored
 
 MAX_HEADER_BYTES = 100_000_000  # what the safetensors library allows
 FIX = "fetch the file again, or ask who made it"

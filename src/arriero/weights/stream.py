@@ -9,17 +9,15 @@ the conversions run on numpy alone, in a third of the memory that `import torch`
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from arriero.errors import UserError, nearest
-from arriero.untrusted import open_regular
+from arriero.weights.raw_file import RawFile
 
 if TYPE_CHECKING:
     import torch
@@ -99,40 +97,6 @@ class Source(Protocol):
     def read_rows(self, row: int, out: Bytes) -> None:
         """Fills `out` [n, columns * itemsize] with rows [row, row + n)."""
         ...
-
-
-class RawFile:
-    """An open file that is read at offsets; safe to share between threads."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._fd = open_regular(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})", "check the path") from None
-        self.size = os.fstat(self._fd).st_size
-
-    def read_into(self, offset: int, out: memoryview) -> None:
-        """Fills `out` from byte `offset` on."""
-        done = 0
-        while done < len(out):
-            try:
-                got = os.preadv(self._fd, [out[done:]], offset + done)
-            except OSError as error:
-                raise UserError(f"{self.path}: cannot be read ({error.strerror})", "fetch the file again") from None
-            if got <= 0:
-                raise UserError(f"{self.path}: ends at byte {offset + done}, in mid-tensor", "fetch the file again")
-            done += got
-
-    def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset` on."""
-        buffer = bytearray(size)
-        self.read_into(offset, memoryview(buffer))
-        return bytes(buffer)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_fd"):
-            os.close(self._fd)
 
 
 @dataclass(frozen=True)
@@ -325,53 +289,3 @@ def _bounds(part: slice, size: int, name: str) -> tuple[int, int]:
     if step != 1:
         raise ValueError(f"{name}: slices must have step 1, not {step}")
     return start, max(start, stop)
-
-
-class DictReader:
-    """A `TensorReader` over tensors in memory."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self.tensors = dict(tensors)
-
-    def names(self) -> list[str]:
-        """All names."""
-        return list(self.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The whole tensor's shape."""
-        return tuple(self.tensors[name].shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Of the tensor in memory."""
-        return self.tensors[name].dtype
-
-    def read(self, name: str, index: tuple[slice, ...] | None = None) -> torch.Tensor:
-        """The tensor or a slice of it, without a copy where it is whole."""
-        tensor = self.tensors[name].detach()
-        return tensor[index] if index else tensor
-
-
-class ReaderRows:
-    """Any `TensorReader`'s tensor as a source of rows."""
-
-    def __init__(self, reader: TensorReader, name: str) -> None:
-        self.reader, self.name, self.label = reader, name, name
-        self.shape = tuple(reader.shape(name))
-        self.dtype = dtype_name(reader.dtype(name))
-        self.rows, self.columns = matrix_shape(self.shape)
-
-    def read_rows(self, row: int, out: Bytes) -> None:
-        """Fills `out` with rows from `row` on."""
-        import torch
-
-        index = (slice(row, row + out.shape[0]),) if self.shape else None
-        part = self.reader.read(self.name, index).detach().cpu().contiguous()
-        out[:] = part.view(-1).view(torch.uint8).numpy().reshape(out.shape)
-
-
-def assemblies(reader: TensorReader) -> dict[str, Assembly]:
-    """Any reader's tensors as assemblies."""
-    if isinstance(reader, PieceReader):
-        return dict(reader.tensors)
-    sources = {name: ReaderRows(reader, name) for name in reader.names()}
-    return {name: Assembly.whole(source, source.shape) for name, source in sources.items()}

@@ -19,9 +19,11 @@ from arriero.weights.dialects import MCORE, MCORE_TE, Dialect
 from arriero.weights.foreign_config import ConfigHints, resolve_config
 from arriero.weights.layout import Cut, RankTable, Slot, gather
 from arriero.weights.megatron import TRACKER, iteration_directory
+from arriero.weights.pickle_symbols import MAX_PICKLE_BYTES, Call, TensorRef, follow, naturals
+from arriero.weights.raw_file import RawFile
 from arriero.weights.run import check_cover
-from arriero.weights.stream import ITEMSIZE, Assembly, Piece, PieceReader, RawFile, Stored, matrix_shape
-from arriero.weights.torch_file import MAX_PICKLE_BYTES, Call, TensorRef, TorchFile, follow, naturals
+from arriero.weights.stream import ITEMSIZE, Assembly, Piece, PieceReader, Stored, matrix_shape
+from arriero.weights.torch_file import TorchFile
 
 FIX = "copy the whole directory again"
 

@@ -11,8 +11,8 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
+from arriero.weights.pickle_symbols import STORAGES
 from arriero.weights.stream import ITEMSIZE
-from arriero.weights.torch_file import STORAGES
 
 ALIGN = 64
 _STORAGE_OF = {dtype: name for name, dtype in STORAGES.items() if name != "UntypedStorage"}

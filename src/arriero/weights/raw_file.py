@@ -1,0 +1,43 @@
+"""A file that is read at offsets."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from arriero.errors import UserError
+from arriero.untrusted import open_regular
+
+
+class RawFile:
+    """An open file that is read at offsets; safe to share between threads."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._fd = open_regular(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})", "check the path") from None
+        self.size = os.fstat(self._fd).st_size
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """Fills `out` from byte `offset` on."""
+        done = 0
+        while done < len(out):
+            try:
+                got = os.preadv(self._fd, [out[done:]], offset + done)
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be read ({error.strerror})", "fetch the file again") from None
+            if got <= 0:
+                raise UserError(f"{self.path}: ends at byte {offset + done}, in mid-tensor", "fetch the file again")
+            done += got
+
+    def read(self, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset` on."""
+        buffer = bytearray(size)
+        self.read_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            os.close(self._fd)
