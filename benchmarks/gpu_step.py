@@ -7,7 +7,8 @@
 bfloat16 over float32 masters, AdamW, clipping, the loss read at every step, random weights and tokens. Where memory
 runs out, a contender's micro-batch is halved and the rest accumulated. A contender runs alone: two do not fit. The
 fastest matmul is measured before and after, since a warm card is slower. What does not fit into --budget seconds is
-named as not run. Prints Markdown, then JSON.
+named as not run; "compiled" is per block for arriero, the whole model for transformers, and runs on CUDA alone, as
+float8 does where torchao is installed. Prints Markdown, then JSON.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import importlib.util
 import json
 import math
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,21 +105,7 @@ def ours(bench: Bench, case: Case, micro: int, **changes: Any) -> Callable[[], f
     return step
 
 
-def cudnn_first(bench: Bench, case: Case, micro: int) -> Callable[[], float]:
-    """Ours, with cuDNN's attention before the flash kernel that torch prefers."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    step = ours(bench, case, micro)
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-    def run() -> float:
-        with sdpa_kernel(order, set_priority=True):
-            return step()
-
-    return run
-
-
-def plain_transformers(bench: Bench, case: Case, micro: int) -> Callable[[], float]:
+def plain_transformers(bench: Bench, case: Case, micro: int, *, compiled: bool = False) -> Callable[[], float]:
     """What a user writes by hand: float32 weights under autocast, accumulation, clipping, fused AdamW."""
     import transformers
 
@@ -126,6 +115,8 @@ def plain_transformers(bench: Bench, case: Case, micro: int) -> Callable[[], flo
         config = transformers.LlamaConfig(**case.model.to_json(), use_cache=False, attn_implementation="sdpa")
         model = transformers.LlamaForCausalLM(config)
         tokens = torch.randint(0, case.model.vocab_size, (count, case.length))
+    if compiled:
+        model.compile()
     adamw = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step() -> float:
@@ -143,14 +134,34 @@ def plain_transformers(bench: Bench, case: Case, micro: int) -> Callable[[], flo
     return step
 
 
-def contenders(kind: str) -> dict[str, Callable[..., Callable[[], float]]]:
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    make: Callable[..., Callable[[], float]]
+    everywhere: bool = True
+    """Whether it runs every case, or the first two alone."""
+
+
+def contenders(kind: str) -> list[Contender]:
     """In the order of their weight: what the budget does not allow is at the end."""
-    found: dict[str, Callable[..., Callable[[], float]]] = {"arriero": ours}
-    if importlib.util.find_spec("transformers"):
-        found["transformers"] = plain_transformers
-    if kind == "cuda":
-        found["arriero, cuDNN attention first"] = cudnn_first
+    peers, compiles = importlib.util.find_spec("transformers") is not None, kind == "cuda"
+    found = [Contender("arriero, compiled", partial(ours, compile=True))] if compiles else []
+    found += [Contender("transformers", plain_transformers)] if peers else []
+    found += [Contender("arriero", ours)]
+    if peers and compiles:
+        found += [Contender("transformers, compiled", partial(plain_transformers, compiled=True), everywhere=False)]
+    if compiles and importlib.util.find_spec("torchao"):
+        found += [
+            Contender(f"arriero, compiled, float8 {how}", partial(ours, compile=True, float8=how), everywhere=False)
+            for how in ("tensorwise", "rowwise")
+        ]
     return found
+
+
+def turns(kind: str, tiny: bool) -> list[tuple[Case, Contender]]:
+    """Contender after contender, those of little weight last."""
+    all_cases = cases(tiny)
+    return [(case, c) for c in contenders(kind) for case in all_cases[: None if c.everywhere else 2]]
 
 
 def measure(bench: Bench, case: Case, make: Callable[..., Callable[[], float]]) -> dict[str, Any]:
@@ -178,11 +189,25 @@ def timed(bench: Bench, case: Case, step: Callable[[], float]) -> dict[str, Any]
         step()
     synchronize(bench.kind)
     seconds = (time.perf_counter() - began) / bench.steps
+    memory = peak_memory(bench.kind)
     return {
         "tokens_per_second": case.tokens / seconds, "seconds_per_step": seconds, "first_step_seconds": first,
-        "peak_memory_gb": peak_memory(bench.kind) / 1e9, "first_loss": first_loss,
-        "log_vocabulary": math.log(case.model.vocab_size),
+        "peak_memory_gb": memory / 1e9, "first_loss": first_loss,
+        "log_vocabulary": math.log(case.model.vocab_size), "busy": busy_seconds(bench.kind, step) / seconds or None,
     }  # fmt: skip
+
+
+def busy_seconds(kind: str, step: Callable[[], float]) -> float:
+    """Seconds of one step in which the card computes: what is missing to 1 is what CUDA graphs could gain at most.
+
+    The kernels' own times are taken from a profile, the step's from a run without, since profiling slows the host.
+    """
+    if kind != "cuda":
+        return 0.0
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        synchronize(kind)
+    return sum(e.self_device_time_total for e in profile.key_averages()) / 1e6
 
 
 def clean(kind: str) -> None:
@@ -204,19 +229,21 @@ def run(bench: Bench, tiny: bool, budget: float) -> dict[str, Any]:
     clean(bench.kind)
     sheet = (peak_flops(device_name(bench.kind), "bfloat16") or 0.0) / 1e12
     rows, longest = [], 0.0
-    for case in cases(tiny):
-        for name, make in contenders(bench.kind).items():
-            row: dict[str, Any] = {"case": case.name, "length": case.length, "contender": name}
-            start = time.perf_counter()
-            if start - began + longest > budget:
-                rows.append(row | {"problem": f"not run: the {budget:.0f} s were spent"})
-                continue
-            row |= measure(bench, case, make)
-            if rate := row.get("tokens_per_second"):
-                figures = throughput(case.model, rate, case.length, peak_tflops=sheet or before.tflops)
-                row |= {"tflops": figures.tflops, "mfu": figures.mfu, "mfu_full": figures.mfu_full}
-            rows.append(row)
-            longest = max(longest, time.perf_counter() - start)
+    for case, contender in turns(bench.kind, tiny):
+        row: dict[str, Any] = {"case": case.name, "length": case.length, "contender": contender.name}
+        rows.append(row)
+        start = time.perf_counter()
+        if start - began + longest > budget:
+            row["problem"] = f"not run: the {budget:.0f} s were spent"
+            continue
+        row |= measure(bench, case, contender.make)
+        if rate := row.get("tokens_per_second"):
+            figures = throughput(case.model, rate, case.length, peak_tflops=sheet or before.tflops)
+            row |= {"tflops": figures.tflops, "mfu": figures.mfu, "mfu_full": figures.mfu_full}
+        longest = max(longest, time.perf_counter() - start)
+        print(f"{time.perf_counter() - began:.0f} s: {row}", file=sys.stderr, flush=True)
+    order = [(case.name, case.length) for case in cases(tiny)]
+    rows.sort(key=lambda row: order.index((row["case"], row["length"])))  # by case, then as they ran
     after = matmul_peak(device, "bfloat16", seconds=0.2 if tiny else 3.0)
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     if importlib.util.find_spec("transformers"):
@@ -230,17 +257,18 @@ def run(bench: Bench, tiny: bool, budget: float) -> dict[str, Any]:
 
 def report(found: dict[str, Any]) -> str:
     headers = ["shape", "tokens", "", "tokens/s", "of transformers", "TFLOPs", "MFU", "MFU, attention in full",
-               "peak memory, GB", "micro batch"]  # fmt: skip
+               "card busy", "peak memory, GB", "micro batch", "first step, s"]  # fmt: skip
     peers = {(r["case"], r["length"]): r.get("tokens_per_second") for r in found["rows"]
              if r["contender"] == "transformers"}  # fmt: skip
     lines = []
     for r in found["rows"]:
-        shown = [r.get("problem", ""), *["-"] * 6]
+        shown = [r.get("problem", ""), *["-"] * 8]
         if rate := r.get("tokens_per_second"):
             peer = peers.get((r["case"], r["length"]))
             shown = [
                 f"{rate:.0f}", f"{rate / peer:.2f}" if peer else "-", f"{r['tflops']:.4g}", percent(r["mfu"]),
-                percent(r["mfu_full"]), f"{r['peak_memory_gb']:.2f}", str(r["micro_batch"]),
+                percent(r["mfu_full"]), percent(r["busy"]), f"{r['peak_memory_gb']:.2f}", str(r["micro_batch"]),
+                f"{r['first_step_seconds']:.1f}",
             ]  # fmt: skip
         lines.append([r["case"], str(r["length"]), r["contender"], *shown])
     sheet = found["data_sheet_tflops"]
@@ -251,6 +279,7 @@ def report(found: dict[str, Any]) -> str:
         f"{found['device']}; {', '.join(f'{k} {v}' for k, v in found['versions'].items())}; {found['seconds']:.0f} s",
         f"fastest bfloat16 matmul: {found['matmul_tflops_before']:.4g} TFLOP/s before, "
         f"{found['matmul_tflops_after']:.4g} after",
+        "card busy: the kernels' own time in a step over the step's; first step: with compilation, from an empty cache",
         f"MFU: tokens/s x (6 x matmul parameters + 6 L d s) / {against} TFLOP/s; attention in full: 12 L d s",
     ]
     if not peers:

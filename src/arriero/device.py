@@ -111,6 +111,11 @@ def masked_heads_are_spread(kind: str) -> bool:
     return kind == "cuda"
 
 
+def softmax_at_once(kind: str) -> int:
+    """Logits whose softmax is taken in one go: on a CPU what its caches hold in float32, elsewhere any number."""
+    return 2**20 if kind == "cpu" else 2**27
+
+
 def matmul_dtypes(kind: str) -> tuple[str, ...]:
     """The dtypes whose matmul is worth measuring: float16 on a CPU runs a hundred times slower than bfloat16."""
     return {"cpu": ("bfloat16", "float32"), "cuda": ("bfloat16", "float16", "tf32", "float32")}.get(

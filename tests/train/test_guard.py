@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import toy
 from arriero.checkpoint.digest import state_sha256
@@ -43,10 +44,10 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Batch 4 makes the loss NaN; the numbers of the batches that steps have used."""
     original, used = Trainer.forward_backward, list[int]()
 
-    def forward_backward(self: Trainer, micro: Any, *, train: bool) -> float:
+    def forward_backward(self: Trainer, micro: Any, *, train: bool) -> torch.Tensor:
         loss = original(self, micro, train=train)
         used.append(self.skipped.batch(self.done))
-        return math.nan if used[-1] == 4 else loss
+        return loss * math.nan if used[-1] == 4 else loss
 
     monkeypatch.setattr(Trainer, "forward_backward", forward_backward)
     return used
@@ -77,7 +78,7 @@ def test_without_a_checkpoint_it_goes_back_to_the_start(tmp_path: Path, poison: 
 
 
 def test_what_rewinding_cannot_mend_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Trainer, "forward_backward", lambda self, micro, train: math.nan)
+    monkeypatch.setattr(Trainer, "forward_backward", lambda self, micro, train: torch.tensor(math.nan).double())
     with pytest.raises(UserError, match="rewound 10 times"):
         run(recipe_in(tmp_path, steps=6, on_nonfinite="rewind"))
 
@@ -117,9 +118,9 @@ def test_a_spike_is_handled_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(guard, "FEWEST", 3)
     original = Trainer.forward_backward
 
-    def forward_backward(self: Trainer, micro: Any, *, train: bool) -> float:
+    def forward_backward(self: Trainer, micro: Any, *, train: bool) -> torch.Tensor:
         loss = original(self, micro, train=train)
-        return 1000.0 if self.skipped.batch(self.done) == 4 else loss
+        return torch.full_like(loss, 1000.0) if self.skipped.batch(self.done) == 4 else loss
 
     monkeypatch.setattr(Trainer, "forward_backward", forward_backward)
     recipe = recipe_in(tmp_path, steps=6, on_spike=policy)

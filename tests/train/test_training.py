@@ -78,9 +78,9 @@ def test_masked_labels_and_micro_batches_do_not_change_the_mean(tmp_path: Path) 
             for one in labels:
                 one[: 3 * row] = -100  # each row loses more: micro-batches have unequal counts
                 row += 1
-            micro[i] = m._replace(labels=labels)
+            micro[i] = m._replace(labels=labels, valid=int((labels != -100).sum()))
         loss = trainer.forward_backward(micro, train=True)
-        gradients.append((loss, [p.grad.clone() for p in trainer.parts[0].parameters()]))
+        gradients.append((loss.item(), [p.grad.clone() for p in trainer.parts[0].parameters()]))
     assert gradients[0][0] == pytest.approx(gradients[1][0], rel=1e-12)
     for a, b in zip(gradients[0][1], gradients[1][1], strict=True):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-15)
@@ -109,7 +109,7 @@ def test_interrupted_equals_uninterrupted_to_the_bit(tmp_path: Path, dtype: str)
 def test_dtypes_at_rest_and_in_flight(tmp_path: Path) -> None:
     trainer = trainer_of(recipe_in(tmp_path, dtype="bfloat16"))
     seen = []
-    trainer.parts[0].lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    trainer.parts[0].model.norm.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     trainer.step()
     assert set(seen) == {torch.bfloat16}
     assert {p.dtype for p in trainer.parts[0].parameters()} == {torch.float32}
@@ -150,7 +150,7 @@ def test_a_nonfinite_step_is_printed_counted_and_harms_nothing(
     original = Trainer.forward_backward
     weights: list[torch.Tensor] = []
 
-    def poisoned(self: Trainer, micro: Any, *, train: bool) -> float:
+    def poisoned(self: Trainer, micro: Any, *, train: bool) -> torch.Tensor:
         weight = self.parts[0].get_parameter("model.norm.weight")
         weights.append(weight.detach().clone())
         loss = original(self, micro, train=train)

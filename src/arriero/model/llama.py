@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from arriero.model import ops
+from arriero.model import head, ops
 from arriero.model.config import LlamaConfig
 
 
@@ -129,6 +129,7 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        self.token_loss: Callable[..., Tensor] = head.summed_loss  # tensor parallelism puts its own here
 
     def rope(self, positions: Tensor, dtype: torch.dtype, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines for `positions` [L] or [B, L]; `length` is the row's, which dynamic scaling needs."""
@@ -151,7 +152,15 @@ class Llama(nn.Module):
             x_BLD = layer(x_BLD, cos, sin, mask)
         return x_BLD if self.model.norm is None else self.model.norm(x_BLD)
 
-    def forward(self, inputs: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """[B, L] -> logits [B, L, V] in the model's dtype; a stage without head returns the stream [B, L, D]."""
+    def forward(
+        self, inputs: Tensor, positions: Tensor | None = None, mask: Tensor | None = None,
+        labels: Tensor | None = None, scale: float = 1.0,
+    ) -> Tensor:  # fmt: skip
+        """[B, L] -> logits [B, L, V] in the model's dtype; a stage without head returns the stream [B, L, D].
+
+        With `labels` [B, L] the result is scale x the summed loss, [1], and the logits are never held whole.
+        """
         x_BLD = self.hidden(inputs, positions, mask)
-        return x_BLD if self.lm_head is None else self.lm_head(x_BLD)
+        if self.lm_head is None:
+            return x_BLD
+        return self.lm_head(x_BLD) if labels is None else self.token_loss(self.lm_head, x_BLD, labels, scale)

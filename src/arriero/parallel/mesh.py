@@ -110,13 +110,13 @@ class Ranks:
         return value
 
     def any(self, *wanted: bool) -> list[bool]:
-        """Of each of these, whether any process wants it: one collective for all of them."""
+        """Of each of these, whether any process wants it: one collective for all of them, between the hosts."""
         import torch
         import torch.distributed as dist
 
         if self.mesh is None:
             return list(wanted)
-        flags = torch.tensor(wanted, dtype=torch.int32, device=self.mesh.device_type)
+        flags = torch.tensor(wanted, dtype=torch.int32)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         return [bool(flag) for flag in flags.tolist()]
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arriero.model.head import IGNORED
 from arriero.parallel.config import ParallelConfig
 from arriero.parallel.context import positions_of
 from arriero.parallel.mesh import Ranks
@@ -20,6 +21,7 @@ class MicroBatch(NamedTuple):
         tokens, labels: int64 [B, P].
         positions: int64 [B, P], or None where they count from 0 in every row.
         mask: boolean [B, 1, Q, L], True where a query may look, or None where attention is causal over the row.
+        valid: number of labels that carry a loss, counted on the host: to ask the device would be to wait for it.
         squares: sum of squared lengths of the whole rows' documents, or of the rows: what attention costs.
     """
 
@@ -27,7 +29,8 @@ class MicroBatch(NamedTuple):
     labels: Tensor
     positions: Tensor | None
     mask: Tensor | None
-    squares: int = 0
+    valid: int
+    squares: int
 
 
 def micro_batch(
@@ -43,12 +46,14 @@ def micro_batch(
         place = torch.arange(tokens.shape[1], device=device).expand(len(tokens), -1)
     squares = tokens.size * tokens.shape[1] if documents is None else sum_of_squares(documents)
     if ranks.context == 1:
-        return MicroBatch(rows[0], rows[1], place, mask, squares)
-    mine = positions_of(ranks.context_rank, config, tokens.shape[1]).to(device)
+        return MicroBatch(rows[0], rows[1], place, mask, int((labels != IGNORED).sum()), squares)
+    mine = positions_of(ranks.context_rank, config, tokens.shape[1])
+    valid = int((labels[:, mine.numpy()] != IGNORED).sum())
+    mine = mine.to(device)
     place = mine.expand(len(tokens), -1) if place is None else place[:, mine]
     if mask is not None and config.context_method == "all-gather":
         mask = mask[:, :, mine]  # this process's queries against all keys; Ulysses sees all queries
-    return MicroBatch(rows[0][:, mine], rows[1][:, mine], place, mask, squares)
+    return MicroBatch(rows[0][:, mine], rows[1][:, mine], place, mask, valid, squares)
 
 
 def sum_of_squares(documents_BL: np.ndarray) -> int:

@@ -58,20 +58,18 @@ class Pipeline:
     Args:
         parts: the stages' models, laid out.
         forwards: for each, the module to call: itself, or itself in the compute dtype.
-        loss: (logits, labels) -> the summed loss of a micro-batch; called on the last stage.
         micro_batches: how many a step has.
     """
 
     def __init__(
         self, parts: list[Llama], forwards: list[nn.Module], *, config: ParallelConfig, ranks: Ranks,
-        device: torch.device, loss: Callable[[Tensor, Tensor], Tensor], micro_batches: int,
+        device: torch.device, micro_batches: int,
     ) -> None:  # fmt: skip
         assert ranks.mesh is not None
-        self.parts, self.device, self.weight = parts, device, 1.0
+        self.parts, self.device = parts, device
         self.v_shaped = config.pipeline_schedule in V_SHAPED
         own = stages_of(config, ranks.coordinates["pipeline"])
         group = ranks.mesh.get_group("pipeline")
-        self.loss = loss
         self.stages = stages = [
             PipelineStage(forward, number, config.stages, device, group=group)
             for forward, number in zip(forwards, own, strict=True)
@@ -81,12 +79,11 @@ class Pipeline:
         one = issubclass(kind, PipelineScheduleSingle)
         self.schedule: Any = kind(
             stages[0] if one else stages, n_microbatches=micro_batches, scale_grads=False,
-            loss_fn=lambda logits, labels: self.loss(logits, labels) * self.weight,
+            loss_fn=lambda loss, labels: loss.sum(),  # the last stage has taken the labels, and returns the loss
         )  # fmt: skip
 
     def watch(self, timed: Callable[..., Callable[..., Any]]) -> None:
         """Has the schedule's calls timed by `timed(call, phase, before)`; what lies between them is communication."""
-        self.loss = timed(self.loss, "forward", "communication")
         for stage in self.stages:
             for name in ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk"):
                 setattr(stage, name, timed(getattr(stage, name), name.partition("_")[0], "communication"))
@@ -97,14 +94,15 @@ class Pipeline:
         With `train` the gradient of weight x loss is added to the parameters. torch's V-shaped schedules cannot run
         forward alone: there, a validation runs backward too, and drops the gradient.
         """
-        self.weight = weight
-        keywords = {
+        keywords: dict[str, Any] = {
             name: torch.cat([getattr(m, name) for m in micro])
             for name in ("positions", "mask")
             if getattr(micro[0], name) is not None
         }
         inputs = (torch.cat([m.tokens for m in micro]),) if self.holds_first else ()
         target = torch.cat([m.labels for m in micro]) if self.holds_last else None
+        if target is not None:
+            keywords |= {"labels": target, "scale": weight}
         losses: list[Tensor] = []
         backward = train or self.v_shaped
         go = self.schedule.step if backward else self.schedule.eval

@@ -1,15 +1,18 @@
 """Tensor parallelism as a table: which module is cut how (Megatron-LM, arXiv:1909.08053 and arXiv:2205.05198).
 
 A column-parallel matrix is cut by output rows, a row-parallel one by input columns; each pair needs one sum forward and
-one backward. The embedding is cut by vocabulary rows, and so is the head: its logits stay cut, and the loss is computed
-on the cut vocabulary. Under sequence parallelism the stream between the blocks is cut by position, too: the sum after a
+one backward. The embedding is cut by vocabulary rows, and so is the head: the loss is computed on the cut vocabulary, for
+which two numbers a token are exchanged. Under sequence parallelism the stream between the blocks is cut by position, too: the sum after a
 block becomes a reduce-scatter, and an all-gather stands before the next.
 """
 
 from __future__ import annotations
 
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -18,7 +21,9 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
+from torch.distributed.tensor.placement_types import Placement
 
+from arriero.model.head import VocabularyCut, linear_cross_entropy
 from arriero.model.llama import Llama
 
 
@@ -56,3 +61,29 @@ def apply_tensor_parallel(model: Llama, mesh: DeviceMesh, *, sequence: bool) -> 
     absent = {"model.embed_tokens": model.model.embed_tokens, "model.norm": model.model.norm, "lm_head": model.lm_head}
     table = {path: style for path, style in plan(sequence=sequence).items() if absent.get(path, model) is not None}
     parallelize_module(model, mesh, table)
+    if model.lm_head is not None:
+        model.token_loss = CutVocabularyLoss(mesh, model.config.vocab_size, Shard(1) if sequence else Replicate())
+
+
+class CutVocabularyLoss:
+    """The summed loss where each process holds some rows of the head."""
+
+    def __init__(self, mesh: DeviceMesh, vocabulary: int, stream: Placement) -> None:
+        self.mesh, self.stream = mesh, stream
+        each = -(-vocabulary // mesh.size())  # as DTensor cuts: rounded up, the last may have less
+        self.cut = VocabularyCut(mesh.get_local_rank() * each, self._gather)
+
+    def _gather(self, value: Tensor) -> Tensor:
+        out = [torch.empty_like(value) for _ in range(self.mesh.size())]
+        dist.all_gather(out, value, group=self.mesh.get_group())
+        return torch.stack(out)
+
+    def __call__(self, head: nn.Linear, x_BLD: Tensor, labels_BL: Tensor, scale: float = 1.0) -> Tensor:
+        """As model/head.py's summed_loss, the same on every process; `x_BLD` is the stream as it is cut here."""
+        stream = DTensor.from_local(x_BLD, self.mesh, [self.stream], run_check=False)
+        whole = stream.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+        weight = head.weight
+        assert isinstance(weight, DTensor)
+        return linear_cross_entropy(
+            whole.flatten(0, 1), weight.to_local(), labels_BL.flatten(), scale=scale, cut=self.cut
+        )

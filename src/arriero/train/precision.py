@@ -7,6 +7,7 @@ same: low-precision weights and activations, gradients cast up and added in floa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +29,10 @@ class InPrecision(nn.Module):
         super().__init__()
         self.inner, self.compute = model, compute
 
-    def forward(self, inputs: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, *inputs: Any, **keywords: Any) -> Tensor:
         """As the model's own forward."""
         cast = {name: parameter.to(self.compute) for name, parameter in self.inner.named_parameters()}
-        out: Tensor = functional_call(self.inner, cast, (inputs, positions, mask))
+        out: Tensor = functional_call(self.inner, cast, inputs, keywords)
         return out
 
 

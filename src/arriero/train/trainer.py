@@ -36,7 +36,6 @@ from arriero.parallel.shards import local, shards
 from arriero.parallel.zero import cut_again, sum_gradients_now, watch_collectives
 from arriero.recipe import Recipe, to_toml
 from arriero.train.guard import MOST_REWINDS, Replicated, SkippedWindows, Spikes, check_replicas
-from arriero.train.loss import IGNORED, loss_context, summed_loss
 from arriero.train.optim import MOMENTS, Optimizer
 from arriero.train.precision import LossScale, forward_in, store_dtype
 from arriero.train.reporter import StepResult
@@ -83,7 +82,7 @@ class Trainer:
         self.pipeline = None
         if recipe.parallel.pipeline_parallel > 1:
             self.pipeline = Pipeline(
-                self.parts, forwards, config=recipe.parallel, ranks=ranks, device=self.device, loss=summed_loss,
+                self.parts, forwards, config=recipe.parallel, ranks=ranks, device=self.device,
                 micro_batches=train.accumulation(ranks.data),
             )  # fmt: skip
         self.clock = StepClock(device_kind)
@@ -218,23 +217,22 @@ class Trainer:
         if self._feed is not None:
             self._feed.close()
 
-    def forward_backward(self, micro: list[MicroBatch], *, train: bool) -> float:
-        """The mean loss over the global batch; with `train`, its gradient is left in the parameters."""
-        counts = [torch.stack([(m.labels != IGNORED).sum() for m in micro]).sum().double()]
-        counts += [torch.full_like(counts[0], sum(m.squares for m in micro))]
-        valid, squares = self.ranks.sum(torch.stack(counts), *BATCH).tolist()
+    def forward_backward(self, micro: list[MicroBatch], *, train: bool) -> torch.Tensor:
+        """The mean loss over the global batch, a float64 scalar on the device; with `train`, its gradient is left in
+        the parameters."""
+        counts = torch.tensor([sum(m.valid for m in micro), sum(m.squares for m in micro)], dtype=torch.float64)
+        valid, squares = self.ranks.sum(counts, *BATCH).tolist()
         tokens = self.recipe.train.global_batch * self.recipe.train.sequence_length
         self.attended = squares / self.ranks.context / tokens
         weight = self.scale.scale / valid
         self.clock.mark("communication")
-        with loss_context(self.ranks):
-            if self.pipeline is not None:
-                total = self.pipeline.run(micro, weight=weight, train=train)
-            else:
-                total = self._accumulate(micro, weight, train=train)
+        if self.pipeline is not None:
+            total = self.pipeline.run(micro, weight=weight, train=train)
+        else:
+            total = self._accumulate(micro, weight, train=train)
         if train:
             sum_tied_gradients(self.parts, self.config, self.ranks)
-        loss = (self.ranks.sum(total, "pipeline", *BATCH) / valid).item()
+        loss = self.ranks.sum(total, "pipeline", *BATCH) / valid
         self.clock.mark("communication")
         return loss
 
@@ -242,27 +240,29 @@ class Trainer:
         """The summed loss of this rank's micro-batches, float64; with `train`, gradients of weight x loss are added."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, m in enumerate(micro):
-            loss = summed_loss(self.forward(m.tokens, m.positions, m.mask), m.labels)
+            loss = self.forward(m.tokens, m.positions, m.mask, labels=m.labels, scale=weight)
             self.clock.mark("forward")
             if train:
                 sum_gradients_now(self.parts[0], self.recipe.parallel.zero_stage, last=i == len(micro) - 1)
-                (loss * weight).backward()
+                loss.backward()
                 self.clock.mark("backward")
-            total += loss.detach()
-        return total
+            total += loss.detach().sum()
+        return total / weight
 
     def step(self, stop: Callable[[], bool] = lambda: False) -> StepResult:
         """One optimizer step: batch, loss, gradient, norm, update. `stop` says whether this process was asked to end
         the run; they agree on it where they agree on the step."""
         train = self.recipe.train
-        self.clock.begin(shown=(self.done + 1) % self.recipe.log.every == 0)
+        shown = (self.done + 1) % self.recipe.log.every == 0
+        self.clock.begin(shown=shown)
         began = time.perf_counter()
         micro = self.next_batch()
         self.clock.mark("data_wait")
-        loss = self.forward_backward(micro, train=True)
+        mean = self.forward_backward(micro, train=True)
         self.optimizer.take_gradients()
         scale = self.scale.scale
-        norm = self.optimizer.gradient_norm().item() / scale
+        # The one wait for the device in a step: whether it is accepted hangs on these two.
+        loss, norm = torch.stack((mean, self.optimizer.gradient_norm().to(mean.device) / scale)).tolist()
         finite, accepted, stopping = self._judge(loss, norm, stop=stop())
         rate = learning_rate(self.recipe.schedule, self.done, train.steps)
         if accepted:
@@ -273,7 +273,8 @@ class Trainer:
         if self.fp16:
             self.scale.update(finite=finite)
         self.done += 1
-        synchronize(self.kind)
+        if shown:
+            synchronize(self.kind)
         self.clock.mark("optimizer")
         return StepResult(
             step=self.done, loss=loss, grad_norm=norm, learning_rate=rate, loss_scale=scale, skipped=not accepted,
@@ -312,7 +313,7 @@ class Trainer:
 
     def _validate(self) -> float:
         batches, count = open_batches(self.recipe, "valid"), self.recipe.train.eval_batches
-        losses = [self.forward_backward(self.micro_batches(batches, i), train=False) for i in range(count)]
+        losses = [self.forward_backward(self.micro_batches(batches, i), train=False).item() for i in range(count)]
         for part in self.parts:
             cut_again(part)
         return sum(losses) / count
