@@ -1,9 +1,9 @@
 """Tensor parallelism as a table: which module is cut how (Megatron-LM, arXiv:1909.08053 and arXiv:2205.05198).
 
 A column-parallel matrix is cut by output rows, a row-parallel one by input columns; each pair needs one sum forward and
-one backward. The embedding is cut by vocabulary rows, and so is the head: the loss is computed on the cut vocabulary, for
-which two numbers a token are exchanged. Under sequence parallelism the stream between the blocks is cut by position, too: the sum after a
-block becomes a reduce-scatter, and an all-gather stands before the next.
+one backward. The embedding is cut by vocabulary rows, and so is the head: the loss is computed on the cut vocabulary,
+for which two numbers a token are exchanged. Under sequence parallelism the stream between the blocks is cut by
+position, too: the sum after a block becomes a reduce-scatter, and an all-gather stands before the next.
 """
 
 from __future__ import annotations
