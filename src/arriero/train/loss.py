@@ -11,10 +11,9 @@ import contextlib
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import loss_parallel
 
 from arriero.parallel.mesh import Ranks
+from arriero.parallel.shards import is_dtensor
 
 IGNORED = -100  # the label of a token that carries no loss
 
@@ -28,9 +27,13 @@ def summed_loss(logits_BLV: Tensor, labels_BL: Tensor) -> Tensor:
     if logits.dtype != torch.float64:
         logits = logits.float()
     loss = F.cross_entropy(logits, labels_BL.flatten(), ignore_index=IGNORED, reduction="sum")
-    return loss.to_local() if isinstance(loss, DTensor) else loss
+    return loss.to_local() if is_dtensor(loss) else loss
 
 
 def loss_context(ranks: Ranks) -> contextlib.AbstractContextManager[None]:
     """Vocabulary-parallel cross-entropy where the head is cut, nothing otherwise."""
-    return loss_parallel() if ranks.sizes["tensor"] > 1 else contextlib.nullcontext()
+    if ranks.sizes["tensor"] == 1:
+        return contextlib.nullcontext()
+    from torch.distributed.tensor.parallel import loss_parallel
+
+    return loss_parallel()
