@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 STEPS_BETWEEN = 100
-"""A step leaves few cycles behind; 100 steps' worth is a few megabytes."""
+"""A step leaves some hundred small objects in cycles, and no tensor: measured in every layout."""
 
 
 @contextmanager
