@@ -116,6 +116,11 @@ def softmax_at_once(kind: str) -> int:
     return 2**20 if kind == "cpu" else 2**27
 
 
+def fused_update_divides(kind: str) -> bool:
+    """Whether torch's fused AdamW divides float32 gradients itself, by its `grad_scale`: it saves a pass over them."""
+    return kind in ("cpu", "cuda")
+
+
 def matmul_dtypes(kind: str) -> tuple[str, ...]:
     """The dtypes whose matmul is worth measuring: float16 on a CPU runs a hundred times slower than bfloat16."""
     return {"cpu": ("bfloat16", "float32"), "cuda": ("bfloat16", "float16", "tf32", "float32")}.get(

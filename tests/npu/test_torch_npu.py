@@ -131,10 +131,11 @@ def test_the_optimizer_is_the_fused_one() -> None:
     with torch.device("npu:0"):
         model = Llama(CONFIG)
     optimizer = Optimizer([model], OptimConfig(), Ranks())
+    optimizer.start(None, updates=0)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.take_gradients()
     with Calls() as calls:
-        optimizer.step(lr=1e-3, gradient_scale=0.5)
+        optimizer.step(lr=1e-3, divisor=2.0)
     assert calls.count["aten::_fused_adamw_"] == 2  # decayed parameters and exempt ones
     assert "aten::sqrt" not in calls.count

@@ -222,7 +222,7 @@ def fill_randomly(trainer: Trainer) -> None:
         for parameter in part.parameters():
             held = local(parameter)
             held.normal_(0.0, 0.02) if parameter.dim() > 1 else held.fill_(1.0)
-    trainer.optimizer.take_values()
+    trainer.optimizer.start(None, updates=0)
 
 
 def settle(ranks: Ranks, kind: str) -> None:

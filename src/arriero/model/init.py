@@ -6,8 +6,13 @@ device starts from the same numbers.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import hashlib
 import math
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,31 +60,57 @@ class InitialWeights:
         return torch.float32
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> Tensor:
-        """Draws `name`, or the part that `index` (a slice a dimension) selects."""
-        shape = self._shapes[name]
-        if name.endswith("norm.weight"):
-            full = torch.ones(shape)
-            return full if index is None else full[index].clone()
-        if name.endswith(".bias"):
-            full = torch.zeros(shape)
-            return full if index is None else full[index].clone()
+        """Draws `name`, or the part that `index` (a slice a dimension, step 1) selects."""
+        slices = (*(index or ()), slice(None), slice(None))
+        wanted = [range(n)[s] for n, s in zip(self._shapes[name], slices, strict=False)]
+        out = torch.empty([len(r) for r in wanted])
+        self.read_into(name, [r.start for r in wanted], out)
+        return out
+
+    def read_into(self, name: str, start: list[int], out: Tensor) -> None:
+        """Fills `out`, float32 on the CPU, with the part of `name` that begins at `start`."""
+        if name.endswith(("norm.weight", ".bias")):
+            out.fill_(0.0 if name.endswith(".bias") else 1.0)
+        elif out.numel():
+            rows = range(start[0], start[0] + len(out))
+            blocks = range(rows[0] // ROWS_PER_DRAW, rows[-1] // ROWS_PER_DRAW + 1)
+            fill = partial(self._fill, name, rows, start[1], out.detach().numpy())
+            with ThreadPoolExecutor(min(len(blocks), torch.get_num_threads())) as threads:
+                list(threads.map(fill, blocks))
+
+    def _fill(self, name: str, rows: range, column: int, out: np.ndarray, block: int) -> None:
+        """Draws what `out` (`rows` of `name`, from `column`) has of rows [block * ROWS_PER_DRAW, ...)."""
+        first = block * ROWS_PER_DRAW
+        low, high = max(first, rows[0]), min(first + ROWS_PER_DRAW, rows[-1] + 1)
+        part, columns = out[low - rows[0] : high - rows[0]], self._shapes[name][1]
+        in_place = low == first and part.shape[1] == columns and part.flags.c_contiguous
+        drawn = part if in_place else np.empty((high - first, columns), dtype=np.float32)
+        digest = hashlib.sha256(f"{self.seed}/{name}/{block}".encode()).digest()
+        fill_normal(np.random.Philox(key=int.from_bytes(digest[:16], "little")), drawn)
+        if not in_place:
+            part[...] = drawn[low - first :, column : column + part.shape[1]]
         std = self.config.initializer_range
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             std /= math.sqrt(2 * self.config.num_hidden_layers)
-        rows = range(shape[0])[index[0]] if index else range(shape[0])
-        if len(rows) == 0:
-            return torch.empty((0, *shape[1:]))[:, index[1]] if index and len(index) > 1 else torch.empty(0, *shape[1:])
-        first, last = rows[0] // ROWS_PER_DRAW, rows[-1] // ROWS_PER_DRAW
-        drawn = np.concatenate([self._draw(name, block) for block in range(first, last + 1)])
-        part = drawn[rows[0] - first * ROWS_PER_DRAW :][: len(rows)]
-        if index and len(index) > 1:
-            part = part[:, index[1]]
-        return torch.from_numpy(np.ascontiguousarray(part)).mul_(std)
+        part *= np.float32(std)
 
-    def _draw(self, name: str, block: int) -> np.ndarray:
-        """Standard normals of rows [block * ROWS_PER_DRAW, ...) of `name`, float32."""
-        rows, columns = self._shapes[name]
-        count = min(ROWS_PER_DRAW, rows - block * ROWS_PER_DRAW)
-        digest = hashlib.sha256(f"{self.seed}/{name}/{block}".encode()).digest()
-        generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
-        return generator.standard_normal((count, columns), dtype=np.float32)
+
+def fill_normal(bits: np.random.BitGenerator, out: np.ndarray) -> None:
+    """As `np.random.Generator(bits).standard_normal(out=out)`, float32, without holding Python's lock.
+
+    numpy's function is called at its C name, as numpy's manual shows under "Extending": its Generator keeps the lock.
+    """
+    if (draw := _c_normal()) is None:
+        np.random.Generator(bits).standard_normal(out=out, dtype=np.float32)
+    else:
+        draw(bits.ctypes.bit_generator, out.size, out.ctypes.data)
+
+
+@functools.cache
+def _c_normal() -> Any:
+    try:
+        draw = ctypes.CDLL(np.random._generator.__file__).random_standard_normal_fill_f
+    except (AttributeError, OSError):
+        return None
+    draw.argtypes, draw.restype = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_void_p], None
+    return draw

@@ -105,12 +105,32 @@ class Layer(nn.Module):
         return x_BLD + self.mlp(self.post_attention_layernorm(x_BLD)), keys
 
 
+class Embedding(nn.Embedding):
+    """The token table; it gives rows in its own dtype, or in `row_dtype` where that is set.
+
+    Casting the few rows that are looked up gives the numbers of a cast table, at less cost, and their gradients are
+    added in the table's dtype.
+    """
+
+    row_dtype: torch.dtype | None = None
+
+    def reset_parameters(self) -> None:
+        """As torch's, but for a table without memory: drawing on the meta device would import the compiler."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[B, L] -> [B, L, D]."""
+        rows = super().forward(ids)
+        return rows if self.row_dtype is None else rows.to(self.row_dtype)
+
+
 class Decoder(nn.Module):
     """What Hugging Face calls `model`: embedding, layers, final norm."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleDict({str(i): Layer(config) for i in range(config.num_hidden_layers)})
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

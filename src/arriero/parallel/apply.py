@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Protocol, runtime_checkable
 
 import torch
+from torch import nn
 
 from arriero.errors import UserError
 from arriero.model.config import LlamaConfig
@@ -18,8 +19,7 @@ from arriero.parallel.context import apply_context_parallel
 from arriero.parallel.mesh import Ranks
 from arriero.parallel.pipeline import cut_stage, stages_of
 from arriero.parallel.recompute import RecomputeConfig, apply_recompute
-from arriero.parallel.shards import local, shards
-from arriero.parallel.tensor import apply_tensor_parallel
+from arriero.parallel.shards import is_dtensor, local, shards
 from arriero.parallel.zero import apply_zero
 
 
@@ -69,6 +69,8 @@ def build_parts(
         if ranks.context > 1:
             apply_context_parallel(model, parallel, ranks, length)
         if ranks.mesh is not None and ranks.sizes["tensor"] > 1:
+            from arriero.parallel.tensor import apply_tensor_parallel  # imports DTensors, which takes a second
+
             apply_tensor_parallel(model, ranks.mesh["tensor"], sequence=parallel.sequence_parallel)
             tie(model)
         apply_recompute(model, recompute, stage)
@@ -76,10 +78,23 @@ def build_parts(
             apply_zero(model, ranks.mesh["replica", "zero"], parallel.zero_stage, compute)
         elif ranks.mesh is not None and ranks.sizes["zero"] > 1:
             apply_zero(model, ranks.mesh["zero"], parallel.zero_stage, compute)
-        model.to_empty(device=device)
+        make_room(model, device)
         tie(model)
         parts.append(model)
     return parts
+
+
+def make_room(model: Llama, device: torch.device) -> None:
+    """Gives every parameter memory on `device`, with arbitrary values.
+
+    It is `to_empty` without `empty_like` on the meta device, which imports the compiler's algebra: more than a second.
+    """
+    if any(is_dtensor(parameter) for parameter in model.parameters()):
+        model.to_empty(device=device)
+        return
+    for module in model.modules():
+        for name, held in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(torch.empty(held.shape, dtype=held.dtype, device=device)))
 
 
 def tie(model: Llama) -> None:

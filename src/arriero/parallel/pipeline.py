@@ -11,8 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
@@ -65,6 +63,10 @@ class Pipeline:
         self, parts: list[Llama], forwards: list[nn.Module], *, config: ParallelConfig, ranks: Ranks,
         device: torch.device, micro_batches: int,
     ) -> None:  # fmt: skip
+        # Here, because it imports the compiler, which takes seconds, and most layouts have no pipeline.
+        from torch.distributed.pipelining import PipelineStage
+        from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
+
         assert ranks.mesh is not None
         self.parts, self.device = parts, device
         self.v_shaped = config.pipeline_schedule in V_SHAPED

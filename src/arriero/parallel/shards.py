@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeGuard
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from arriero.model.llama import Llama
 from arriero.parallel.mesh import DIMENSIONS, Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,15 @@ class Shard:
         return not self.copy and all(ranks.coordinates[name] == 0 for name in DIMENSIONS if name not in self.cut_over)
 
 
+def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
+    """Whether it is a DTensor; a lone process has none, and need not import them, which takes a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def local(tensor: Tensor) -> Tensor:
     """The local part of a parameter or gradient, sharing its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def local_gradient(parameter: nn.Parameter) -> Tensor | None:
@@ -53,7 +62,7 @@ def local_gradient(parameter: nn.Parameter) -> Tensor | None:
     gradient, held = parameter.grad, parameter.data
     if gradient is None:
         return None
-    if isinstance(gradient, DTensor) and isinstance(held, DTensor) and gradient.placements != held.placements:
+    if is_dtensor(gradient) and is_dtensor(held) and gradient.placements != held.placements:
         parameter.grad = gradient = gradient.redistribute(placements=held.placements)
     return local(gradient)
 
@@ -72,7 +81,9 @@ def shards(parts: Iterable[Llama], ranks: Ranks) -> dict[str, tuple[Shard, nn.Pa
 def _shard(name: str, parameter: nn.Parameter, ranks: Ranks, *, copy: bool) -> Shard:
     shape = tuple(parameter.shape)
     part, offset, cut = shape, (0,) * len(shape), []
-    if isinstance(parameter, DTensor):
+    if is_dtensor(parameter):
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
         mesh = parameter.device_mesh
         part, offset = compute_local_shape_and_global_offset(shape, mesh, parameter.placements)
         names = mesh.mesh_dim_names or ()

@@ -11,15 +11,18 @@ FSDP's own averaging is off: the loss is already divided by the global number of
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
+from torch import nn
 
 from arriero.model.llama import Llama
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
 
 
 def apply_zero(model: Llama, mesh: DeviceMesh, stage: int, compute_dtype: torch.dtype) -> None:
@@ -31,6 +34,8 @@ def apply_zero(model: Llama, mesh: DeviceMesh, stage: int, compute_dtype: torch.
         stage: ZeRO's.
         compute_dtype: of parameters in flight.
     """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     low = compute_dtype in (torch.bfloat16, torch.float16)
     policy = (
         MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32) if low else MixedPrecisionPolicy()
@@ -38,38 +43,28 @@ def apply_zero(model: Llama, mesh: DeviceMesh, stage: int, compute_dtype: torch.
     for module in (*model.model.layers.values(), model):
         fully_shard(module, mesh=mesh, reshard_after_forward=stage == 3, mp_policy=policy)
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if is_fsdp(module):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
 
 
+def is_fsdp(module: nn.Module) -> TypeGuard[FSDPModule]:
+    """Whether FSDP manages it; a lone process need not import FSDP to know."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
 def sum_gradients_now(model: Llama, stage: int, *, last: bool) -> None:
     """Tells FSDP whether this micro-batch's backward ends in a gradient sum; without FSDP it does nothing."""
-    if isinstance(model, FSDPModule):
+    if is_fsdp(model):
         model.set_requires_gradient_sync(last or stage > 1)
 
 
 def cut_again(model: Llama) -> None:
     """Frees parameters that a forward pass without backward has left whole; without FSDP it does nothing."""
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if is_fsdp(module):
             module.reshard()
-
-
-class _WatchedAllGather(DefaultAllGather):
-    def __init__(self, watch: Callable[..., Any]) -> None:
-        self._watch = watch
-
-    def __call__(self, *tensors: Any, **keywords: Any) -> Any:
-        return self._watch(super().__call__, *tensors, **keywords)
-
-
-class _WatchedReduceScatter(DefaultReduceScatter):
-    def __init__(self, watch: Callable[..., Any]) -> None:
-        self._watch = watch
-
-    def __call__(self, *tensors: Any, **keywords: Any) -> Any:
-        return self._watch(super().__call__, *tensors, **keywords)
 
 
 def watch_collectives(model: Llama, watch: Callable[..., Any]) -> None:
@@ -77,7 +72,19 @@ def watch_collectives(model: Llama, watch: Callable[..., Any]) -> None:
 
     Hybrid sharding's all-reduce between copies has no such hook.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_custom_all_gather(_WatchedAllGather(watch))
-            module.set_custom_reduce_scatter(_WatchedReduceScatter(watch))
+    managed = [module for module in model.modules() if is_fsdp(module)]
+    if not managed:
+        return
+    from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
+
+    class WatchedAllGather(DefaultAllGather):
+        def __call__(self, *tensors: Any, **keywords: Any) -> Any:
+            return watch(super().__call__, *tensors, **keywords)
+
+    class WatchedReduceScatter(DefaultReduceScatter):
+        def __call__(self, *tensors: Any, **keywords: Any) -> Any:
+            return watch(super().__call__, *tensors, **keywords)
+
+    for module in managed:
+        module.set_custom_all_gather(WatchedAllGather())
+        module.set_custom_reduce_scatter(WatchedReduceScatter())

@@ -16,6 +16,7 @@ from arriero.observe.profile import Profile
 from arriero.parallel.mesh import Ranks
 from arriero.process import seconds_since_start, stop_wanted
 from arriero.recipe import Recipe
+from arriero.train.garbage import collected_between_steps
 from arriero.train.reporter import Reporter, StepResult
 from arriero.train.trainer import Trainer
 from arriero.train.watch import Comparison, Watchdog
@@ -56,29 +57,31 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, st
     events.note("ready", step=trainer.done)
     saved: list[Saved] = []
     stopping = False
-    while trainer.done < settings.steps and not stopping:
-        watchdog.begin(trainer.done + 1)
-        with profile.step(trainer.done + 1):
-            result = trainer.step(lambda: stop_wanted() or timed_out(start))
-        watchdog.done()
-        reporter.step(result)
-        events.note("step", step=result.step, seconds=result.seconds, data=result.phases.get("data_wait", 0.0))
-        reporter.slowest(result.step, comparison.step(result.phases.get("data_wait", 0.0)), recipe.watch.slow)
-        if result.skipped and refuse(trainer, result, reporter, events, start):
-            continue
-        last = trainer.done == settings.steps
-        if settings.check_replicas_every and trainer.done % settings.check_replicas_every == 0:
-            trainer.check_replicas()
-        if settings.eval_every and (trainer.done % settings.eval_every == 0 or last):
-            reporter.validation(trainer.done, trainer.validate())
-        stopping = result.stop and not last
-        every = recipe.checkpoint.every
-        if last or stopping or (every and trainer.done % every == 0):
-            began = time.perf_counter()
-            trainer.save(wait=last or stopping)
-            events.note("saved", step=trainer.done, seconds=time.perf_counter() - began)
-        saved = trainer.saver.results()
-        reporter.saved(saved)
+    with collected_between_steps() as collect:
+        while trainer.done < settings.steps and not stopping:
+            collect(trainer.done)  # here, where every step passes, one that is left out too
+            watchdog.begin(trainer.done + 1)
+            with profile.step(trainer.done + 1):
+                result = trainer.step(lambda: stop_wanted() or timed_out(start))
+            watchdog.done()
+            reporter.step(result)
+            events.note("step", step=result.step, seconds=result.seconds, data=result.phases.get("data_wait", 0.0))
+            reporter.slowest(result.step, comparison.step(result.phases.get("data_wait", 0.0)), recipe.watch.slow)
+            if result.skipped and refuse(trainer, result, reporter, events, start):
+                continue
+            last = trainer.done == settings.steps
+            if settings.check_replicas_every and trainer.done % settings.check_replicas_every == 0:
+                trainer.check_replicas()
+            if settings.eval_every and (trainer.done % settings.eval_every == 0 or last):
+                reporter.validation(trainer.done, trainer.validate())
+            stopping = result.stop and not last
+            every = recipe.checkpoint.every
+            if last or stopping or (every and trainer.done % every == 0):
+                began = time.perf_counter()
+                trainer.save(wait=last or stopping)
+                events.note("saved", step=trainer.done, seconds=time.perf_counter() - began)
+            saved = trainer.saver.results()
+            reporter.saved(saved)
     if stopping:
         reporter.say(f" stopped after step {trainer.done}; go on with: arriero pretrain --resume {recipe.out}")
     if told := profile.finish():

@@ -6,11 +6,13 @@ over processes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from arriero.device import fused_update_divides
 from arriero.errors import UserError
 from arriero.model.llama import Llama
 from arriero.parallel.mesh import Ranks
@@ -43,83 +45,116 @@ class OptimConfig:
 
 
 class Optimizer:
-    """AdamW over what this process holds of the model, keyed by path in it."""
+    """AdamW over what this process holds of the model, keyed by path in it; `start` comes first.
+
+    torch's own kernel is called as it is: torch.optim's objects import the compiler, which takes seconds.
+    """
 
     def __init__(self, parts: list[Llama], config: OptimConfig, ranks: Ranks) -> None:
-        self.ranks, self.offload = ranks, config.offload
+        self.ranks, self.config = ranks, config
         self.shards: dict[str, Shard] = {}
         self._parameters: dict[str, nn.Parameter] = {}
-        self._locals: dict[str, nn.Parameter] = {}
         for name, (shard, parameter) in shards(parts, ranks).items():
             if 0 in shard.local_shape:
                 continue  # an uneven cut left this process nothing of it
             self.shards[name] = shard
             self._parameters[name] = parameter
+        self._gradients: dict[str, Tensor] = {}
+        self.masters: dict[str, Tensor] = {}
+        """The values that are updated: the parameters' own memory, or with `offload` copies on the CPU."""
+        self._moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
+        self._updates = torch.zeros(())
+
+    def start(self, moments: Mapping[str, Mapping[str, Tensor]] | None, updates: int) -> None:
+        """Takes over the parameters' values, once they are loaded, and begins after `updates` updates.
+
+        All memory is taken here, so that the first step is as quick as the others.
+
+        Args:
+            moments: as `moments()` gave them; None for zeros.
+            updates: how many have been made.
+        """
+        for name, parameter in self._parameters.items():
             held = local(parameter).detach()
-            self._locals[name] = nn.Parameter(held.to("cpu", copy=True) if self.offload else held)
-        self.device = next(iter(self._locals.values())).device
-        decayed = [p for n, p in self._locals.items() if len(self.shards[n].shape) > 1]
-        exempt = [p for n, p in self._locals.items() if len(self.shards[n].shape) == 1]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
-        self.adamw = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=0.0, betas=config.betas, eps=config.eps, fused=True
-        )
+            if not self.config.offload:
+                self.masters[name] = held
+            elif name in self.masters:
+                self.masters[name].copy_(held)
+            else:
+                self.masters[name] = held.to("cpu", copy=True)
+        for moment, by_name in self._moments.items():
+            for name, master in self.masters.items():
+                if moments is None:
+                    by_name[name] = by_name[name].zero_() if name in by_name else torch.zeros_like(master)
+                else:
+                    by_name[name] = moments[moment][name].to(dtype=master.dtype, device=master.device)
+        self._updates = torch.tensor(float(updates), device=self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the update is computed."""
+        return next(iter(self.masters.values())).device
 
     def take_gradients(self) -> None:
-        """Points the local parameters at the values and gradients that the model holds now, or fetches gradients."""
+        """Takes the gradients that the model holds now; with `offload` they are fetched."""
+        self._gradients = {}
         for name, parameter in self._parameters.items():
-            ours, gradient = self._locals[name], local_gradient(parameter)
-            if self.offload:
-                ours.grad = None if gradient is None else gradient.to("cpu")
-            else:
-                ours.data = local(parameter).detach()
-                ours.grad = gradient
+            if not self.config.offload:
+                self.masters[name] = local(parameter).detach()  # FSDP may have put it elsewhere
+            gradient = local_gradient(parameter)
+            if gradient is not None:
+                self._gradients[name] = gradient.to(self.masters[name].device)
 
     def gradient_norm(self) -> Tensor:
         """The L2 norm of the whole gradient, a float64 scalar on every process, each element counted once."""
-        counted = [(p.grad, self.shards[n]) for n, p in self._locals.items() if not self.shards[n].copy]
-        by_tensor = _sum_of_squares([g for g, s in counted if g is not None and "tensor" in s.cut_over], self.device)
-        others = _sum_of_squares([g for g, s in counted if g is not None and "tensor" not in s.cut_over], self.device)
+        counted = [(g, self.shards[n]) for n, g in self._gradients.items() if not self.shards[n].copy]
+        by_tensor = _sum_of_squares([g for g, s in counted if "tensor" in s.cut_over], self.device)
+        others = _sum_of_squares([g for g, s in counted if "tensor" not in s.cut_over], self.device)
         # ZeRO cuts every parameter and the pipeline every model: these sums are over all of them.
         return self.ranks.sum(others + self.ranks.sum(by_tensor, "tensor"), "zero", "pipeline").sqrt()
 
-    def step(self, *, lr: float, gradient_scale: float) -> None:
-        """Multiplies the gradients by `gradient_scale` and updates the parameters at rate `lr`."""
-        gradients = [p.grad for p in self._locals.values() if p.grad is not None]
-        if gradient_scale != 1.0:
-            torch._foreach_mul_(gradients, gradient_scale)
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
-        self.adamw.step()
-        if self.offload:
+    @torch.no_grad()
+    def step(self, *, lr: float, divisor: float) -> None:
+        """Updates the parameters at rate `lr` with the gradients over `divisor`; the gradients are lost thereby."""
+        scale = None
+        if divisor != 1.0:
+            if fused_update_divides(self.device.type) and self._updates_in_float32():
+                scale = torch.tensor(divisor, dtype=torch.float32, device=self.device)
+            else:
+                torch._foreach_mul_(list(self._gradients.values()), 1.0 / divisor)
+        self._updates += 1
+        decayed = [n for n in self._gradients if len(self.shards[n].shape) > 1]
+        exempt = [n for n in self._gradients if len(self.shards[n].shape) == 1]
+        self._update(decayed, lr, self.config.weight_decay, scale)
+        self._update(exempt, lr, 0.0, scale)
+        if self.config.offload:
             for name, parameter in self._parameters.items():
-                local(parameter).detach().copy_(self._locals[name].detach())
+                local(parameter).detach().copy_(self.masters[name])
 
-    def take_values(self) -> None:
-        """Takes over the parameters' values, once they are loaded."""
-        for name, parameter in self._parameters.items():
-            self._locals[name].data.copy_(local(parameter).detach())
+    def _updates_in_float32(self) -> bool:
+        """Whether the kernel's divisor, a float32, is as exact as the gradients: not in a float64 proof."""
+        return all(gradient.dtype == torch.float32 for gradient in self._gradients.values())
+
+    def _update(self, names: list[str], lr: float, weight_decay: float, divisor: Tensor | None) -> None:
+        if not names:
+            return
+        first, second = (self._moments[moment] for moment in MOMENTS)
+        torch._fused_adamw_(
+            [self.masters[n] for n in names], [self._gradients[n] for n in names], [first[n] for n in names],
+            [second[n] for n in names], [], [self._updates] * len(names), lr=lr, beta1=self.config.betas[0],
+            beta2=self.config.betas[1], weight_decay=weight_decay, eps=self.config.eps, amsgrad=False, maximize=False,
+            grad_scale=divisor, found_inf=None,
+        )  # fmt: skip
 
     def clear(self) -> None:
         """Forgets all gradients."""
-        for name, parameter in self._parameters.items():
+        self._gradients = {}
+        for parameter in self._parameters.values():
             parameter.grad = None
-            self._locals[name].grad = None
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
-        """{exp_avg, exp_avg_sq} -> parameter name -> local part; zeros before the first step."""
-        state = self.adamw.state
-        return {
-            moment: {n: state[p][moment] if p in state else torch.zeros_like(p) for n, p in self._locals.items()}
-            for moment in MOMENTS
-        }
-
-    def load_moments(self, moments: dict[str, dict[str, Tensor]], updates: int) -> None:
-        """Takes over moments as `moments` gives them, after `updates` updates."""
-        for name, parameter in self._locals.items():
-            step = torch.tensor(float(updates), device=parameter.device)
-            values = {m: moments[m][name].to(parameter.dtype).to(parameter.device) for m in MOMENTS}
-            self.adamw.state[parameter] = {"step": step, **values}
+        """{exp_avg, exp_avg_sq} -> parameter name -> local part."""
+        return self._moments
 
 
 def _sum_of_squares(gradients: list[Tensor], device: torch.device) -> Tensor:

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 
 from arriero.model.llama import Llama
+from arriero.parallel.zero import is_fsdp
 
 
 def store_dtype(compute: torch.dtype) -> torch.dtype:
@@ -23,22 +23,30 @@ def store_dtype(compute: torch.dtype) -> torch.dtype:
 
 
 class InPrecision(nn.Module):
-    """A model called with its parameters cast, under autograd's eyes."""
+    """A model called with its parameters cast, under autograd's eyes.
+
+    Of the embedding only the rows that are looked up are cast, and their gradients are added in float32; a head that is
+    tied to it gets the whole table cast.
+    """
 
     def __init__(self, model: Llama, compute: torch.dtype) -> None:
         super().__init__()
         self.inner, self.compute = model, compute
+        if model.model.embed_tokens is not None:
+            model.model.embed_tokens.row_dtype = compute
 
     def forward(self, *inputs: Any, **keywords: Any) -> Tensor:
         """As the model's own forward."""
-        cast = {name: parameter.to(self.compute) for name, parameter in self.inner.named_parameters()}
-        out: Tensor = functional_call(self.inner, cast, inputs, keywords)
+        named = self.inner.named_parameters(remove_duplicate=False)
+        cast = {name: parameter.to(self.compute) for name, parameter in named if name != "model.embed_tokens.weight"}
+        # A tied head's cast must not become the embedding's table, too.
+        out: Tensor = functional_call(self.inner, cast, inputs, keywords, tie_weights=False)
         return out
 
 
 def forward_in(model: Llama, compute: torch.dtype) -> nn.Module:
     """The module to call for the model's forward pass with its parameters in `compute`."""
-    if isinstance(model, FSDPModule) or compute == store_dtype(compute):
+    if is_fsdp(model) or compute == store_dtype(compute):
         return model
     return InPrecision(model, compute)
 

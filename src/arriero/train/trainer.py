@@ -115,15 +115,14 @@ class Trainer:
             init = self.recipe.init
             source = open_huggingface(Path(init)) if init else InitialWeights(self.config, self.recipe.seed)
             load_weights(self.parts, source, self.ranks)
-            self.optimizer.take_values()
+            self.optimizer.start(None, updates=0)
             return
         state, reader = load_state(checkpoint, STATE_FORM), CheckpointReader(checkpoint)
         load_weights(self.parts, reader, self.ranks)
         held = self.optimizer.shards.items()
         moments = {m: {path: reader.read(f"{m}.{s.name}", s.index) for path, s in held} for m in MOMENTS}
         self.done, self.updates = state["step"], state["updates"]
-        self.optimizer.take_values()
-        self.optimizer.load_moments(moments, self.updates)
+        self.optimizer.start(moments, self.updates)
         self.scale = LossScale(**state["loss_scale"])
         self.skipped = SkippedWindows([(at, count) for at, count in state.get("skipped_windows", [])])
         self.spikes.recent = state.get("recent_losses", [])
@@ -145,7 +144,6 @@ class Trainer:
             self._feed = None
         if checkpoint is None:
             self.done = self.updates = 0
-            self.optimizer.adamw.state.clear()
             self.spikes.recent = []
         self.start(checkpoint)
         self.skipped = skipped
@@ -267,7 +265,7 @@ class Trainer:
         rate = learning_rate(self.recipe.schedule, self.done, train.steps)
         if accepted:
             clip = min(1.0, train.grad_clip / (norm + 1e-6)) if train.grad_clip else 1.0
-            self.optimizer.step(lr=rate, gradient_scale=clip / scale)
+            self.optimizer.step(lr=rate, divisor=scale / clip)
             self.updates += 1
         self.optimizer.clear()
         if self.fp16:
