@@ -19,14 +19,7 @@ import numpy as np
 import torch
 from turns import Turns
 
-from arriero.data.batches import DataConfig
-from arriero.parallel.mesh import Ranks
-from arriero.process import in_process_group
-from arriero.recipe import Recipe
 from arriero.train.config import TrainConfig
-from arriero.train.optim import OptimConfig
-from arriero.train.schedule import ScheduleConfig
-from arriero.train.trainer import Trainer
 
 LR, BETAS, DECAY, CLIP = 1e-4, (0.9, 0.95), 0.1, 1.0
 
@@ -62,18 +55,24 @@ class Job:
 
 def arriero(job: Job, *, compiled: bool = False) -> None:
     """The trainer in a process as `arriero pretrain` makes it."""
+    from arriero.process import in_process_group
+
     in_process_group(partial(_arriero, compiled=compiled), job)
 
 
-def _arriero(job: Job, compiled: bool) -> None:
-    if can_compile():
-        compile_key: dict[str, Any] = {"compile": compiled}
-    else:
-        compile_key = {}
+def _arriero(job: Job, *, compiled: bool) -> None:
+    from arriero.data.batches import DataConfig
+    from arriero.parallel.mesh import Ranks
+    from arriero.recipe import Recipe
+    from arriero.train.optim import OptimConfig
+    from arriero.train.schedule import ScheduleConfig
+    from arriero.train.trainer import Trainer
+
+    keys: dict[str, Any] = {"compile": compiled} if can_compile() else {}
     train = TrainConfig(
         steps=job.steps, sequence_length=job.length, global_batch=job.samples, micro_batch=job.samples,
-        dtype=job.dtype, grad_clip=CLIP, **compile_key,
-    )  # type: ignore[arg-type]  # fmt: skip
+        dtype=job.dtype, grad_clip=CLIP, **keys,
+    )  # fmt: skip
     recipe = Recipe(
         init=job.model, data=DataConfig(prefix=f"{job.root}/data", split="1,0,0"), train=train, device="cpu",
         schedule=ScheduleConfig(shape="constant", lr=LR, min_lr=0.0),
@@ -152,7 +151,7 @@ def transformers_trainer(job: Job) -> None:
 
 
 def litgpt_loop(job: Job, *, compiled: bool = False) -> None:
-    """The loop of litgpt/pretrain.py, without its checkpoints; it always compiles there."""
+    """The loop of litgpt/pretrain.py, which compiles always, without its checkpoints."""
     import lightning
     from litgpt.model import GPT
     from litgpt.utils import chunked_cross_entropy

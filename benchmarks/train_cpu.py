@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from cpu_contenders import Job, contenders
-from turns import Failed, Player
+from turns import Player, PlayerError
 
 from arriero.bench.peak import matmul_peak
 from arriero.bench.table import markdown, percent
@@ -50,23 +50,23 @@ TOLERANCE = {"bfloat16": 1e-2, "float32": 1e-4}
 PACKAGES = ("torch", "transformers", "accelerate", "litgpt", "lightning")
 
 
-def shape(name: str) -> tuple[LlamaConfig, int]:
-    """A model and its sequence length."""
+def shape(name: str) -> LlamaConfig:
+    """A model; its longest sequence is the one that is trained."""
     vocabulary, hidden, layers, heads, feed_forward, length = {
         "small": (32000, 512, 8, 8, 1376, 512),
         "deep": (32000, 768, 12, 12, 2048, 512),
         "tiny": (512, 64, 2, 4, 128, 64),
     }[name]
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=feed_forward, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=heads, head_dim=hidden // heads, rms_norm_eps=1e-5,
         max_position_embeddings=length,
     )  # fmt: skip
-    return config, length
 
 
-def write_inputs(root: Path, config: LlamaConfig, *, length: int, steps: int) -> None:
+def write_inputs(root: Path, config: LlamaConfig, *, steps: int) -> None:
     """The weights, and the batches: as a data set for arriero, and as arrays of what it reads from it."""
+    length = config.max_position_embeddings
     write_huggingface(root / "model", InitialWeights(config, SEED), config=config)
     write_random_data(root / "data", config.vocab_size, tokens=2 * steps * SAMPLES * length, longest=2 * length)
     data = DataConfig(prefix=str(root / "data"), split="1,0,0")
@@ -104,19 +104,36 @@ def start(job: Job) -> Player:
     return Player(job.name, command, Path(job.root) / f"{job.name}.log", environment)
 
 
-def play(players: list[Player], *, rounds: int, steps: int, tolerance: float) -> None:
-    """Warms up one after another, compares the first losses, and hands out the turns.
+def play(args: argparse.Namespace, names: list[str], config: LlamaConfig, root: Path) -> list[Player]:
+    """Warms them up one after another, compares the first losses, and hands out the turns.
 
     Raises:
-        SystemExit: the losses differ.
-        Failed: a process ended.
+        SystemExit: the losses differ, or a process failed.
     """
-    if problem := disagreement({p.name: p.start["first_loss"] for p in players}, tolerance):
-        raise SystemExit(problem)
-    order = random.Random(SEED)
-    for _ in range(rounds):
-        for player in order.sample(players, len(players)):
-            player.turn(steps)
+    length, warmup = config.max_position_embeddings, 2 if args.tiny else 3
+    steps = warmup + args.rounds * args.steps + 1
+    write_inputs(root, config, steps=steps)
+    players: list[Player] = []
+    try:
+        for name in names:
+            preload = "" if name.startswith("arriero") else args.preload
+            players.append(
+                start(Job(name, str(root), length, SAMPLES, steps, warmup, args.dtype, args.threads, preload))
+            )
+            players[-1].warm_up()
+        first = {player.name: player.start["first_loss"] for player in players}
+        if problem := disagreement(first, TOLERANCE[args.dtype]):
+            raise SystemExit(problem)
+        order = random.Random(SEED)
+        for _ in range(args.rounds):
+            for player in order.sample(players, len(players)):
+                player.turn(args.steps)
+    except PlayerError as failure:
+        raise SystemExit(str(failure)) from None
+    finally:
+        for player in players:
+            player.close()
+    return players
 
 
 def figures(player: Player, ours: Player | None, *, tokens: int) -> dict[str, Any]:
@@ -141,50 +158,36 @@ def figures(player: Player, ours: Player | None, *, tokens: int) -> dict[str, An
 def run(args: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     name = "tiny" if args.tiny else args.shape
-    config, length = shape(name)
-    warmup = 2 if args.tiny else 3
-    steps = warmup + args.rounds * args.steps + 1
+    config = shape(name)
     torch.set_num_threads(args.threads)
     device = describe("cpu")
-    torch.set_num_threads(1)  # the peak of one core, as CPU seconds are one core's
+    torch.set_num_threads(1)  # the peak of one core: CPU seconds are one core's
     wanted = args.only or list(contenders())
-    problems: dict[str, str] = {n: f"not installed: {', '.join(missing(n))}" for n in wanted if missing(n)}
-    players: list[Player] = []
-    peaks = [matmul_peak(torch.device("cpu"), args.dtype, seconds=0.2 if args.tiny else 3.0)]
-    with tempfile.TemporaryDirectory() as folder:
-        write_inputs(Path(folder), config, length=length, steps=steps)
-        try:
-            for contender in (n for n in wanted if n not in problems):
-                preload = "" if contender.startswith("arriero") else args.preload
-                job = Job(
-                    contender, folder, length, SAMPLES, steps, warmup, args.dtype, args.threads, preload,
-                )  # fmt: skip
-                players.append(start(job))
-                players[-1].warm_up()  # alone: the others wait
-            play(players, rounds=args.rounds, steps=args.steps, tolerance=TOLERANCE[args.dtype])
-        except Failed as failure:
-            raise SystemExit(str(failure)) from None
-        finally:
-            for player in players:
-                player.close()
-    peaks.append(matmul_peak(torch.device("cpu"), args.dtype, seconds=0.2 if args.tiny else 3.0))
-    fastest = max(peak.tflops for peak in peaks)
-    by_name = {player.name: player for player in players}
-    rows = []
+    absent = {contender: missing(contender) for contender in wanted}
+    peaks = [peak(args)]
+    with tempfile.TemporaryDirectory() as root:
+        players = play(args, [contender for contender in wanted if not absent[contender]], config, Path(root))
+    peaks.append(peak(args))
+    held, tokens = {player.name: player for player in players}, SAMPLES * config.max_position_embeddings
+    rows: list[dict[str, Any]] = []
     for contender in wanted:
-        row: dict[str, Any] = {"contender": contender}
-        if contender in problems:
-            rows.append(row | {"problem": problems[contender]})
-            continue
-        row |= figures(by_name[contender], by_name.get("arriero"), tokens=args.steps * SAMPLES * length)
-        row["mfu"] = throughput(config, row["tokens_per_cpu_second"], length, peak_tflops=fastest).mfu
-        rows.append(row)
+        row: dict[str, Any] = {"problem": f"not installed: {', '.join(absent[contender])}"}
+        if contender in held:
+            row = figures(held[contender], held.get("arriero"), tokens=args.steps * tokens)
+            rate = row["tokens_per_cpu_second"]
+            row["mfu"] = throughput(config, rate, config.max_position_embeddings, peak_tflops=max(peaks)).mfu
+        rows.append({"contender": contender} | row)
     return {
         "device": device, "threads": args.threads, "versions": versions(), "shape": name, "dtype": args.dtype,
-        "rounds": args.rounds, "steps": args.steps, "tokens_per_step": SAMPLES * length, "preload": args.preload,
-        "matmul_tflops_before": peaks[0].tflops, "matmul_tflops_after": peaks[1].tflops, "rows": rows,
+        "rounds": args.rounds, "steps": args.steps, "tokens_per_step": tokens, "preload": args.preload,
+        "matmul_tflops_before": peaks[0], "matmul_tflops_after": peaks[1], "rows": rows,
         "seconds": time.perf_counter() - began,
     }  # fmt: skip
+
+
+def peak(args: argparse.Namespace) -> float:
+    """TFLOP/s of the fastest matmul on one thread, now."""
+    return matmul_peak(torch.device("cpu"), args.dtype, seconds=0.2 if args.tiny else 3.0).tflops
 
 
 def versions() -> dict[str, str]:
@@ -196,16 +199,16 @@ def versions() -> dict[str, str]:
 
 
 def report(found: Mapping[str, Any]) -> str:
-    headers = ["", "tokens per CPU second", "of arriero", "MFU", "first loss", "first step, s", "compilation, s",
-               "peak memory, GB"]  # fmt: skip
+    headers = ["", "tokens per CPU second", "of arriero", "MFU", "first loss", "last loss", "first step, s",
+               "compilation, s", "peak memory, GB"]  # fmt: skip
     lines = []
     for row in found["rows"]:
-        shown = [row.get("problem", ""), *["-"] * 6]
+        shown = [row.get("problem", ""), *["-"] * 7]
         if "problem" not in row:
             ratio, compilation = row["of_arriero"], row["compile_seconds"]
             shown = [
                 f"{row['tokens_per_cpu_second']:.0f}", "-" if ratio is None else f"{ratio:.2f}", percent(row["mfu"]),
-                f"{row['first_loss']:.4f}", f"{row['first_step_seconds']:.1f}",
+                f"{row['first_loss']:.4f}", f"{row['last_loss']:.4f}", f"{row['first_step_seconds']:.1f}",
                 "-" if compilation is None else f"{compilation:.1f}", f"{row['peak_memory_gb']:.2f}",
             ]  # fmt: skip
         lines.append([row["contender"], *shown])

@@ -44,14 +44,14 @@ class Turns:
         self.left -= 1
         if self.left:
             return
-        cpu = time.process_time()
         # From the end of the last turn, so that what a program does ahead of time, on other threads, counts too.
-        answer: dict[str, Any] = {"cpu_seconds": cpu - self._cpu, "wall_seconds": now - self._turn}
+        cpu = time.process_time() - self._cpu
+        answer: dict[str, Any] = {"cpu_seconds": cpu, "wall_seconds": now - self._turn}
         if len(self.losses) == self.warmup:
             answer = {"warmup_seconds": self.seconds, "first_loss": self.losses[0]}
         answer |= {"last_loss": loss, "peak_memory_gb": peak_memory("cpu") / 1e9}
-        self._cpu = cpu
         print(json.dumps(answer), file=self._parent, flush=True)
+        self._cpu = time.process_time()
         words = sys.stdin.readline()
         if not words:
             raise SystemExit(0)
@@ -66,7 +66,7 @@ def replies() -> TextIO:
     return parent
 
 
-class Failed(Exception):
+class PlayerError(Exception):
     """A process ended before its time; the message is the end of its log."""
 
 
@@ -101,7 +101,7 @@ class Player:
         line = self.process.stdout.readline()
         if not line:
             self.process.wait()
-            raise Failed(f"{self.name} failed:\n{self.log.read_text()[-3000:]}")
+            raise PlayerError(f"{self.name} failed:\n{self.log.read_text()[-3000:]}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
