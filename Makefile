@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 
 NPU := build/npu
+PEERS := build/peers
 
-.PHONY: demo test lint torture npu cluster clean
+.PHONY: demo test lint torture npu cluster peers clean
 
 demo: $(VENV)/.demo
 	$(BIN)/arriero demo --overwrite
@@ -56,5 +57,14 @@ $(NPU)/.ready: pyproject.toml constraints.txt
 	$(NPU)/bin/pip --disable-pip-version-check install --quiet --no-deps torch-npu==2.13.0
 	@touch $@
 
+# Optional: what benchmarks/train_cpu.py compares with. litgpt pins older versions of packages that its loop does not use.
+peers: $(PEERS)/.ready
+
+$(PEERS)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[bench]'
+	$(PEERS)/bin/pip --disable-pip-version-check install --quiet -c constraints.txt --no-deps litgpt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(NPU) runs/demo
+	rm -rf $(VENV) $(NPU) $(PEERS) runs/demo
