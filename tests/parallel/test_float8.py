@@ -83,7 +83,7 @@ FORMATS = {"e4m3": (3, -6, 448.0), "e5m2": (2, -14, 57344.0)}
 
 
 def seen(x: torch.Tensor, form: str, axis: int | None, *, power: bool) -> np.ndarray:
-    """What a float8 matmul sees of x, in float64: scaled to the format's largest value over `axis`, cast, scaled back."""
+    """What a float8 matmul sees of x: scaled to the format's largest value over `axis`, cast, scaled back."""
     values = x.detach().numpy()
     scale = FORMATS[form][2] / np.abs(values).max(axis=axis, keepdims=axis is not None).astype(np.float64)
     scale = (2.0 ** np.floor(np.log2(scale)) if power else scale).astype(np.float32)
@@ -101,15 +101,15 @@ def test_a_layer_computes_what_quantised_operands_give_in_float64(recipe: Any) -
     gradient = torch.randn(32, 128) * torch.logspace(3, -3, 32)[:, None]
     out = layer(x[None])
     out.backward(gradient[None])
-    w, rows, power = layer.weight, recipe != "tensorwise", recipe == "rowwise"
+    w, rows = layer.weight, recipe != "tensorwise"
     low = "e4m3" if rows else "e5m2"
 
     def cast(t: torch.Tensor, form: str, axis: int) -> np.ndarray:
-        return seen(t, form, axis if rows else None, power=power)
+        return seen(t, form, axis if rows else None, power=rows)
 
     forward = cast(x, "e4m3", 1) @ cast(w, "e4m3", 1).T + layer.bias.detach().numpy()
     # The input gradient sums over the weight's rows, which are scaled anew, or as a whole where the recipe says so.
-    whole = seen(w, "e4m3", None, power=False) if recipe == "rowwise_with_gw_hp" else cast(w, "e4m3", 0)
+    whole = seen(w, "e4m3", None, power=True) if recipe == "rowwise_with_gw_hp" else cast(w, "e4m3", 0)
     to_input = cast(gradient, low, 1) @ whole
     to_weight = cast(gradient, low, 0).T @ cast(x, "e4m3", 0)
     if recipe == "rowwise_with_gw_hp":
@@ -126,26 +126,27 @@ def smoothed(losses: list[float], width: int = 10) -> np.ndarray:
 
 
 def test_sixty_steps_have_bfloat16s_loss(tmp_path: Path) -> None:
-    """Measured: the smoothed losses differ by 0.4% (tensorwise) and 0.4% (rowwise) at most."""
+    """Measured: the smoothed losses differ by 0.08% (tensorwise) and 0.07% (rowwise) at most."""
     losses = {}
     for kind in ("none", "tensorwise", "rowwise"):
-        trainer = trainer_of(recipe_in(tmp_path / kind, float8=kind, steps=60))
+        recipe = recipe_in(tmp_path / kind, float8=kind, steps=60, micro_batch=8)
+        # The toy's own rate of 1e-2 is a chaotic one: bfloat16 and float32 part by 0.7% there, and float8 by 3%.
+        trainer = trainer_of(replace(recipe, schedule=replace(recipe.schedule, lr=3e-3, min_lr=3e-4)))
         losses[kind] = [trainer.step().loss for _ in range(60)]
         assert {p.dtype for p in trainer.parts[0].parameters()} == {torch.float32}
         trainer.close()
     wide = smoothed(losses["none"])
-    assert wide[-1] < 0.8 * wide[0]
+    assert wide[-1] < 0.6 * wide[0]
     for kind in ("tensorwise", "rowwise"):
         worst = np.abs(smoothed(losses[kind]) / wide - 1).max()
-        print(f"{kind}: {worst:.4f}")
-        assert 1e-5 < worst < 0.02
+        assert 1e-4 < worst < 0.005
     assert losses["tensorwise"] != losses["rowwise"]
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
 def test_recomputed_layers_give_the_same_gradient(tmp_path: Path, mode: Any) -> None:
-    kept = trainer_of(recipe_in(tmp_path / "kept", float8="tensorwise"))
-    again = recipe_in(tmp_path / "again", float8="tensorwise")
+    kept = trainer_of(recipe_in(tmp_path / "kept", float8="tensorwise", micro_batch=8))
+    again = recipe_in(tmp_path / "again", float8="tensorwise", micro_batch=8)
     again_trainer = trainer_of(replace(again, recompute=RecomputeConfig(mode)))
     for trainer in (kept, again_trainer):
         trainer.forward_backward(trainer.micro_batches(trainer.batches, 0), train=True)
@@ -154,7 +155,7 @@ def test_recomputed_layers_give_the_same_gradient(tmp_path: Path, mode: Any) -> 
 
 
 def test_interrupted_equals_uninterrupted_to_the_bit(tmp_path: Path) -> None:
-    recipe = recipe_in(tmp_path, float8="tensorwise", steps=4)
+    recipe = recipe_in(tmp_path, float8="tensorwise", steps=4, micro_batch=8)
     full = trainer_of(replace(recipe, out=str(tmp_path / "full")))
     for _ in range(4):
         full.step()
@@ -174,43 +175,48 @@ def test_interrupted_equals_uninterrupted_to_the_bit(tmp_path: Path) -> None:
     assert digests[0] == digests[1]
 
 
-LAYOUTS = {
-    "zero-2": settings(zero_stage=2), "zero-3": settings(zero_stage=3),
-    "tensor": settings(tensor_parallel=2, sequence_parallel=True),
-}  # fmt: skip
+# name -> (settings, dtype in flight, limits of loss and gradient norm). Tensor parallelism adds in another order, which
+# in bfloat16 is noise as large as float8's own: float32 in flight leaves float8 alone to differ.
+LAYOUTS: dict[str, tuple[dict[str, Any], str, float, float]] = {
+    "zero-2": (settings(zero_stage=2), "bfloat16", 1e-6, 1e-4),
+    "zero-3": (settings(zero_stage=3), "bfloat16", 1e-6, 1e-4),
+    "tensor": (settings(tensor_parallel=2, sequence_parallel=True), "float32", 2e-4, 1e-2),
+}
 
 
 @pytest.fixture(scope="module")
 def runs() -> Iterator[dict[str, dict[str, Any]]]:
-    """One process and two, in float8 over bfloat16, and over float32, where rounding alone is left to differ."""
+    """One process with and without float8, and two."""
     root = Path(tempfile.mkdtemp(prefix="arriero-float8-", dir=shared_memory()))
     try:
         toy.write_data(root / "data")
         toy.write_config(root / "plain", **SHAPE)
-        cases = {
-            f"{name}, {dtype}": case(root, f"{name}, {dtype}", dtype=dtype, train__float8="tensorwise", **layout)
-            for name, layout in {"one": {}, **LAYOUTS}.items()
+        alone = [
+            run_case(case(root, f"{kind}, {dtype}", dtype=dtype, train__float8=kind))
+            for kind in ("none", "tensorwise")
             for dtype in ("bfloat16", "float32")
-        }
-        wide = case(root, "one, no float8", dtype="float32")
-        alone = [run_case(c) for c in (wide, cases.pop("one, bfloat16"), cases.pop("one, float32"))]
-        yield {r["name"]: r for r in alone if r} | launch(root, 2, list(cases.values()))
+        ]
+        pairs = [
+            case(root, name, dtype=dtype, train__float8="tensorwise", **layout)
+            for name, (layout, dtype, *_) in LAYOUTS.items()
+        ]
+        yield {r["name"]: r for r in alone if r} | launch(root, 2, pairs)
     finally:
         shutil.rmtree(root)
 
 
+def apart(one: dict[str, Any], other: dict[str, Any], key: str) -> float:
+    return max(abs(b / a - 1) for a, b in zip(one[key], other[key], strict=True))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_processes_give_the_numbers_of_one(runs: dict[str, dict[str, Any]], layout: str) -> None:
-    """Measured, loss and gradient norm: 2e-8 and 6e-6 under ZeRO; PENDING under tensor parallelism in float32."""
-    for dtype in ("bfloat16", "float32"):
-        one, two = runs[f"one, {dtype}"], runs[f"{layout}, {dtype}"]
-        limit = 2e-2 if (layout, dtype) == ("tensor", "bfloat16") else 1e-4
-        for key in ("loss", "grad_norm"):
-            worst = max(abs(b / a - 1) for a, b in zip(one[key], two[key], strict=True))
-            print(layout, dtype, key, f"{worst:.1e}")
-            assert worst < (limit if key == "loss" else 5 * limit)
-    effect = [abs(b / a - 1) for a, b in zip(runs["one, no float8"]["loss"], runs["one, float32"]["loss"], strict=True)]
-    assert max(effect) > 1e-3  # of float8 itself, which the limit in float32 is well below
+    """Measured, loss and gradient norm: 2e-8 and 6e-6 under ZeRO, 5e-5 and 3e-3 under tensor parallelism."""
+    _, dtype, loss, norm = LAYOUTS[layout]
+    one, two = runs[f"tensorwise, {dtype}"], runs[layout]
+    assert apart(one, two, "loss") < loss
+    assert apart(one, two, "grad_norm") < norm
+    assert apart(runs[f"none, {dtype}"], one, "loss") > 5 * loss  # what float8 itself makes of it
 
 
 def said(recipe: Recipe) -> str:

@@ -1,11 +1,12 @@
 """8-bit float matmuls in the decoder layers, by torchao: operands are scaled and cast to float8, sums stay wide.
 
-| recipe               | one scale for each           | forward     | input gradient | weight gradient |
-| -------------------- | ---------------------------- | ----------- | -------------- | --------------- |
-| tensorwise           | tensor                       | e4m3 x e4m3 | e5m2 x e4m3    | e5m2 x e4m3     |
-| rowwise              | row or column, a power of 2  | e4m3 x e4m3 | e4m3 x e4m3    | e4m3 x e4m3     |
-| rowwise_with_gw_hp   | row; weight gradient has none| e4m3 x e4m3 | e4m3 x e4m3    | bfloat16        |
+| recipe             | one scale for each          | forward     | input gradient | weight gradient |
+| ------------------ | --------------------------- | ----------- | -------------- | --------------- |
+| tensorwise         | tensor                      | e4m3 x e4m3 | e5m2 x e4m3    | e5m2 x e4m3     |
+| rowwise            | row or column, a power of 2 | e4m3 x e4m3 | e4m3 x e4m3    | e4m3 x e4m3     |
+| rowwise_with_gw_hp | row, a power of 2           | e4m3 x e4m3 | e4m3 x e4m3 *  | bfloat16        |
 
+* the weight with one scale, a power of 2.
 The formats are those of arXiv:2209.05433. Scales are taken from the tensor at hand, so there is no state to save.
 Embedding, norms, attention and output head stay as they are; so do the parameters at rest and all their names.
 """
