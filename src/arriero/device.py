@@ -128,6 +128,18 @@ def matmul_dtypes(kind: str) -> tuple[str, ...]:
     )
 
 
+def float8_casts(kind: str) -> bool:
+    """Whether torch casts to 8-bit floats on this device: an NPU's was never seen to."""
+    return kind != "npu"
+
+
+def float8_units(kind: str) -> bool:
+    """Whether this process's device multiplies 8-bit floats itself: NVIDIA's from compute capability 8.9 (Ada)."""
+    import torch
+
+    return kind == "cuda" and torch.cuda.get_device_capability() >= (8, 9)
+
+
 def describe(kind: str) -> str:
     """The device for a person: its own name, or the CPU's with the threads of this process."""
     import torch

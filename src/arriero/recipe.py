@@ -26,6 +26,7 @@ from arriero.errors import UserError, join_problems, nearest
 from arriero.model.config import LlamaConfig
 from arriero.observe.profile import profile_problems
 from arriero.parallel.config import ParallelConfig
+from arriero.parallel.float8 import float8_problems
 from arriero.parallel.recompute import RecomputeConfig
 from arriero.train.config import TrainConfig
 from arriero.train.optim import OptimConfig
@@ -103,10 +104,12 @@ class Recipe:
         found: list[UserError] = []
         data = max(1, processes // self.parallel.model_parallel)
         try:
+            model, train = self.model_config(), self.train
             found += self.parallel.problems(
-                self.model_config(), processes, sequence_length=self.train.sequence_length,
-                micro_batches=self.train.accumulation(data),
-            )  # fmt: skip
+                model, processes, sequence_length=train.sequence_length, micro_batches=train.accumulation(data)
+            )
+            tokens = train.micro_batch * train.sequence_length
+            found += float8_problems(train.float8, train.dtype, model, self.parallel, tokens=tokens)
         except UserError as error:
             found.append(error)
         found += self.train.problems(data)

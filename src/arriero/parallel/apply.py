@@ -1,4 +1,4 @@
-"""Applies a layout to the plain model, in the fixed order: pipeline -> context -> tensor -> recompute -> ZeRO.
+"""Applies a layout to the plain model in a fixed order: pipeline -> float8 -> context -> tensor -> recompute -> ZeRO.
 
 The model is laid out while it has no memory (on the meta device); then each process makes room for its own parts and
 reads just those from a source: initial weights, a Hugging Face directory or a checkpoint.
@@ -11,11 +11,13 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from arriero.device import float8_units
 from arriero.errors import UserError
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
 from arriero.parallel.config import ParallelConfig
 from arriero.parallel.context import apply_context_parallel
+from arriero.parallel.float8 import Float8Recipe, apply_float8
 from arriero.parallel.mesh import Ranks
 from arriero.parallel.pipeline import cut_stage, stages_of
 from arriero.parallel.recompute import RecomputeConfig, apply_recompute
@@ -46,7 +48,7 @@ class CheckpointSource(WeightSource, Protocol):
 
 def build_parts(
     config: LlamaConfig, parallel: ParallelConfig, recompute: RecomputeConfig, ranks: Ranks, *, length: int,
-    device: torch.device, store: torch.dtype, compute: torch.dtype,
+    device: torch.device, store: torch.dtype, compute: torch.dtype, float8: Float8Recipe = "none",
 ) -> list[Llama]:  # fmt: skip
     """What this process holds of the model, one part a pipeline stage, with arbitrary values: `load_weights` is next.
 
@@ -59,6 +61,7 @@ def build_parts(
         device: where the parts live.
         store: dtype of the parameters at rest, which the optimizer updates.
         compute: dtype of the parameters in flight.
+        float8: how the decoder layers' matmuls are done in 8 bits.
     """
     parts = []
     for stage in stages_of(parallel, ranks.coordinates["pipeline"]):
@@ -66,6 +69,7 @@ def build_parts(
             model = Llama(config).to(store)
         if parallel.pipeline_parallel > 1:
             cut_stage(model, stage, parallel)
+        apply_float8(model, float8, emulate=not float8_units(device.type))
         if ranks.context > 1:
             apply_context_parallel(model, parallel, ranks, length)
         if ranks.mesh is not None and ranks.sizes["tensor"] > 1:

@@ -19,7 +19,7 @@ from arriero.checkpoint.load import candidates, find_checkpoint
 from arriero.checkpoint.lock import RunLock
 from arriero.data.check import check_data_against
 from arriero.data.tokenizer import load_tokenizer
-from arriero.device import device_count, device_type
+from arriero.device import device_count, device_type, float8_casts
 from arriero.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_STOPPED, UserError, join_problems
 from arriero.launch import (
     LaunchConfig,
@@ -217,6 +217,8 @@ def check(
     problems = recipe.problems(processes)
     if recipe.optim.offload and kind == "cpu":
         problems.append(UserError("optim.offload has no effect on the CPU", "leave it out"))
+    if recipe.train.float8 != "none" and not float8_casts(kind):
+        problems.append(UserError(f"train.float8 does not work on {kind}", "use train.float8 none"))
     changed: list[str] = []
     if not problems:
         problems += _input_problems(recipe)

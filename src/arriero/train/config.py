@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from arriero.errors import UserError
+from arriero.parallel.float8 import Float8Recipe
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -25,6 +26,9 @@ class TrainConfig:
     dtype: DType = "bfloat16"
     """float32; bfloat16 or float16: parameters in flight, over float32 masters, float16 with a dynamic loss scale;
     float64 for proofs."""
+    float8: Float8Recipe = "none"
+    """bfloat16 only: the decoder layers' matmuls in 8-bit floats, by torchao's recipe of that name. It is faster on
+    GPUs that have units for it; elsewhere it is emulated, slower, with the same rounding."""
     grad_clip: float = 1.0
     """The gradient's global L2 norm is cut down to this; 0 clips nothing."""
     on_nonfinite: Literal["skip", "stop", "rewind"] = "skip"

@@ -9,7 +9,7 @@ from pathlib import Path
 from arriero.checkpoint.layout import committed
 from arriero.checkpoint.load import newest_that_verifies
 from arriero.checkpoint.save import Saved, last_word
-from arriero.device import device_name
+from arriero.device import device_name, float8_units
 from arriero.errors import UserError
 from arriero.observe.events import Events, goodput_line
 from arriero.observe.profile import Profile
@@ -107,6 +107,8 @@ def begin(trainer: Trainer, start: Continuation, reporter: Reporter) -> None:
         checkpoint = newest_that_verifies(list(start.checkpoints), trainer.ranks, say=reporter.say)
     trainer.start(checkpoint)
     reporter.resume_after(trainer.done)
+    if trainer.recipe.train.float8 != "none" and not float8_units(trainer.kind):
+        reporter.say(" float8 is emulated: this device has no units for it; same rounding, and no time is saved")
     for line in start.notices:
         reporter.say(line)
     if checkpoint is not None:

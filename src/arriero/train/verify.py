@@ -86,8 +86,8 @@ def reduced(recipe: Recipe, processes: int, root: Path) -> Recipe:
     batch = micro * (processes // parallel.model_parallel)
     write_random_data(root / "random", model.vocab_size, tokens=(STEPS + 1) * batch * length + 1000)
     train = replace(
-        recipe.train, steps=STEPS, dtype="float64", sequence_length=length, micro_batch=1, global_batch=batch,
-        eval_every=0, eval_batches=1,
+        recipe.train, steps=STEPS, dtype="float64", float8="none", sequence_length=length, micro_batch=1,
+        global_batch=batch, eval_every=0, eval_batches=1,
     )  # fmt: skip
     schedule = replace(recipe.schedule, lr=1e-3, min_lr=1e-4, warmup_steps=0, warmup_fraction=0.0, decay_steps=0)
     return replace(
