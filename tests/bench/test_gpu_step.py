@@ -21,7 +21,7 @@ def run(*words: str, code: int = 0) -> str:
         check=False,
     )
     assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    return done.stdout if code == 0 else done.stderr
 
 
 def test_both_contenders_on_a_cpu(tmp_path: Path) -> None:

@@ -60,21 +60,19 @@ def linear_cross_entropy(
             this process's summand of it.
     """
     train = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
-    out: Tensor = _LinearCrossEntropy.apply(x_ND, weight_VD, labels_N, scale, cut, train)
+    out: Tensor = _LinearCrossEntropy.apply(x_ND, weight_VD, labels_N, _How(scale, cut, train))
     return out
+
+
+class _How(NamedTuple):
+    scale: float
+    cut: VocabularyCut | None
+    train: bool
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x_ND: Tensor,
-        weight_VD: Tensor,
-        labels_N: Tensor,
-        scale: float,
-        cut: VocabularyCut | None,
-        train: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, how: _How) -> Tensor:
         wide = torch.float64 if x_ND.dtype == torch.float64 else torch.float32
         total = torch.zeros(1, dtype=wide, device=x_ND.device)
         parts: list[Tensor] = []
@@ -84,29 +82,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = torch.mm(x, weight_VD.t())
             few = max(1, softmax_at_once(x.device.type) // len(weight_VD))
             for some, of in zip(logits.split(few), labels.split(few), strict=True):
-                total += _loss_and_gradient(some, of, scale, cut, train=train, wide=wide)
-            if train:
+                total += _loss_and_gradient(some, of, how, wide)
+            if how.train:
                 parts.append(torch.mm(logits, weight_VD))
                 more = torch.mm(logits.t(), x)
                 weight_grad = more if weight_grad is None else weight_grad.to(wide).add_(more)
             del logits
-        if train:
+        if how.train:
             assert weight_grad is not None
             ctx.save_for_backward(parts[0] if len(parts) == 1 else torch.cat(parts), weight_grad.to(weight_VD.dtype))
         return total
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x_grad, weight_grad = ctx.saved_tensors
         if upstream.device.type != "cpu" or upstream.item() != 1.0:  # to look at it costs a wait elsewhere
             x_grad, weight_grad = (g * upstream.to(g.dtype) for g in (x_grad, weight_grad))
-        return x_grad, weight_grad, None, None, None, None
+        return x_grad, weight_grad, None, None
 
 
-def _loss_and_gradient(
-    logits_NV: Tensor, labels_N: Tensor, scale: float, cut: VocabularyCut | None, *, train: bool, wide: torch.dtype
-) -> Tensor:
-    """scale x the summed loss, []; with `train` the logits are overwritten by its gradient."""
+def _loss_and_gradient(logits_NV: Tensor, labels_N: Tensor, how: _How, wide: torch.dtype) -> Tensor:
+    """scale x the summed loss, []; in training the logits are overwritten by its gradient."""
+    scale, cut, _ = how
     valid = labels_N != IGNORED
     labels = labels_N - (cut.first if cut else 0)
     held = valid if cut is None else valid & (labels >= 0) & (labels < logits_NV.shape[1])
@@ -120,7 +117,7 @@ def _loss_and_gradient(
         sums, chosen = cut.gather(torch.stack((sum_N, picked_N))).unbind(1)
         here_N, sum_N, picked_N = sum_N, sums.logsumexp(0), chosen.sum(0)
         factor_N = factor_N * (here_N - sum_N).exp()
-    if train:
+    if how.train:
         p_NV.mul_(factor_N[:, None])
         p_NV.scatter_add_(1, labels, (held.to(wide) * -scale)[:, None])
         logits_NV.copy_(p_NV)
