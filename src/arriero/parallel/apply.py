@@ -1,4 +1,4 @@
-"""Applies a layout to the plain model, in the fixed order: pipeline -> context -> tensor -> recompute -> ZeRO.
+"""Applies a layout to the plain model, in a fixed order: pipeline, context, tensor, recompute, compile, ZeRO.
 
 The model is laid out while it has no memory (on the meta device); then each process makes room for its own parts and
 reads just those from a source: initial weights, a Hugging Face directory or a checkpoint.
@@ -13,6 +13,7 @@ import torch
 from arriero.errors import UserError
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
+from arriero.parallel.compiled import apply_compile
 from arriero.parallel.config import ParallelConfig
 from arriero.parallel.context import apply_context_parallel
 from arriero.parallel.mesh import Ranks
@@ -46,7 +47,7 @@ class CheckpointSource(WeightSource, Protocol):
 
 def build_parts(
     config: LlamaConfig, parallel: ParallelConfig, recompute: RecomputeConfig, ranks: Ranks, *, length: int,
-    device: torch.device, store: torch.dtype, compute: torch.dtype,
+    device: torch.device, store: torch.dtype, compute: torch.dtype, compiled: bool = False,
 ) -> list[Llama]:  # fmt: skip
     """What this process holds of the model, one part a pipeline stage, with arbitrary values: `load_weights` is next.
 
@@ -59,6 +60,7 @@ def build_parts(
         device: where the parts live.
         store: dtype of the parameters at rest, which the optimizer updates.
         compute: dtype of the parameters in flight.
+        compiled: whether each layer is compiled.
     """
     parts = []
     for stage in stages_of(parallel, ranks.coordinates["pipeline"]):
@@ -72,6 +74,8 @@ def build_parts(
             apply_tensor_parallel(model, ranks.mesh["tensor"], sequence=parallel.sequence_parallel)
             tie(model)
         apply_recompute(model, recompute, stage)
+        if compiled:
+            apply_compile(model)
         if ranks.mesh is not None and ranks.sizes["replica"] > 1:
             apply_zero(model, ranks.mesh["replica", "zero"], parallel.zero_stage, compute)
         elif ranks.mesh is not None and ranks.sizes["zero"] > 1:
