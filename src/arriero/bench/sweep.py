@@ -45,7 +45,7 @@ class Tried:
 def sweep(trial: Trial, processes: int, launch: LaunchConfig) -> list[Tried]:
     """Runs every setting that is possible with the recipe's layout and batch, the global batch staying what it is.
 
-    Compilation is tried last, at the fastest micro batch of each policy: it takes a minute, and what it brings depends
+    Compilation is tried last, at the fastest micro batch of each policy: it takes its time, and what it brings depends
     little on the micro batch. Where it cannot work, it is left out.
     """
     recipe = trial.recipe

@@ -27,7 +27,7 @@ class TrainConfig:
     float64 for proofs."""
     compile: bool = False
     """Compile each decoder layer with torch.compile: fewer and larger kernels. The first step and the first validation
-    then take longer, by a minute or so; all layers share the result, and a later start finds it in torch's cache. It
+    then take longer, by 10 s to a minute; all layers share the result, and a later start finds it in torch's cache. It
     pays in long runs: arriero bench --sweep says how much. The numbers agree with those of a run without it to
     rounding, as a changed layout's do."""
     grad_clip: float = 1.0
