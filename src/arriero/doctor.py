@@ -84,6 +84,7 @@ def examine() -> Iterator[Finding]:
     if torch_finding.status == "ok":
         yield from _devices()
         yield from _back_ends()
+        yield _compiler()
     yield from packages
 
 
@@ -153,6 +154,16 @@ def _devices() -> Iterator[Finding]:
         yield Finding("accelerator", "warn", f"{driver} is there, but torch sees no device", _DRIVERS[driver])
     else:
         yield Finding("accelerator", "absent", "none: training runs on the CPU")
+
+
+def _compiler() -> Finding:
+    from arriero.parallel.compiled import compile_machine_problems, compiler
+
+    kind = device_type()
+    problems = compile_machine_problems(kind)
+    if problems:
+        return Finding("compiler", "absent", f"{problems[0].problem}", problems[0].fix)
+    return Finding("compiler", "ok", f"{compiler(kind)}, for train.compile")
 
 
 def _back_ends() -> Iterator[Finding]:

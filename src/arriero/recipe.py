@@ -25,6 +25,7 @@ from arriero.data.batches import DataConfig
 from arriero.errors import UserError, join_problems, nearest
 from arriero.model.config import LlamaConfig
 from arriero.observe.profile import profile_problems
+from arriero.parallel.compiled import compile_layout_problems
 from arriero.parallel.config import ParallelConfig
 from arriero.parallel.float8 import float8_problems
 from arriero.parallel.recompute import RecomputeConfig
@@ -113,6 +114,8 @@ class Recipe:
         except UserError as error:
             found.append(error)
         found += self.train.problems(data)
+        if self.train.compile:
+            found += compile_layout_problems(self.parallel)
         return found + self.recompute.problems(self.parallel)
 
 

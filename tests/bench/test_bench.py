@@ -113,6 +113,12 @@ def test_out_of_memory_is_a_message_in_a_bench_and_a_result_in_a_sweep(recipe: P
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_compiled_bench_says_so(recipe: Path) -> None:
+    printed = toy.arriero("bench", recipe, *SHORT, "--train.compile", "true")
+    assert "recompute none, layers compiled;" in printed
+    assert "first step: with the compilation and all else" in printed
+
+
 def made_up(trial: Trial, rate: float) -> Result:
     train = trial.recipe.train
     return Result(
@@ -129,29 +135,36 @@ def test_a_sweep_stops_at_what_does_not_fit_and_writes_the_fastest(
 ) -> None:
     """Larger micro-batches are faster and fit only with recomputation, which costs a tenth."""
     tried: list[tuple[int, str]] = []
+    compiled: list[tuple[int, str]] = []
 
     def run_trial(trial: Trial, processes: int, launch: Any) -> Result:
         micro, mode = trial.recipe.train.micro_batch, trial.recipe.recompute.mode
-        tried.append((micro, mode))
+        (compiled if trial.recipe.train.compile else tried).append((micro, mode))
         if micro > {"none": 2, "selective": 4, "full": 8}[mode]:
             raise UserError("out of memory", "lower it")
-        return made_up(trial, micro * {"none": 1.0, "selective": 0.95, "full": 0.9}[mode])
+        gain = 1.5 if trial.recipe.train.compile else 1.0
+        return made_up(trial, gain * micro * {"none": 1.0, "selective": 0.95, "full": 0.9}[mode])
 
     monkeypatch.setattr(sweep, "run_trial", run_trial)
     whole = parse(Recipe, file_settings(recipe), prog="test")
     first = trial(whole, "cpu", tmp_path, iterations=1, warmup=1)
     found = sweep.sweep(first, 1, LaunchConfig())
     assert [pair for pair in tried if pair[1] == "none"] == [(1, "none"), (2, "none"), (4, "none")]
-    assert [t.reason for t in found if t.recompute.mode == "none"] == ["", "", "out of memory"]
+    assert [t.reason for t in found if t.recompute.mode == "none"] == ["", "", "out of memory", ""]
+    assert compiled == [(2, "none"), (4, "selective"), (4, "selective"), (8, "full")]  # the fastest of each policy
     target = tmp_path / "best.toml"
     sweep.write_best(whole, found, str(target))
-    assert target.read_text().startswith("# By arriero bench --sweep on d: 8 samples at a time, recompute full")
+    assert target.read_text().startswith(
+        "# By arriero bench --sweep on d: 8 samples at a time, recompute full, compiled"
+    )
     written = parse(Recipe, file_settings(target), prog="test")
     assert written == replace(
-        whole, train=replace(whole.train, micro_batch=8), recompute=RecomputeConfig("full")
+        whole, train=replace(whole.train, micro_batch=8, compile=True), recompute=RecomputeConfig("full")
     )  # nothing else is changed, and what the trials changed for themselves is not in it
     assert tomllib.loads(target.read_text())["out"] == whole.out
-    assert "| 4 | none | - | - | - | - | out of memory |" in sweep.sweep_table(found)
+    table = sweep.sweep_table(found)
+    assert "| 8 | full | yes | 11 |" in table
+    assert "| 4 | none | no | - | - | - | - | out of memory |" in table
 
 
 def test_a_sweep_in_which_nothing_fits() -> None:

@@ -12,6 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch._dynamo.utils import counters
+
 from arriero.launch import in_process_group, run_processes
 from arriero.parallel.mesh import Ranks
 from arriero.recipe import Recipe, Setting, parse
@@ -27,16 +30,20 @@ def run_case(case: dict[str, Any]) -> dict[str, Any] | None:
     trainer = Trainer(recipe, ranks, local_rank=0, device_kind="cpu")
     trainer.start(Path(case["resume"]) if case.get("resume") else None)
     result: dict[str, Any] = {"name": case["name"], "loss": [], "grad_norm": [], "scale": [], "skipped": []}
-    while trainer.done < 5:
+    counters.clear()
+    while trainer.done < min(5, recipe.train.steps):
         step = trainer.step()
         trainer.check_replicas()  # what several processes hold alike is alike, in every layout
         result["loss"].append(step.loss)
         result["grad_norm"].append(step.grad_norm)
         result["scale"].append(step.loss_scale)
         result["skipped"].append(step.skipped)
-        if trainer.done in (3, 5) and recipe.train.dtype == "float64":
+        if trainer.done in (3, 5) and recipe.train.dtype == "float64" and not recipe.train.compile:
             trainer.save()
     result["valid"] = trainer.validate()
+    result["compilations"] = counters["stats"]["unique_graphs"]
+    if recipe.train.compile:
+        torch._dynamo.reset()  # the next case compiles its own
     return result if ranks.first else None
 
 

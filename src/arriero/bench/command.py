@@ -18,6 +18,7 @@ from arriero.bench.trial import run_trial, trial
 from arriero.device import describe, device_type, matmul_dtypes, take_device
 from arriero.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError, join_problems
 from arriero.launch import LaunchConfig, Place, ProcessFailed, run_processes, started_by_another, take_place
+from arriero.parallel.compiled import compile_machine_problems
 from arriero.recipe import (
     Recipe,
     Setting,
@@ -42,7 +43,7 @@ class BenchConfig:
     peak: bool = False
     """Measure the fastest matrix multiplication of each dtype instead; takes no recipe."""
     sweep: bool = False
-    """Try micro batches and recomputation, and name the best."""
+    """Try micro batches, recomputation and compilation, and name the best."""
     write: str = ""
     """sweep only: write the recipe with the best settings to this TOML file."""
     memory_limit: float = 0.0
@@ -136,6 +137,8 @@ def check(config: BenchConfig, recipe: Recipe, processes: int, kind: str) -> Non
         problems += part.problems()
     if recipe.optim.offload and kind == "cpu":
         problems.append(UserError("optim.offload has no effect on the CPU", "leave it out"))
+    if recipe.train.compile:
+        problems += compile_machine_problems(kind)
     if config.memory_limit and kind != "cpu":
         problems.append(UserError("--memory-limit has no effect on an accelerator: its memory is the limit", "drop it"))
     if problems:

@@ -1,4 +1,4 @@
-"""The best micro batch and recomputation for a recipe within memory, by trying them."""
+"""The best micro batch, recomputation and compilation for a recipe within memory, by trying them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from arriero.bench.trial import Result, Trial, ran_out, run_trial
 from arriero.device import available_memory
 from arriero.errors import CheckFailed, UserError
 from arriero.launch import LaunchConfig
+from arriero.parallel.compiled import compile_layout_problems, compile_machine_problems
 from arriero.parallel.recompute import RecomputeConfig
 from arriero.recipe import Recipe, to_toml
 
@@ -31,6 +32,8 @@ class Tried:
     """None where it did not fit."""
     reason: str = ""
     """Why there is no result."""
+    compiled: bool = False
+    """Whether the layers were compiled."""
 
     @property
     def policy(self) -> str:
@@ -40,27 +43,43 @@ class Tried:
 
 
 def sweep(trial: Trial, processes: int, launch: LaunchConfig) -> list[Tried]:
-    """Runs every setting that is possible with the recipe's layout and batch, the global batch staying what it is."""
+    """Runs every setting that is possible with the recipe's layout and batch, the global batch staying what it is.
+
+    Compilation is tried last, at the fastest micro batch of each policy: it takes its time, and what it brings depends
+    little on the micro batch. Where it cannot work, it is left out.
+    """
     recipe = trial.recipe
     if not trial.memory_limit and trial.device_kind == "cpu":
         trial = replace(trial, memory_limit=0.9 * available_memory() / processes / 1e9)
     data = max(1, processes // recipe.parallel.model_parallel)
     sizes = micro_batches(recipe.train.global_batch // data)
-    policies = [p for p in POLICIES if not p.problems(recipe.parallel)]
     found: list[Tried] = []
-    for policy in policies:
+
+    def run(candidate: Recipe) -> Tried:
+        known = next((t.result for t in found if t.result is not None), None)
+        peak = (known.peak_tflops, known.peak_source) if known is not None else trial.peak
+        tried = attempt(replace(trial, recipe=candidate, peak=peak), processes, launch)
+        found.append(tried)
+        print(_name(tried), file=sys.stderr, flush=True)
+        return tried
+
+    for policy in (p for p in POLICIES if not p.problems(recipe.parallel)):
         for size in sizes:
             candidate = with_settings(recipe, size, policy)
             if candidate.layout_problems(processes):
                 continue
-            tried = attempt(replace(trial, recipe=candidate), processes, launch)
-            found.append(tried)
-            if tried.result is not None:
-                trial = replace(trial, peak=(tried.result.peak_tflops, tried.result.peak_source))
-            print(_name(tried), file=sys.stderr, flush=True)
-            if tried.result is None:
+            if run(candidate).result is None:
                 break
+    if not compile_machine_problems(trial.device_kind) and not compile_layout_problems(recipe.parallel):
+        for tried in fastest_of_each_policy(found):
+            run(with_settings(recipe, tried.micro_batch, tried.recompute, compiled=True))
     return found
+
+
+def fastest_of_each_policy(tried: list[Tried]) -> list[Tried]:
+    """The fastest of each policy that fitted into memory."""
+    policies = dict.fromkeys(t.recompute for t in tried if t.result is not None)
+    return [best([t for t in tried if t.recompute == policy]) for policy in policies]
 
 
 def micro_batches(share: int) -> list[int]:
@@ -68,20 +87,22 @@ def micro_batches(share: int) -> list[int]:
     return [n for n in range(1, share + 1) if share % n == 0 and (n & (n - 1) == 0 or n == share)]
 
 
-def with_settings(recipe: Recipe, micro_batch: int, recompute: RecomputeConfig) -> Recipe:
+def with_settings(recipe: Recipe, micro_batch: int, recompute: RecomputeConfig, *, compiled: bool = False) -> Recipe:
     """The recipe with these settings."""
-    return replace(recipe, train=replace(recipe.train, micro_batch=micro_batch), recompute=recompute)
+    train = replace(recipe.train, micro_batch=micro_batch, compile=compiled)
+    return replace(recipe, train=train, recompute=recompute)
 
 
 def attempt(trial: Trial, processes: int, launch: LaunchConfig) -> Tried:
     """One setting; to run out of memory is a result."""
-    settings = (trial.recipe.train.micro_batch, trial.recipe.recompute)
+    train = trial.recipe.train
+    setting = Tried(train.micro_batch, trial.recipe.recompute, None, compiled=train.compile)
     try:
-        return Tried(*settings, run_trial(trial, processes, launch))
+        return replace(setting, result=run_trial(trial, processes, launch))
     except UserError as error:
         if not (ran_out(trial) or "out of memory" in error.problem):
             raise
-        return Tried(*settings, None, error.problem)
+        return replace(setting, reason=error.problem)
 
 
 def best(tried: list[Tried]) -> Tried:
@@ -104,8 +125,8 @@ def sweep_table(tried: list[Tried]) -> str:
         if r := t.result:
             rate = f"{r.tokens_per_second_per_device:.0f}"
             figures = [rate, percent(r.mfu), f"{r.peak_memory_gb:.2f}", f"{r.first_step_seconds:.2f}", ""]
-        rows.append([str(t.micro_batch), t.policy, *figures])
-    headers = ["micro batch", "recompute", "tokens/s/p", "MFU", "peak memory, GB", "first step, s", ""]
+        rows.append([str(t.micro_batch), t.policy, "yes" if t.compiled else "no", *figures])
+    headers = ["micro batch", "recompute", "compile", "tokens/s/p", "MFU", "peak memory, GB", "first step, s", ""]
     return f"{markdown(headers, rows)}\n\nbest: {_name(best(tried))}"
 
 
@@ -129,7 +150,7 @@ def write_best(recipe: Recipe, tried: list[Tried], path: str) -> None:
         return
     found = best(tried)
     assert found.result is not None
-    text = to_toml(with_settings(recipe, found.micro_batch, found.recompute))
+    text = to_toml(with_settings(recipe, found.micro_batch, found.recompute, compiled=found.compiled))
     why = f"# By arriero bench --sweep on {found.result.device}: {_name(found)}.\n"
     Path(path).write_text(why + text, encoding="utf-8")
     print(f"wrote {path}", file=sys.stderr)
@@ -138,4 +159,5 @@ def write_best(recipe: Recipe, tried: list[Tried], path: str) -> None:
 def _name(tried: Tried) -> str:
     r = tried.result
     outcome = tried.reason if r is None else f"{r.tokens_per_second_per_device:.0f} tokens/s/p"
-    return f"{tried.micro_batch} samples at a time, recompute {tried.policy}, {outcome}"
+    compiled = ", compiled" if tried.compiled else ""
+    return f"{tried.micro_batch} samples at a time, recompute {tried.policy}{compiled}, {outcome}"

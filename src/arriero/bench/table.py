@@ -40,8 +40,10 @@ def result_table(result: Result) -> str:
 def footnotes(result: Result) -> str:
     """What was run, and the formula of every figure."""
     samples = f"{result.global_batch} samples of {result.sequence_length} tokens a step, {result.micro_batch} at a time"
+    compiled = ", layers compiled" if result.compiled else ""
+    once = "the compilation and all else that is done once" if result.compiled else "all that is done once"
     lines = [
-        f"{result.layout}; {samples}; {result.dtype}, recompute {result.recompute}; {result.data}",
+        f"{result.layout}; {samples}; {result.dtype}, recompute {result.recompute}{compiled}; {result.data}",
         "p: one process, which has one device; s/step: mean of the iterations, after the warm-up",
         "TFLOPs: tokens/s/p x (6 x matmul parameters + 6 L d s), model FLOPs with causal attention",
         f"MFU: TFLOPs / {result.peak_tflops:.4g} ({result.peak_source}); attention in full: 12 L d s instead of 6 L d s"
@@ -51,7 +53,7 @@ def footnotes(result: Result) -> str:
     if result.hfu is not None:
         lines.append("HFU: as MFU, with the forward pass of recomputed layers counted again, less their last matmul")
     held = "resident set" if " thread" in result.device else "allocations on the device"
-    lines.append(f"peak memory: {held} of the process that used most; first step: with all that is done once")
+    lines.append(f"peak memory: {held} of the process that used most; first step: with {once}")
     return "\n".join(f"- {line}" for line in lines)
 
 

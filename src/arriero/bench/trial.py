@@ -88,6 +88,8 @@ class Result:
     """Of the process that used most: the device's allocations, or on the CPU the resident set."""
     last_loss: float
     """After the last iteration: near ln V for random weights and tokens, so a check that something was trained."""
+    compiled: bool = False
+    """Whether the layers were compiled (train.compile)."""
 
 
 def trial(recipe: Recipe, kind: str, root: Path, *, iterations: int, warmup: int, memory_limit: float = 0.0) -> Trial:
@@ -197,6 +199,7 @@ def conclude(
         seconds_per_step=seconds, samples_per_second_per_device=samples, tokens_per_second_per_device=tokens,
         tflops=figures.tflops, mfu=figures.mfu, mfu_full=figures.mfu_full, hfu=figures.hfu, peak_tflops=peak[0],
         peak_source=peak[1], first_step_seconds=first_step_seconds, peak_memory_gb=memory / 1e9, last_loss=last.loss,
+        compiled=train.compile,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Applies a layout to the plain model in a fixed order: pipeline -> float8 -> context -> tensor -> recompute -> ZeRO.
+"""Applies a layout to the plain model in a fixed order: pipeline, float8, context, tensor, recompute, compile, ZeRO.
 
 The model is laid out while it has no memory (on the meta device); then each process makes room for its own parts and
 reads just those from a source: initial weights, a Hugging Face directory or a checkpoint.
@@ -15,6 +15,7 @@ from arriero.device import float8_units
 from arriero.errors import UserError
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
+from arriero.parallel.compiled import apply_compile
 from arriero.parallel.config import ParallelConfig
 from arriero.parallel.context import apply_context_parallel
 from arriero.parallel.float8 import Float8Recipe, apply_float8
@@ -49,6 +50,7 @@ class CheckpointSource(WeightSource, Protocol):
 def build_parts(
     config: LlamaConfig, parallel: ParallelConfig, recompute: RecomputeConfig, ranks: Ranks, *, length: int,
     device: torch.device, store: torch.dtype, compute: torch.dtype, float8: Float8Recipe = "none",
+    compiled: bool = False,
 ) -> list[Llama]:  # fmt: skip
     """What this process holds of the model, one part a pipeline stage, with arbitrary values: `load_weights` is next.
 
@@ -62,6 +64,7 @@ def build_parts(
         store: dtype of the parameters at rest, which the optimizer updates.
         compute: dtype of the parameters in flight.
         float8: how the decoder layers' matmuls are done in 8 bits.
+        compiled: whether each layer is compiled.
     """
     parts = []
     for stage in stages_of(parallel, ranks.coordinates["pipeline"]):
@@ -78,6 +81,8 @@ def build_parts(
             apply_tensor_parallel(model, ranks.mesh["tensor"], sequence=parallel.sequence_parallel)
             tie(model)
         apply_recompute(model, recompute, stage)
+        if compiled:
+            apply_compile(model)
         if ranks.mesh is not None and ranks.sizes["replica"] > 1:
             apply_zero(model, ranks.mesh["replica", "zero"], parallel.zero_stage, compute)
         elif ranks.mesh is not None and ranks.sizes["zero"] > 1:

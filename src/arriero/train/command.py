@@ -32,6 +32,7 @@ from arriero.launch import (
     started_by_another,
     take_place,
 )  # fmt: skip
+from arriero.parallel.compiled import compile_machine_problems
 from arriero.parallel.mesh import Ranks
 from arriero.process import leave_last
 from arriero.recipe import (
@@ -189,6 +190,8 @@ def process_count(recipe: Recipe, launch: LaunchConfig, kind: str) -> int:
 def verify(recipe: Recipe, processes: int) -> int:
     """The proof of `--verify-layout`, once the recipe's layout is possible at all."""
     problems = recipe.layout_problems(processes)
+    if recipe.train.compile:
+        problems += compile_machine_problems("cpu")
     if problems:
         raise join_problems(problems)
     return verify_layout(recipe, processes)
@@ -219,6 +222,8 @@ def check(
         problems.append(UserError("optim.offload has no effect on the CPU", "leave it out"))
     if recipe.train.float8 != "none" and not float8_casts(kind):
         problems.append(UserError(f"train.float8 does not work on {kind}", "use train.float8 none"))
+    if recipe.train.compile:
+        problems += compile_machine_problems(kind)
     changed: list[str] = []
     if not problems:
         problems += _input_problems(recipe)

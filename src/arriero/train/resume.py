@@ -17,10 +17,11 @@ from arriero.recipe import Recipe, file_settings, parse
 
 FREE = (
     "out", "device", "parallel.*", "recompute.*", "checkpoint.*", "log.*", "watch.*", "train.steps",
-    "train.micro_batch", "train.eval_*", "train.on_*", "train.check_*", "train.spike_factor",
+    "train.micro_batch", "train.compile", "train.eval_*", "train.on_*", "train.check_*", "train.spike_factor",
     "optim.offload",
 )  # fmt: skip
-"""Keys that may change: the run stays the same run. train.steps moves the end of the schedule, not a sample."""
+"""Keys that may change: the run stays the same run. train.steps moves the end of the schedule, not a sample;
+train.compile changes the numbers by their rounding alone, as another layout does."""
 BY_CONTENT = ("model", "init", "tokenizer", "data.prefix")
 """Keys whose value is a path: what lies there is compared instead."""
 

@@ -75,7 +75,7 @@ class Trainer:
         train = recipe.train
         self.parts = build_parts(
             self.config, recipe.parallel, recipe.recompute, ranks, length=train.sequence_length, device=self.device,
-            store=store_dtype(self.compute), compute=self.compute, float8=train.float8,
+            store=store_dtype(self.compute), compute=self.compute, float8=train.float8, compiled=train.compile,
         )  # fmt: skip
         forwards = [forward_in(part, self.compute) for part in self.parts]
         self.forward = forwards[0]

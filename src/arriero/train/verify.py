@@ -45,7 +45,10 @@ def verify_layout(recipe: Recipe, processes: int) -> int:
     root = Path(tempfile.mkdtemp(prefix="arriero-verify-"))
     try:
         laid_out = reduced(recipe, processes, root)
-        one = replace(laid_out, parallel=ParallelConfig(), recompute=RecomputeConfig(), out=str(root / "one"))
+        plain = replace(laid_out.train, compile=False)
+        one = replace(
+            laid_out, parallel=ParallelConfig(), recompute=RecomputeConfig(), train=plain, out=str(root / "one")
+        )
         runs = [Measurement(r, Path(r.out + ".json")) for r in (one, laid_out)]
         print(f"one process, then {processes}: {describe(recipe.parallel, processes)}", flush=True)
         run_processes(measure, runs[0], 1)  # in a process of its own: a process that has computed must not be forked
