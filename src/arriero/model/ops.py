@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arriero import device
-from arriero.model import npu
+from arriero.model import cpu, npu
 from arriero.model.config import LlamaConfig
 
 
@@ -98,6 +98,8 @@ def causal_attention(q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, mask: Tenso
         mask: boolean [B, 1, L, S], True where a query may look. None means causal over the whole row.
     """
     if (vendor := _vendor(q_BLHK)) and (out := npu.causal_attention(vendor, q_BLHK, k_BLGK, v_BLGK, mask)) is not None:
+        return out
+    if mask is None and (out := cpu.causal_attention(q_BLHK, k_BLGK, v_BLGK)) is not None:
         return out
     q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLGK, v_BLGK))
     grouped = q.shape[1] != k.shape[1]

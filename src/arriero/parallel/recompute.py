@@ -25,6 +25,7 @@ OPERATORS: dict[str, tuple[Any, ...]] = {
         torch.ops.aten._scaled_dot_product_efficient_attention.default,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.arriero.causal_attention.default,  # model/cpu.py
     ),
 }
 
