@@ -85,7 +85,7 @@ def apply_recompute(model: Llama, config: RecomputeConfig, stage: int = 0) -> No
         count = config.first_layers[stage if len(config.first_layers) > 1 else 0]
         layers = layers[:count]
     for layer in layers:
-        layer.mlp.recomputed = True  # type: ignore[union-attr,assignment]
+        layer.mlp.recomputed = True  # type: ignore[union-attr]
         layer.forward = _forgetful(layer, config)
 
 
