@@ -46,10 +46,10 @@ class Attention(nn.Module):
         d, bias = config.hidden_size, config.attention_bias
         q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(d, q, bias=bias)
-        self.k_proj = nn.Linear(d, kv, bias=bias)
-        self.v_proj = nn.Linear(d, kv, bias=bias)
-        self.o_proj = nn.Linear(q, d, bias=bias)
+        self.q_proj = ops.Linear(d, q, bias=bias)
+        self.k_proj = ops.Linear(d, kv, bias=bias)
+        self.v_proj = ops.Linear(d, kv, bias=bias)
+        self.o_proj = ops.Linear(q, d, bias=bias)
         self.attend: Callable[..., Tensor] = ops.causal_attention  # context parallelism puts its own here
 
     def forward(
@@ -70,16 +70,22 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Gated feed-forward."""
 
+    recomputed = False
+    """Set by parallel/recompute.py: torch does not compute a layer's last product again, if that stands alone."""
+
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         d, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(d, f, bias=bias)
-        self.up_proj = nn.Linear(d, f, bias=bias)
-        self.down_proj = nn.Linear(f, d, bias=bias)
+        self.gate_proj = ops.Linear(d, f, bias=bias)
+        self.up_proj = ops.Linear(d, f, bias=bias)
+        self.down_proj = ops.Linear(f, d, bias=bias)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """[B, L, D] -> [B, L, D]."""
-        return self.down_proj(ops.swiglu(self.gate_proj(x_BLD), self.up_proj(x_BLD)))
+        gate_BLF, up_BLF = self.gate_proj(x_BLD), self.up_proj(x_BLD)
+        if self.recomputed:
+            return self.down_proj(ops.swiglu(gate_BLF, up_BLF))
+        return ops.swiglu_linear(gate_BLF, up_BLF, self.down_proj)
 
 
 class Layer(nn.Module):
@@ -146,7 +152,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = ops.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.token_loss: Callable[..., Tensor] = head.summed_loss  # tensor parallelism puts its own here

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from arriero import device
-from arriero.model import npu
+from arriero.model import cpu, npu
 from arriero.model.config import LlamaConfig
 
 
@@ -27,6 +27,8 @@ def _vendor(x: Tensor) -> Any:
 def rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm (arXiv:1910.07467); the statistics are taken in float32 at least, as transformers does."""
     if (vendor := _vendor(x_BLD)) and (out := npu.rms_norm(vendor, x_BLD, weight_D, eps)) is not None:
+        return out
+    if (out := cpu.rms_norm(x_BLD, weight_D, eps)) is not None:
         return out
     x_wide = x_BLD if x_BLD.dtype == torch.float64 else x_BLD.float()
     scale = torch.rsqrt(x_wide.pow(2).mean(-1, keepdim=True) + eps)
@@ -83,6 +85,8 @@ def apply_rope(x_BLHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     if (vendor := _vendor(x_BLHK)) and (out := npu.apply_rope(vendor, x_BLHK, cos, sin)) is not None:
         return out
+    if (out := cpu.apply_rope(x_BLHK, cos, sin)) is not None:
+        return out
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     first, second = x_BLHK.chunk(2, dim=-1)
     return x_BLHK * cos + torch.cat((-second, first), dim=-1) * sin
@@ -99,6 +103,8 @@ def causal_attention(q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, mask: Tenso
     """
     if (vendor := _vendor(q_BLHK)) and (out := npu.causal_attention(vendor, q_BLHK, k_BLGK, v_BLGK, mask)) is not None:
         return out
+    if mask is None and (out := cpu.causal_attention(q_BLHK, k_BLGK, v_BLGK)) is not None:
+        return out
     q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLGK, v_BLGK))
     grouped = q.shape[1] != k.shape[1]
     if grouped and mask is not None and device.masked_heads_are_spread(q.device.type):
@@ -113,3 +119,28 @@ def swiglu(gate_BLF: Tensor, up_BLF: Tensor) -> Tensor:
     if vendor := _vendor(gate_BLF):
         return npu.swiglu(vendor, gate_BLF, up_BLF)
     return F.silu(gate_BLF) * up_BLF
+
+
+def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x weight^T + bias: [.., I] -> [.., O]."""
+    if (out := cpu.linear(x, weight_OI, bias_O)) is not None:
+        return out
+    return F.linear(x, weight_OI, bias_O)
+
+
+class Linear(nn.Linear):
+    """nn.Linear by `linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[.., I] -> [.., O]."""
+        return linear(input, self.weight, self.bias)
+
+
+def swiglu_linear(gate_BLF: Tensor, up_BLF: Tensor, down: nn.Module) -> Tensor:
+    """`down` of swiglu(gate, up); together where `down` is a Linear to which nothing was attached."""
+    if isinstance(down, Linear) and type(down) is Linear and not (down._forward_hooks or down._forward_pre_hooks):
+        out = cpu.swiglu_linear(gate_BLF, up_BLF, down.weight, down.bias)
+        if out is not None:
+            return out
+    result: Tensor = down(swiglu(gate_BLF, up_BLF))
+    return result

@@ -12,6 +12,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from arriero import device
 from arriero.errors import UserError
 from arriero.model.llama import Llama
 from arriero.parallel.config import ZERO_BUBBLE, ParallelConfig
@@ -25,6 +26,7 @@ OPERATORS: dict[str, tuple[Any, ...]] = {
         torch.ops.aten._scaled_dot_product_efficient_attention.default,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.arriero.causal_attention.default,  # model/cpu.py
     ),
 }
 
@@ -83,6 +85,7 @@ def apply_recompute(model: Llama, config: RecomputeConfig, stage: int = 0) -> No
         count = config.first_layers[stage if len(config.first_layers) > 1 else 0]
         layers = layers[:count]
     for layer in layers:
+        layer.mlp.recomputed = True  # type: ignore[union-attr]
         layer.forward = _forgetful(layer, config)
 
 
@@ -101,6 +104,8 @@ def _forgetful(layer: nn.Module, config: RecomputeConfig) -> Callable[..., Any]:
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # no dropout, no random state
     if config.mode == "selective":
         kept = {op for name in config.keep for op in OPERATORS[name]}
+        if "matmul" in config.keep and device.prefers_onednn():
+            kept.add(torch.ops.mkldnn._linear_pointwise.default)
         if "attention" in config.keep and hasattr(torch.ops.npu, "npu_fusion_attention"):
             kept.add(torch.ops.npu.npu_fusion_attention.default)
 
