@@ -59,7 +59,7 @@ class Optimizer:
                 continue  # an uneven cut left this process nothing of it
             self.shards[name] = shard
             self._parameters[name] = parameter
-        self._gradients: dict[str, Tensor] = {}
+        self.gradients: dict[str, Tensor] = {}
         self.masters: dict[str, Tensor] = {}
         """The values that are updated: the parameters' own memory, or with `offload` copies on the CPU."""
         self._moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
@@ -97,17 +97,17 @@ class Optimizer:
 
     def take_gradients(self) -> None:
         """Takes the gradients that the model holds now; with `offload` they are fetched."""
-        self._gradients = {}
+        self.gradients = {}
         for name, parameter in self._parameters.items():
             if not self.config.offload:
                 self.masters[name] = local(parameter).detach()  # FSDP may have put it elsewhere
             gradient = local_gradient(parameter)
             if gradient is not None:
-                self._gradients[name] = gradient.to(self.masters[name].device)
+                self.gradients[name] = gradient.to(self.masters[name].device)
 
     def gradient_norm(self) -> Tensor:
         """The L2 norm of the whole gradient, a float64 scalar on every process, each element counted once."""
-        counted = [(g, self.shards[n]) for n, g in self._gradients.items() if not self.shards[n].copy]
+        counted = [(g, self.shards[n]) for n, g in self.gradients.items() if not self.shards[n].copy]
         by_tensor = _sum_of_squares([g for g, s in counted if "tensor" in s.cut_over], self.device)
         others = _sum_of_squares([g for g, s in counted if "tensor" not in s.cut_over], self.device)
         # ZeRO cuts every parameter and the pipeline every model: these sums are over all of them.
@@ -121,10 +121,10 @@ class Optimizer:
             if fused_update_divides(self.device.type) and self._updates_in_float32():
                 scale = torch.tensor(divisor, dtype=torch.float32, device=self.device)
             else:
-                torch._foreach_mul_(list(self._gradients.values()), 1.0 / divisor)
+                torch._foreach_mul_(list(self.gradients.values()), 1.0 / divisor)
         self._updates += 1
-        decayed = [n for n in self._gradients if len(self.shards[n].shape) > 1]
-        exempt = [n for n in self._gradients if len(self.shards[n].shape) == 1]
+        decayed = [n for n in self.gradients if len(self.shards[n].shape) > 1]
+        exempt = [n for n in self.gradients if len(self.shards[n].shape) == 1]
         self._update(decayed, lr, self.config.weight_decay, scale)
         self._update(exempt, lr, 0.0, scale)
         if self.config.offload:
@@ -133,14 +133,14 @@ class Optimizer:
 
     def _updates_in_float32(self) -> bool:
         """Whether the kernel's divisor, a float32, is as exact as the gradients: not in a float64 proof."""
-        return all(gradient.dtype == torch.float32 for gradient in self._gradients.values())
+        return all(gradient.dtype == torch.float32 for gradient in self.gradients.values())
 
     def _update(self, names: list[str], lr: float, weight_decay: float, divisor: Tensor | None) -> None:
         if not names:
             return
         first, second = (self._moments[moment] for moment in MOMENTS)
         torch._fused_adamw_(
-            [self.masters[n] for n in names], [self._gradients[n] for n in names], [first[n] for n in names],
+            [self.masters[n] for n in names], [self.gradients[n] for n in names], [first[n] for n in names],
             [second[n] for n in names], [], [self._updates] * len(names), lr=lr, beta1=self.config.betas[0],
             beta2=self.config.betas[1], weight_decay=weight_decay, eps=self.config.eps, amsgrad=False, maximize=False,
             grad_scale=divisor, found_inf=None,
@@ -148,7 +148,7 @@ class Optimizer:
 
     def clear(self) -> None:
         """Forgets all gradients."""
-        self._gradients = {}
+        self.gradients = {}
         for parameter in self._parameters.values():
             parameter.grad = None
 
