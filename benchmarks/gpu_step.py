@@ -87,7 +87,7 @@ def ours(bench: Bench, case: Case, micro: int, **changes: Any) -> Callable[[], f
     if not data.with_suffix(".idx").exists():
         write_random_data(data, case.model.vocab_size, tokens=2**19, longest=2 * case.length)
     train = TrainConfig(
-        steps=bench.warmup + bench.steps, sequence_length=case.length, global_batch=case.tokens // case.length,
+        steps=bench.warmup + bench.steps + 1, sequence_length=case.length, global_batch=case.tokens // case.length,
         micro_batch=micro, dtype="bfloat16", **changes,
     )  # fmt: skip
     data_config = DataConfig(prefix=str(data), split="1,0,0")

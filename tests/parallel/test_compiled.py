@@ -29,8 +29,9 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor 2, sequence": (2, settings(tensor_parallel=2, sequence_parallel=True)),
     "pipeline 2": (2, pipe(2)),
 }
-COMPILATIONS = {"one, bfloat16, recompute first": 4}
-"""One training pass and one without gradients; twice that where there are two kinds of layers."""
+COMPILATIONS = {"one, bfloat16, recompute first": 6, "tensor 2, sequence": 2, "pipeline 2": 2}
+"""A layer's training pass and its pass without gradients, twice that where there are two kinds of layers; likewise the
+logits' softmax, but not where the vocabulary is cut, nor on the first stage, which counts here."""
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_the_same_run_from_one_compilation(runs: dict[str, dict[str, Any]], name
     for what in ("loss", "grad_norm", "valid"):
         assert got[what] == pytest.approx(plain[what], rel=tolerance), what
     assert plain["compilations"] == 0
-    assert got["compilations"] == COMPILATIONS.get(name, 2)
+    assert got["compilations"] == COMPILATIONS.get(name, 4)
 
 
 @pytest.mark.parametrize("schedule", ["InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV", "1F1B"])

@@ -175,8 +175,8 @@ def test_interrupted_equals_uninterrupted_to_the_bit(tmp_path: Path) -> None:
     assert digests[0] == digests[1]
 
 
-# name -> (settings, dtype in flight, limits of loss and gradient norm). Layouts add in other orders, which in bfloat16 is
-# noise as large as float8's own: float32 in flight leaves float8 alone to differ.
+# name -> (settings, dtype in flight, limits of loss and gradient norm). Layouts add in other orders, which in bfloat16
+# is noise as large as float8's own: float32 in flight leaves float8 alone to differ.
 LAYOUTS: dict[str, tuple[dict[str, Any], str, float, float]] = {
     "zero-2": (settings(zero_stage=2), "float32", 1e-5, 1e-3),
     "zero-3": (settings(zero_stage=3), "float32", 1e-5, 1e-3),

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import shutil
 import sysconfig
+from functools import partial
 from pathlib import Path
 from sys import version_info
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from arriero.errors import UserError
+from arriero.model.head import loss_and_gradient, summed_loss
 from arriero.model.llama import Llama
 from arriero.parallel.config import ZERO_BUBBLE, ParallelConfig
 
@@ -26,13 +28,16 @@ def apply_compile(model: Llama) -> None:
     """Has each layer's forward compiled when it is first called, in place; parameters keep their names.
 
     The forward is replaced, not the call: FSDP's hooks, which gather the layer's parameters, stay outside. A layer that
-    recomputes is compiled together with its recomputation. What cannot be compiled whole is an error (`fullgraph`), not
+    recomputes is compiled together with its recomputation. The softmax of the logits becomes one kernel, where the
+    vocabulary is not cut. What cannot be compiled whole is an error (`fullgraph`), not
     a slow run. No shape changes during a run, so none is made symbolic.
     """
     for layer in model.model.layers.values():
         layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
     if model.model.embed_tokens is not None:
         model.model.embed_tokens.register_forward_hook(_arrived)
+    if model.token_loss is summed_loss:
+        model.token_loss = partial(summed_loss, chunk=torch.compile(loss_and_gradient, fullgraph=True, dynamic=False))
 
 
 def _arrived(module: nn.Module, inputs: object, out: Tensor) -> Tensor:
