@@ -145,17 +145,17 @@ class Contender:
 def contenders(kind: str) -> list[Contender]:
     """In the order of their weight: what the budget does not allow is at the end."""
     peers, compiles = importlib.util.find_spec("transformers") is not None, kind == "cuda"
-    found = [Contender("arriero, compiled", partial(ours, compile=True))] if compiles else []
-    found += [Contender("transformers", plain_transformers)] if peers else []
-    found += [Contender("arriero", ours)]
-    if peers and compiles:
-        found += [Contender("transformers, compiled", partial(plain_transformers, compiled=True), everywhere=False)]
-    if compiles and importlib.util.find_spec("torchao"):
-        found += [
-            Contender(f"arriero, compiled, float8 {how}", partial(ours, compile=True, float8=how), everywhere=False)
-            for how in ("tensorwise", "rowwise")
-        ]
-    return found
+    eight = compiles and importlib.util.find_spec("torchao") is not None
+    some = partial(Contender, everywhere=False)
+    found = {
+        Contender("arriero, compiled", partial(ours, compile=True)): compiles,
+        Contender("transformers", plain_transformers): peers,
+        some("arriero, compiled, float8 tensorwise", partial(ours, compile=True, float8="tensorwise")): eight,
+        (some if compiles else Contender)("arriero", ours): True,
+        some("transformers, compiled", partial(plain_transformers, compiled=True)): peers and compiles,
+        some("arriero, compiled, float8 rowwise", partial(ours, compile=True, float8="rowwise")): eight,
+    }
+    return [contender for contender, there in found.items() if there]
 
 
 def turns(kind: str, tiny: bool) -> list[tuple[Case, Contender]]:
