@@ -35,6 +35,8 @@ def device_type(wanted: str = "auto") -> str:
 
     from arriero.errors import UserError
 
+    # By the driver's management library, which leaves this process free to fork: CUDA itself does not survive that.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     found = torch.accelerator.current_accelerator(check_available=True)
     if wanted == "auto":
         return found.type if found else "cpu"

@@ -156,6 +156,7 @@ class Llama(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.token_loss: Callable[..., Tensor] = head.summed_loss  # tensor parallelism puts its own here
+        self.loss_scale = 1.0  # of the loss and so of every gradient; a step sets it
 
     def rope(self, positions: Tensor, dtype: torch.dtype, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines for `positions` [L] or [B, L]; `length` is the row's, which dynamic scaling needs."""
@@ -179,14 +180,13 @@ class Llama(nn.Module):
         return x_BLD if self.model.norm is None else self.model.norm(x_BLD)
 
     def forward(
-        self, inputs: Tensor, positions: Tensor | None = None, mask: Tensor | None = None,
-        labels: Tensor | None = None, scale: float = 1.0,
-    ) -> Tensor:  # fmt: skip
+        self, inputs: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
         """[B, L] -> logits [B, L, V] in the model's dtype; a stage without head returns the stream [B, L, D].
 
-        With `labels` [B, L] the result is scale x the summed loss, [1], and the logits are never held whole.
+        With `labels` [B, L] the result is loss_scale x the summed loss, [1], and the logits are never held whole.
         """
         x_BLD = self.hidden(inputs, positions, mask)
         if self.lm_head is None:
             return x_BLD
-        return self.lm_head(x_BLD) if labels is None else self.token_loss(self.lm_head, x_BLD, labels, scale)
+        return self.lm_head(x_BLD) if labels is None else self.token_loss(self.lm_head, x_BLD, labels, self.loss_scale)

@@ -96,7 +96,9 @@ class Pipeline:
         With `train` the gradient of weight x loss is added to the parameters. torch's V-shaped schedules cannot run
         forward alone: there, a validation runs backward too, and drops the gradient.
         """
-        keywords: dict[str, Any] = {
+        for part in self.parts:
+            part.loss_scale = weight  # not an argument: torch 2.11 takes tensors alone, and FSDP would round one
+        keywords = {
             name: torch.cat([getattr(m, name) for m in micro])
             for name in ("positions", "mask")
             if getattr(micro[0], name) is not None
@@ -104,7 +106,7 @@ class Pipeline:
         inputs = (torch.cat([m.tokens for m in micro]),) if self.holds_first else ()
         target = torch.cat([m.labels for m in micro]) if self.holds_last else None
         if target is not None:
-            keywords |= {"labels": target, "scale": weight}
+            keywords["labels"] = target
         losses: list[Tensor] = []
         backward = train or self.v_shaped
         go = self.schedule.step if backward else self.schedule.eval

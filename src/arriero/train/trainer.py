@@ -237,8 +237,9 @@ class Trainer:
     def _accumulate(self, micro: list[MicroBatch], weight: float, *, train: bool) -> torch.Tensor:
         """The summed loss of this rank's micro-batches, float64; with `train`, gradients of weight x loss are added."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.parts[0].loss_scale = weight
         for i, m in enumerate(micro):
-            loss = self.forward(m.tokens, m.positions, m.mask, labels=m.labels, scale=weight)
+            loss = self.forward(m.tokens, m.positions, m.mask, labels=m.labels)
             self.clock.mark("forward")
             if train:
                 sum_gradients_now(self.parts[0], self.recipe.parallel.zero_stage, last=i == len(micro) - 1)
@@ -271,9 +272,9 @@ class Trainer:
         if self.fp16:
             self.scale.update(finite=finite)
         self.done += 1
-        if shown:
-            synchronize(self.kind)
         self.clock.mark("optimizer")
+        if shown:
+            synchronize(self.kind)  # the marks' times can be read once all of them have passed
         return StepResult(
             step=self.done, loss=loss, grad_norm=norm, learning_rate=rate, loss_scale=scale, skipped=not accepted,
             spike=finite and not accepted, stop=stopping, seconds=time.perf_counter() - began, phases=self.clock.take(),
