@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arriero.model.config import LlamaConfig, RopeScaling
+from arriero.parallel import config
 from arriero.parallel.config import ParallelConfig
 from arriero.parallel.context import positions_of
 from arriero.parallel.pipeline import stage_layers, stages_of
@@ -21,9 +22,9 @@ LLAMA_33B = LlamaConfig(
 )
 
 
-def said(config: ParallelConfig, processes: int, *, model: LlamaConfig = LLAMA_33B, **changes: int) -> str:
+def said(layout: ParallelConfig, processes: int, *, model: LlamaConfig = LLAMA_33B, **changes: int) -> str:
     given = {"sequence_length": 2048, "micro_batches": 64} | changes
-    return "\n".join(map(str, config.problems(model, processes, **given)))
+    return "\n".join(map(str, layout.problems(model, processes, **given)))
 
 
 def test_the_four_seed_layouts() -> None:
@@ -55,6 +56,14 @@ def test_the_four_seed_layouts() -> None:
 )
 def test_impossible_layouts_name_the_possible(changes: dict[str, Any], processes: int, message: str) -> None:
     assert message in said(ParallelConfig(**changes), processes)
+
+
+def test_zero_bubble_schedules_want_a_new_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = ParallelConfig(pipeline_parallel=2, pipeline_schedule="ZBVZeroBubble")
+    monkeypatch.setattr(config, "version", lambda package: "2.11.0+cu130")
+    assert "ZBVZeroBubble needs torch 2.13 or newer" in said(layout, 2)
+    monkeypatch.setattr(config, "version", lambda package: "2.13.0+cpu")
+    assert said(layout, 2) == ""
 
 
 def test_batches_and_lengths_that_do_not_fit() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Literal
 
 from arriero.errors import UserError
@@ -132,6 +133,9 @@ def _pipeline_problems(
     if schedule in ZERO_BUBBLE and config.zero_stage == 3 and processes > config.model_parallel:
         # torch frees the parameters between the two halves of the backward pass: gradients come out wrong, silently
         found.append(UserError(f"{schedule} with parallel.zero_stage 3 loses gradients", "use zero_stage 1 or 2"))
+    if schedule in ZERO_BUBBLE and torch_version() < (2, 13):
+        # its split backward pass stumbles over operators written in Python, such as the head with its loss
+        found.append(UserError(f"{schedule} needs torch 2.13 or newer", "use 1F1B or Interleaved1F1B, or a newer torch"))
     least = config.stages if schedule in ("1F1B", "DualPipeV") else 1
     rounds = max(1, micro_batches // ranks) if schedule in ("Interleaved1F1B", "InterleavedZeroBubble") else 1
     if micro_batches < least or micro_batches % rounds:
@@ -139,6 +143,11 @@ def _pipeline_problems(
         fix = f"make global_batch / (micro_batch x data ranks) {need}"
         found.append(UserError(f"the schedule {schedule} cannot run {micro_batches} micro-batches", fix))
     return found
+
+
+def torch_version() -> tuple[int, ...]:
+    """Major and minor number of the torch that is installed, which need not be imported for this."""
+    return tuple(int(n) for n in version("torch").split(".")[:2])
 
 
 def _context_problems(config: ParallelConfig, model: LlamaConfig, length: int) -> list[UserError]:
