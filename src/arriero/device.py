@@ -239,14 +239,3 @@ def trim_memory() -> None:
     """Gives memory that was freed back to the kernel, where glibc keeps it: after something large has gone."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def share_cores(processes: int) -> None:
-    """Divides this machine's cores between the processes on it, unless OMP_NUM_THREADS says otherwise."""
-    import torch
-
-    if "ARRIERO_THREADS" in os.environ:
-        torch.set_num_threads(int(os.environ["ARRIERO_THREADS"]))
-        return
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(max(1, cores // processes))

@@ -19,8 +19,9 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from arriero.agreement import Disagreement, agree, ranges
-from arriero.device import BACKENDS, process_group_backend, share_cores, tune_allocator
+from arriero.device import BACKENDS, process_group_backend, tune_allocator
 from arriero.errors import EXIT_USAGE, CheckFailed, UserError
+from arriero.placement import place_process
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -147,7 +148,8 @@ def in_process_group(
 
     place = Place.from_environment()
     tune_allocator()
-    share_cores(place.local_world)
+    kind = getattr(argument, "device_kind", "cpu")
+    place_process(place.local_rank, place.local_world, bind=kind == "cpu")
     listen_for_stop()
     if place.world == 1:
         return function(argument)
@@ -155,7 +157,6 @@ def in_process_group(
     if facts is not None:
         agree(store, place.rank, place.world, facts(argument), seconds=join_seconds)
     use_interface_towards(os.environ["MASTER_ADDR"])
-    kind = getattr(argument, "device_kind", "cpu")
     dist.init_process_group(
         process_group_backend(kind), store=store, rank=place.rank, world_size=place.world,
         timeout=timedelta(seconds=collective_seconds),

@@ -135,7 +135,8 @@ def _pipeline_problems(
         found.append(UserError(f"{schedule} with parallel.zero_stage 3 loses gradients", "use zero_stage 1 or 2"))
     if schedule in ZERO_BUBBLE and torch_version() < (2, 13):
         # its split backward pass stumbles over operators written in Python, such as the head with its loss
-        found.append(UserError(f"{schedule} needs torch 2.13 or newer", "use 1F1B or Interleaved1F1B, or a newer torch"))
+        fix = "use 1F1B or Interleaved1F1B, or a newer torch"
+        found.append(UserError(f"{schedule} needs torch 2.13 or newer", fix))
     least = config.stages if schedule in ("1F1B", "DualPipeV") else 1
     rounds = max(1, micro_batches // ranks) if schedule in ("Interleaved1F1B", "InterleavedZeroBubble") else 1
     if micro_batches < least or micro_batches % rounds:
