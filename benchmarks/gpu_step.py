@@ -279,8 +279,8 @@ def report(found: dict[str, Any]) -> str:
         f"{found['device']}; {', '.join(f'{k} {v}' for k, v in found['versions'].items())}; {found['seconds']:.0f} s",
         f"fastest bfloat16 matmul: {found['matmul_tflops_before']:.4g} TFLOP/s before, "
         f"{found['matmul_tflops_after']:.4g} after",
-        "card busy: the kernels' own time in a step over the step's; first step: with compilation, of which later shapes "
-        "find some in torch's cache",
+        "card busy: the kernels' own time in a step over the step's; first step: with compilation, of which later "
+        "shapes find some in torch's cache",
         f"MFU: tokens/s x (6 x matmul parameters + 6 L d s) / {against} TFLOP/s; attention in full: 12 L d s",
     ]
     if not peers:
