@@ -154,9 +154,9 @@ _library.impl("causal_attention", _attention_meta, "Meta")
 # Products. oneDNN takes a transposed view as it is; torch.mm would give float32 to MKL.
 
 
-def _product(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """x weight^T + bias by the faster library."""
-    if x_NI.dtype == SINGLE and device.prefers_onednn():
+def product(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x weight^T + bias by the faster library; on any device."""
+    if x_NI.dtype == SINGLE and x_NI.device.type == "cpu" and device.prefers_onednn():
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x_NI, weight_OI, bias_O, "none", [], "")
         return out
     return F.linear(x_NI, weight_OI, bias_O)
@@ -193,7 +193,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, kept: Any) -> Tensor:
         ctx.kept = kept
-        return _product(x.flatten(0, -2), weight_OI, bias_O).view(*x.shape[:-1], -1)
+        return product(x.flatten(0, -2), weight_OI, bias_O).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
@@ -203,8 +203,8 @@ class _Linear(torch.autograd.Function):
             return None, None, rows.sum(0), None
         x, weight = ctx.kept.saved_tensors
         return (
-            _product(rows, weight.t()).view(x.shape) if for_x else None,
-            _product(rows.t(), x.flatten(0, -2).t()) if for_weight else None,
+            product(rows, weight.t()).view(x.shape) if for_x else None,
+            product(rows.t(), x.flatten(0, -2).t()) if for_weight else None,
             rows.sum(0) if for_bias else None,
             None,
         )
@@ -227,7 +227,7 @@ class _SwigluLinear(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight_DF: Tensor, bias_D: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate, up, weight_DF)
         active = F.silu(gate).mul_(up)
-        return _product(active.flatten(0, -2), weight_DF, bias_D).view(*gate.shape[:-1], -1)
+        return product(active.flatten(0, -2), weight_DF, bias_D).view(*gate.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
@@ -236,8 +236,8 @@ class _SwigluLinear(torch.autograd.Function):
         rows, shape = grad.flatten(0, -2), gate.shape
         gate, up = gate.flatten(0, -2), up.flatten(0, -2)
         silu = F.silu(gate)
-        grad_weight = _product(rows.t(), (silu * up).t()) if ctx.needs_input_grad[2] else None
-        grad_active = _product(rows, weight.t())
+        grad_weight = product(rows.t(), (silu * up).t()) if ctx.needs_input_grad[2] else None
+        grad_active = product(rows, weight.t())
         grad_up = silu.mul_(grad_active)
         grad_gate = torch.ops.aten.silu_backward(grad_active.mul_(up), gate)
         grad_bias = rows.sum(0) if ctx.needs_input_grad[3] else None

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from arriero.device import logits_at_once, softmax_at_once
+from arriero.model.cpu import product
 
 IGNORED = -100
 """The label of a token that carries no loss."""
@@ -107,13 +108,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_grad: Tensor | None = None
         rows = even(len(x_ND), logits_at_once(device.type) // V)
         for x, labels in zip(x_ND.split(rows), labels_N.split(rows), strict=True):
-            logits = torch.mm(x, weight_VD.t())
+            logits = product(x, weight_VD)
             few = even(len(x), softmax_at_once(device.type) // V)
             for some, of in zip(logits.split(few), labels.split(few), strict=True):
                 total += how.chunk(some, of, scale, how.cut, how.train)
             if how.train:
-                parts.append(torch.mm(logits, weight_VD))
-                more = torch.mm(logits.t(), x)
+                parts.append(product(logits, weight_VD.t()))
+                more = product(logits.t(), x.t())
                 weight_grad = more if weight_grad is None else weight_grad.to(wide).add_(more)
             del logits
         if how.train:
