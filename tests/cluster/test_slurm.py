@@ -71,7 +71,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 
 def losses(run: Path) -> list[float]:
-    return [json.loads(line)["lm_loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["lm_loss"] for line in lines if line["kind"] == "step"]
 
 
 def batch_file(directory: Path, *words: object) -> Path:
