@@ -138,7 +138,7 @@ class Linear(nn.Linear):
 
 def swiglu_linear(gate_BLF: Tensor, up_BLF: Tensor, down: nn.Module) -> Tensor:
     """`down` of swiglu(gate, up); together where `down` is a Linear to which nothing was attached."""
-    if isinstance(down, Linear) and type(down) is Linear and not (down._forward_hooks or down._forward_pre_hooks):
+    if type(down) is Linear and not (down._forward_hooks or down._forward_pre_hooks):
         out = cpu.swiglu_linear(gate_BLF, up_BLF, down.weight, down.bias)
         if out is not None:
             return out

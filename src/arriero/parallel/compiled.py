@@ -28,9 +28,9 @@ def apply_compile(model: Llama) -> None:
     """Has each layer's forward compiled when it is first called, in place; parameters keep their names.
 
     The forward is replaced, not the call: FSDP's hooks, which gather the layer's parameters, stay outside. A layer that
-    recomputes is compiled together with its recomputation. The softmax of the logits becomes one kernel, where the
-    vocabulary is not cut. What cannot be compiled whole is an error (`fullgraph`), not
-    a slow run. No shape changes during a run, so none is made symbolic.
+    recomputes is compiled together with its recomputation. So is the softmax of the logits, where the vocabulary is
+    not cut. What cannot be compiled whole is an error (`fullgraph`), not a slow run. No shape changes during a run, so
+    none is made symbolic.
     """
     for layer in model.model.layers.values():
         layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
