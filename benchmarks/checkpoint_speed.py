@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from arriero.device import trim_memory
+from arriero.common.device import trim_memory
 
 SAVES = ("raw write", "safetensors", "torch.save", "DCP, 1 thread", "DCP, 2 threads", "DCP, asynchronous",
          "arriero", "arriero, asynchronous")  # fmt: skip

@@ -34,8 +34,16 @@ import torch
 from arriero.bench.peak import matmul_peak
 from arriero.bench.table import markdown, percent
 from arriero.bench.trial import fill_randomly
+from arriero.common.device import (
+    describe,
+    device_name,
+    device_type,
+    peak_memory,
+    synchronize,
+    take_device,
+    tune_allocator,
+)
 from arriero.data.batches import DataConfig
-from arriero.device import describe, device_name, device_type, peak_memory, synchronize, take_device, tune_allocator
 from arriero.model.config import LlamaConfig
 from arriero.observe.throughput import peak_flops, throughput
 from arriero.parallel.mesh import Ranks

@@ -35,8 +35,8 @@ from turns import Player, PlayerError
 
 from arriero.bench.peak import matmul_peak
 from arriero.bench.table import markdown, percent
+from arriero.common.device import describe
 from arriero.data.batches import Batches, DataConfig
-from arriero.device import describe
 from arriero.model.config import LlamaConfig
 from arriero.model.init import InitialWeights
 from arriero.observe.throughput import throughput

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from arriero.device import peak_memory
+from arriero.common.device import peak_memory
 
 
 class Turns:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from arriero.common.errors import UserError
 from arriero.demo_corpus import corpus_records, corpus_texts, train_tokenizer, write_corpus
-from arriero.errors import UserError
 
 MODULE = '''"""Something that speaks for long enough to be kept, in one sentence."""
 raise SystemExit("this module must never run")

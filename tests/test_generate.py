@@ -8,7 +8,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 from arriero.generate import GenerateArgs, choose, encode_prompt, generate, next_logits, run
 from arriero.weights.sources import load_model
 from weights.weights_helpers import TINY, VARIANTS, random_weights, save_hf

@@ -37,8 +37,8 @@ import arriero
 import toy
 from arriero.checkpoint.load import CheckpointReader, newest_that_verifies
 from arriero.cli import dispatch
+from arriero.common.errors import UserError
 from arriero.data import inputs, readers
-from arriero.errors import UserError
 from arriero.parallel.mesh import Ranks
 from arriero.recipe import Recipe, file_settings, parse, to_toml
 from arriero.train.loop import Continuation, train

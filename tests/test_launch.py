@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from arriero import slurm
 from arriero.agreement import differences, ranges
 from arriero.cli import dispatch
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 from arriero.launch import LaunchConfig, resolve, take_place
 from arriero.rendezvous import Meeting
 from toy import arriero, write_data, write_recipe

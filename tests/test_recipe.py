@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import toy
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 from arriero.recipe import Recipe, bundled_directory, command_line_settings, file_settings, parse, to_toml
 from arriero.train.command import read_command
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arriero import __version__
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 
 if TYPE_CHECKING:
     from torch.distributed import Store

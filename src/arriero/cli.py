@@ -7,7 +7,8 @@ import sys
 from dataclasses import dataclass
 
 from arriero import __version__
-from arriero.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_USAGE, CheckFailed, UserError, nearest
+from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_USAGE, CheckFailed, UserError, nearest
+from arriero.common.text import printable
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,10 @@ def dispatch(words: list[str]) -> int:
     try:
         return run_verb(words[0], words[1:])
     except UserError as error:
-        print(f"arriero: {error}", file=sys.stderr)
+        print(printable(f"arriero: {error}"), file=sys.stderr)
         return EXIT_USAGE
     except CheckFailed as error:
-        print(f"arriero: {error}", file=sys.stderr)
+        print(printable(f"arriero: {error}"), file=sys.stderr)
         return EXIT_CHECK_FAILED
     except BrokenPipeError:  # `arriero ... | head`
         sys.stderr.close()

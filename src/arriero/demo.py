@@ -14,8 +14,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from arriero.common.errors import CheckFailed, UserError
 from arriero.demo_corpus import corpus_texts, train_tokenizer, write_corpus
-from arriero.errors import CheckFailed, UserError
 
 VOCABULARY = 2048  # the demo model's, see recipes/models/demo.json
 

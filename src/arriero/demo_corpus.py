@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 
 # Left out: tests and examples (not documentation), other people's packages, and sources that are data.
 _SKIPPED = {"test", "tests", "idle_test", "lib2to3", "turtledemo", "site-packages", "dist-packages", "ensurepip",

@@ -18,8 +18,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from arriero.device import BACKENDS, device_count, device_name, device_type
-from arriero.errors import EXIT_CHECK_FAILED, EXIT_OK
+from arriero.common.device import BACKENDS, device_count, device_name, device_type
+from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK
 
 # What each extra of pyproject.toml is for; the packages and their versions are read from the installation itself.
 _EXTRAS = {

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
-from arriero.device import device_type, take_device
-from arriero.errors import EXIT_OK, UserError
+from arriero.common.device import device_type, take_device
+from arriero.common.errors import EXIT_OK, UserError
 
 if TYPE_CHECKING:
     import torch

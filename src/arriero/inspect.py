@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 
 # Asked in this order: a run holds checkpoints, and a checkpoint holds a config.json as a Hugging Face directory does.
 KINDS = ("arriero.checkpoint.inspect", "arriero.data.inspect", "arriero.weights.inspect")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from arriero import slurm
 from arriero.children import STOPPED_AFTER, Children
-from arriero.errors import EXIT_USAGE, UserError, join_problems
+from arriero.common.errors import EXIT_USAGE, UserError, join_problems
 from arriero.process import (
     Place,
     in_process_group,

@@ -19,8 +19,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from arriero.agreement import Disagreement, agree, ranges
-from arriero.device import BACKENDS, process_group_backend, tune_allocator
-from arriero.errors import EXIT_USAGE, CheckFailed, UserError
+from arriero.common.device import BACKENDS, process_group_backend, tune_allocator
+from arriero.common.errors import EXIT_USAGE, CheckFailed, UserError
 from arriero.placement import place_process
 
 if TYPE_CHECKING:

@@ -21,8 +21,9 @@ from typing import Any, Literal, TypeVar, get_type_hints
 import tyro
 
 from arriero.checkpoint.config import CheckpointConfig
+from arriero.common.errors import UserError, join_problems, nearest
+from arriero.common.untrusted import read_text
 from arriero.data.batches import DataConfig
-from arriero.errors import UserError, join_problems, nearest
 from arriero.model.config import LlamaConfig
 from arriero.observe.profile import profile_problems
 from arriero.parallel.compiled import compile_layout_problems
@@ -34,7 +35,6 @@ from arriero.train.optim import OptimConfig
 from arriero.train.reporter import LogConfig
 from arriero.train.schedule import ScheduleConfig
 from arriero.train.watch import WatchConfig
-from arriero.untrusted import read_text
 
 T = TypeVar("T")
 MAX_RECIPE_BYTES = 100_000

@@ -22,7 +22,7 @@ import time
 from torch.distributed import DistNetworkError, DistStoreError, PrefixStore
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 from arriero.process import ROUND
 from arriero.store import open_store, within
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from arriero.errors import EXIT_OK, EXIT_STOPPED, UserError, nearest
+from arriero.common.errors import EXIT_OK, EXIT_STOPPED, UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def batch_file(words: list[str]) -> tuple[str, str]:
     Raises:
         UserError: the recipe is wrong, or it does not fit so many processes.
     """
-    from arriero.errors import join_problems
+    from arriero.common.errors import join_problems
     from arriero.recipe import command_line_settings, parse
     from arriero.train.command import read_command
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from torch.distributed import DistNetworkError, Store, TCPStore
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from arriero import cli
 from arriero.bench import sweep
 from arriero.bench.command import BenchConfig
 from arriero.bench.trial import Result, Trial, trial
-from arriero.errors import CheckFailed, UserError
+from arriero.common.errors import CheckFailed, UserError
 from arriero.launch import LaunchConfig
 from arriero.model.config import LlamaConfig
 from arriero.observe.throughput import flops_per_token

@@ -15,7 +15,7 @@ from test_save import flip
 
 from arriero.checkpoint.load import candidates, newest_that_verifies
 from arriero.checkpoint.verify import verify, verify_small
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 from arriero.parallel.mesh import Ranks
 
 

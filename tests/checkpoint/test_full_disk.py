@@ -13,7 +13,7 @@ import pytest
 from arriero.checkpoint.layout import committed
 from arriero.checkpoint.verify import verify
 from arriero.cli import dispatch
-from arriero.errors import EXIT_OK, EXIT_USAGE
+from arriero.common.errors import EXIT_OK, EXIT_USAGE
 from toy import write_recipe
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from arriero.checkpoint.lock import RunLock
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 
 HOLD = """
 import sys, time

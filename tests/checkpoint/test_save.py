@@ -17,7 +17,7 @@ from arriero.checkpoint.layout import committed, step_directory, step_of
 from arriero.checkpoint.load import CheckpointReader
 from arriero.checkpoint.save import last_word
 from arriero.checkpoint.verify import verify
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 
 
 def read_all(path: Path) -> dict[str, torch.Tensor]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import tyro
 
+from arriero.common.errors import UserError
 from arriero.compare.command import CompareArgs, run
-from arriero.errors import UserError
 
 
 def csv(path: Path, losses: list[float], norms: list[float] | None = None) -> Path:

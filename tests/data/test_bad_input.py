@@ -17,10 +17,10 @@ import pyarrow.parquet
 import pytest
 from small_inputs import files_in
 
+from arriero.common.errors import UserError
 from arriero.data.indexed import IndexedDataset
 from arriero.data.manifest import read_manifest
 from arriero.data.tokenizer import Tokenizer
-from arriero.errors import UserError
 
 Prepare = Callable[..., str]
 GOOD = b'{"text": "good"}\n'

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from arriero.common.errors import UserError
 from arriero.data.batches import Batches, DataConfig
 from arriero.data.check import check_data_against
 from arriero.data.indexed import IndexedWriter
 from arriero.data.tokenizer import load_tokenizer
-from arriero.errors import UserError
 
 LENGTH = 16
 

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_inputs import train_sentencepiece
 
+from arriero.common.errors import UserError
 from arriero.data import fast
 from arriero.data.fast import FastTokenizer, fast_or_reason
 from arriero.data.indexed import IndexedDataset
 from arriero.data.tokenizer import Tokenizer, cut, load_tokenizer
-from arriero.errors import UserError
 
 SAMPLE = list(pydoc_data.topics.topics.values())[:4]
 

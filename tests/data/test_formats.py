@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from small_inputs import RECORDS, write_records
 
+from arriero.common.errors import UserError
 from arriero.data.batches import Batches, DataConfig
 from arriero.data.formats import BadRecordError, Template, load_template, make_format
 from arriero.data.indexed import IndexedDataset
 from arriero.data.instruct import best_fit
 from arriero.data.tokenizer import Tokenizer
-from arriero.errors import UserError
 
 Prepare = Callable[..., str]
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset as Megatron
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from arriero.common.errors import UserError
 from arriero.data.indexed import IndexedDataset, IndexedWriter, best_dtype
-from arriero.errors import UserError
 
 GOLDEN_IDX = (
     "4d4d4944494458000001000000000000000402000000000000000300000000000000030000000200000000000000000000"

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from small_inputs import files_in, train_sentencepiece, write_records
 
+from arriero.common.errors import UserError
 from arriero.data.indexed import IndexedDataset
 from arriero.data.manifest import read_manifest
 from arriero.data.prepare import PrepareArgs, run
 from arriero.data.tokenizer import Tokenizer
-from arriero.errors import UserError
 
 Prepare = Callable[..., str]
 

@@ -10,8 +10,8 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from arriero.common.errors import UserError
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
-from arriero.errors import UserError
 
 TEXTS = [
     "Hello world",

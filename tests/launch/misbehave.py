@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from arriero import launch
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 
 
 def work(way: str) -> None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import npu_twin
-from arriero import device
+from arriero.common import device
 from arriero.model.llama import Llama
 from arriero.parallel.tensor import apply_tensor_parallel
 from toy import CONFIG

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 from arriero.model.config import LlamaConfig, RopeScaling, count_parameters
 
 MINIMAL = {

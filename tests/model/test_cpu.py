@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from arriero import device
+from arriero.common import device
 from arriero.model import cpu, ops
 from arriero.model.llama import Llama
 from toy import CONFIG

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import npu_twin
-from arriero import device
+from arriero.common import device
 from arriero.model import npu, ops
 from arriero.model.llama import Llama
 from toy import CONFIG

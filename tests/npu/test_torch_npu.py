@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import npu_twin
-from arriero import device
+from arriero.common import device
 from arriero.model import npu, ops
 from arriero.model.llama import Llama
 from arriero.parallel.mesh import Ranks

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 from arriero.observe.figure import loss_figure
 from arriero.observe.metrics import MetricsWriter, StepMetrics, ValidationMetrics
 

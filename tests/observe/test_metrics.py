@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 from arriero.observe.metrics import MetricsWriter, StepMetrics, ValidationMetrics, read_metrics
 
 STEP = StepMetrics(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 from arriero.observe.profile import Profile, profile_problems, profile_steps
 
 

@@ -11,8 +11,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from arriero import device
-from arriero.errors import UserError
+from arriero.common import device
+from arriero.common.errors import UserError
 from arriero.model.config import LlamaConfig, parameter_shapes
 from arriero.model.llama import Llama
 from arriero.observe.throughput import (

@@ -18,11 +18,11 @@ from run_layouts import run_case
 from test_layouts import shared_memory
 
 import toy
-from arriero import device
 from arriero.checkpoint.digest import state_sha256
 from arriero.cli import dispatch
-from arriero.device import float8_units
-from arriero.errors import EXIT_OK, EXIT_USAGE, UserError
+from arriero.common import device
+from arriero.common.device import float8_units
+from arriero.common.errors import EXIT_OK, EXIT_USAGE, UserError
 from arriero.model.llama import Llama
 from arriero.parallel import apply, float8
 from arriero.parallel.config import ParallelConfig

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from arriero.errors import CheckFailed, UserError
+from arriero.common.errors import CheckFailed, UserError
 from arriero.torture import command as torture
 from toy import arriero
 

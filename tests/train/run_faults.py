@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from arriero.errors import CheckFailed
+from arriero.common.errors import CheckFailed
 from arriero.launch import run_processes
 from arriero.parallel.mesh import Ranks
 from arriero.parallel.shards import local

@@ -18,7 +18,7 @@ import torch
 import toy
 from arriero.checkpoint.digest import state_sha256
 from arriero.checkpoint.layout import committed
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 from arriero.observe.events import KINDS, goodput, read_events
 from arriero.parallel.mesh import Ranks
 from arriero.recipe import Recipe, file_settings, parse

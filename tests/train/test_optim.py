@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from arriero import device
+from arriero.common import device
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
 from arriero.parallel.mesh import Ranks

@@ -18,8 +18,8 @@ import pytest
 from arriero.checkpoint.digest import state_sha256
 from arriero.checkpoint.layout import committed
 from arriero.cli import dispatch
+from arriero.common.errors import EXIT_OK, EXIT_STOPPED, EXIT_USAGE, UserError
 from arriero.data.indexed import IndexedWriter
-from arriero.errors import EXIT_OK, EXIT_STOPPED, EXIT_USAGE, UserError
 from arriero.train.command import duration
 from toy import arriero, write_recipe
 

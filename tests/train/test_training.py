@@ -14,7 +14,7 @@ import transformers
 
 import toy
 from arriero.checkpoint.digest import state_sha256
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 from arriero.parallel.mesh import Ranks
 from arriero.recipe import Recipe, file_settings, parse
 from arriero.train.loop import Continuation, train

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_export import save_run
 from weights_helpers import TINY, VARIANTS, assert_same, random_weights, save_hf, unchanged
 
-from arriero.errors import CheckFailed, UserError
+from arriero.common.errors import CheckFailed, UserError
 from arriero.model.config import LlamaConfig
 from arriero.weights import convert
 from arriero.weights.convert import ConvertArgs, run

@@ -6,7 +6,7 @@ import transformers
 from safetensors.torch import save_file
 from weights_helpers import TINY, VARIANTS, assert_same, random_weights, save_hf, unchanged
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 from arriero.weights.export import ExportArgs, run
 from arriero.weights.huggingface import open_huggingface
 from arriero.weights.sources import load_model, open_model

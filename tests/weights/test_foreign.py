@@ -8,7 +8,7 @@ import pytest
 import torch
 from weights_helpers import TINY, VARIANTS, assert_same, random_weights, save_hf
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 from arriero.weights.convert import ConvertArgs, run
 from arriero.weights.foreign_config import ConfigHints
 from arriero.weights.huggingface import write_config

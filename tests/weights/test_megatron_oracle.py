@@ -13,7 +13,7 @@ import torch
 import transformers
 from weights_helpers import TINY, VARIANTS, assert_same, random_weights, save_hf
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 from arriero.weights.convert import ConvertArgs, run
 from arriero.weights.foreign_config import ConfigHints
 from arriero.weights.sources import open_model

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 from arriero.weights.raw_file import RawFile
 from arriero.weights.safetensors_file import SafetensorsFile, build_header
 

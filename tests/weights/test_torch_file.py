@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 from arriero.weights.pickle_symbols import Call, follow
 from arriero.weights.torch_file import TorchFile
 from arriero.weights.torch_write import TensorSpec, plan_archive

@@ -15,8 +15,8 @@ from arriero.bench.peak import Peak, matmul_peak
 from arriero.bench.sweep import check_target, sweep, sweep_table, write_best
 from arriero.bench.table import as_json, peak_table, result_table
 from arriero.bench.trial import run_trial, trial
-from arriero.device import describe, device_type, matmul_dtypes, take_device
-from arriero.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError, join_problems
+from arriero.common.device import describe, device_type, matmul_dtypes, take_device
+from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError, join_problems
 from arriero.launch import LaunchConfig, Place, ProcessFailed, run_processes, started_by_another, take_place
 from arriero.parallel.compiled import compile_machine_problems
 from arriero.recipe import (

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from arriero.device import synchronize
+from arriero.common.device import synchronize
 
 SIZES = {"cpu": (512, 1024, 2048, 4096)}
 """Edges of the square matrices that are tried, by device; accelerators need larger ones to be filled."""

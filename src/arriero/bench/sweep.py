@@ -8,8 +8,8 @@ from pathlib import Path
 
 from arriero.bench.table import markdown, percent
 from arriero.bench.trial import Result, Trial, ran_out, run_trial
-from arriero.device import available_memory
-from arriero.errors import CheckFailed, UserError
+from arriero.common.device import available_memory
+from arriero.common.errors import CheckFailed, UserError
 from arriero.launch import LaunchConfig
 from arriero.parallel.compiled import compile_layout_problems, compile_machine_problems
 from arriero.parallel.recompute import RecomputeConfig

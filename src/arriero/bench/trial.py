@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 
 from arriero.bench.peak import matmul_peak
+from arriero.common.device import describe, device_name, peak_memory, resident_memory, synchronize
+from arriero.common.errors import UserError
 from arriero.data.batches import DataConfig
-from arriero.device import describe, device_name, peak_memory, resident_memory, synchronize
-from arriero.errors import UserError
 from arriero.launch import LaunchConfig, ProcessFailed, in_process_group, run_processes, started_by_another
 from arriero.model.config import LlamaConfig
 from arriero.observe.throughput import peak_flops, throughput

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 
 
 @dataclass(frozen=True)

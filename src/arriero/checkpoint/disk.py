@@ -16,7 +16,7 @@ import shutil
 import signal
 from pathlib import Path
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 from arriero.weights import transfer
 
 FAULT = "ARRIERO_FAULT"

@@ -8,7 +8,7 @@ from typing import Any
 
 from arriero.checkpoint.layout import MARKER, STATE, TEMPORARY, committed, read_json
 from arriero.checkpoint.verify import verify as verify_files
-from arriero.errors import EXIT_CHECK_FAILED, EXIT_OK
+from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK
 from arriero.model.config import LlamaConfig, count_parameters
 from arriero.observe.events import goodput_line
 from arriero.observe.metrics import read_metrics

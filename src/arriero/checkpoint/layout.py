@@ -17,8 +17,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from arriero import untrusted
 from arriero.checkpoint import disk
+from arriero.common import untrusted
 from arriero.weights.run import FIX as DAMAGED
 from arriero.weights.run import MARKER, committed, step_of
 

@@ -13,9 +13,9 @@ import torch
 
 from arriero.checkpoint.layout import DAMAGED, STATE, committed, read_json
 from arriero.checkpoint.verify import verify
-from arriero.errors import UserError
+from arriero.common.errors import UserError
+from arriero.common.untrusted import inside
 from arriero.parallel.mesh import Ranks
-from arriero.untrusted import inside
 from arriero.weights.raw_file import RawFile
 from arriero.weights.run import places
 from arriero.weights.safetensors_file import SafetensorsFile

@@ -9,7 +9,7 @@ import socket
 import time
 from pathlib import Path
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 
 LOCK = "lock.json"
 

@@ -20,8 +20,8 @@ from arriero.checkpoint.layout import MARKER, STATE, TEMPORARY, commit, step_dir
 from arriero.checkpoint.parts import Part, data_file, write_parts
 from arriero.checkpoint.retention import forget, superfluous, sweep
 from arriero.checkpoint.verify import verify
-from arriero.device import host_room, synchronize
-from arriero.errors import UserError
+from arriero.common.device import host_room, synchronize
+from arriero.common.errors import UserError
 from arriero.parallel.mesh import Ranks
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from arriero.checkpoint.layout import FORMAT, MANIFEST, MARKER, file_digest, read_json
-from arriero.errors import UserError
-from arriero.untrusted import MAX_JSON_BYTES, plain_name
+from arriero.common.errors import UserError
+from arriero.common.untrusted import MAX_JSON_BYTES, plain_name
 
 INDEX = {"bytes": int, "block": int, "header": str, "tensors": {str: {"start": int, "sha256": [str]}}}
 MAX_BLOCK = 1 << 30

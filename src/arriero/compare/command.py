@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, arg
 
+from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK
 from arriero.compare.judge import Verdict, judge
 from arriero.compare.read import read_curves
 from arriero.compare.report import FIGURE, HTML, MARKDOWN, as_json, rows, sentences, write_report
-from arriero.errors import EXIT_CHECK_FAILED, EXIT_OK
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
+from arriero.common.errors import UserError, nearest
 from arriero.compare.read import Curves
-from arriero.errors import UserError, nearest
 
 DEFAULT_QUANTITIES = ("lm_loss", "grad_norm")
 

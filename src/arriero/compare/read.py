@@ -11,9 +11,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
+from arriero.common.untrusted import read_bytes
 from arriero.observe.metrics import read_metrics
-from arriero.untrusted import read_bytes
 
 MAX_BYTES = 2 << 30
 Columns = dict[str, dict[int, float]]

@@ -13,10 +13,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from arriero.common.errors import UserError
 from arriero.data.indexed import IndexedDataset, idx_path
 from arriero.data.instruct import INSTRUCTION_FIELDS, InstructionSet
 from arriero.data.order import MegatronOrder, StableOrder, blend_megatron, blend_stable, choose_documents
-from arriero.errors import UserError
 
 SPLITS = ("train", "valid", "test")
 

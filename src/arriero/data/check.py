@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from arriero.common.errors import UserError
 from arriero.data.batches import DataConfig, is_instruction, parse_prefix
 from arriero.data.instruct import INSTRUCTION_FIELDS
 from arriero.data.manifest import largest_id, manifest_of
-from arriero.errors import UserError
 
 
 def check_data_against(config: DataConfig, vocab_size: int, tokenizer_fingerprint: str | None = None) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from arriero.common.device import trim_memory
+from arriero.common.errors import UserError
 from arriero.data.tokenizer import JsonTokenizer, Tokenizer
-from arriero.device import trim_memory
-from arriero.errors import UserError
 
 # gigatoken remembers every word that it has met (about 2 MB for each MB of program text): it is started over after this
 # much text.

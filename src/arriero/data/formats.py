@@ -14,8 +14,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from arriero.errors import UserError, nearest
-from arriero.untrusted import read_text
+from arriero.common.errors import UserError, nearest
+from arriero.common.untrusted import read_text
 
 Record = dict[str, Any]
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # 34 bytes

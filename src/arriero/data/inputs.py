@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from arriero.errors import UserError
-from arriero.untrusted import inside
+from arriero.common.errors import UserError
+from arriero.common.untrusted import inside
 
 KINDS = {
     ".parquet": "parquet",

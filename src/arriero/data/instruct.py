@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from arriero.common.errors import UserError
 from arriero.data.indexed import IndexedDataset
-from arriero.errors import UserError
 
 if TYPE_CHECKING:
     from arriero.data.batches import Batch

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from arriero.common.errors import UserError
+from arriero.common.untrusted import plain_name, read_json
 from arriero.data.indexed import IndexedDataset, bin_path, idx_path
-from arriero.errors import UserError
-from arriero.untrusted import plain_name, read_json
 
 VERSION = 1
 _OUTPUT = {

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 import arriero
+from arriero.common.errors import EXIT_OK, UserError
 from arriero.data.indexed import IndexedDataset, IndexedWriter
 from arriero.data.manifest import RECORDS, manifest_path, read_manifest, verify, write_manifest
-from arriero.errors import EXIT_OK, UserError
 
 _STEP = 1 << 22  # tokens copied at a time
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 import tyro
 
+from arriero.common.errors import EXIT_OK, UserError, join_problems
 from arriero.data.formats import FORMATS, Format, load_template, make_format
 from arriero.data.indexed import bin_path, idx_path
 from arriero.data.inputs import find_inputs
 from arriero.data.manifest import manifest_path, read_manifest
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
 from arriero.data.writing import Job, SourceHashes, output_names, sample_texts, write
-from arriero.errors import EXIT_OK, UserError, join_problems
 
 
 @dataclass(frozen=True)

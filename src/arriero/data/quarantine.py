@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from arriero.common.errors import UserError
 from arriero.data.pipeline import Rejected
-from arriero.errors import UserError
 
 
 @dataclass

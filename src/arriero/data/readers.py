@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from arriero.common.errors import UserError
 from arriero.data.inputs import BLOCK, MAX_RECORD_BYTES, Meter, no_meter, open_input, seekable
-from arriero.errors import UserError
 
 
 class Bad(NamedTuple):

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from arriero.errors import UserError
-from arriero.untrusted import inside, read_bytes, read_json
+from arriero.common.errors import UserError
+from arriero.common.untrusted import inside, read_bytes, read_json
 
 # Files that travel with a tokenizer, in the order in which they are looked for.
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from arriero.errors import UserError, join_problems, nearest
-from arriero.untrusted import inside, misfit, read_json
+from arriero.common.errors import UserError, join_problems, nearest
+from arriero.common.untrusted import inside, misfit, read_json
 
 FIX = "restore the file from where the model came from"
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from arriero import device
+from arriero.common import device
 
 BF16, SINGLE = torch.bfloat16, torch.float32
 ROWS = 128  # queries of a block of scores: their keys end with the block, so half of the scores are never computed

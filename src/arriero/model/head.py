@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from arriero.device import logits_at_once, softmax_at_once
+from arriero.common.device import logits_at_once, softmax_at_once
 from arriero.model.cpu import product
 
 IGNORED = -100

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arriero import device
+from arriero.common import device
 from arriero.model import cpu, npu
 from arriero.model.config import LlamaConfig
 

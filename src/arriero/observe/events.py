@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from arriero.untrusted import misfit, read_bytes
+from arriero.common.untrusted import misfit, read_bytes
 
 FILE = "events.jsonl"
 FORM = {"event": str, "at": float}

@@ -9,7 +9,7 @@ from operator import mul
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 from arriero.observe.metrics import read_metrics
 
 if TYPE_CHECKING:

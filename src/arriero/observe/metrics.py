@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from arriero.errors import UserError
-from arriero.untrusted import misfit, parse_json, read_bytes
+from arriero.common.errors import UserError
+from arriero.common.untrusted import misfit, parse_json, read_bytes
 
 FORM = {"iteration": int}
 FIX = "remove the line, or restore the file"

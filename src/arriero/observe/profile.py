@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 
 
 def profile_steps(text: str) -> tuple[int, int] | None:

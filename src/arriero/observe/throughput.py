@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 from arriero.model.config import parameter_shapes
 
 if TYPE_CHECKING:

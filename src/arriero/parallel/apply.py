@@ -11,8 +11,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from arriero.device import float8_units
-from arriero.errors import UserError
+from arriero.common.device import float8_units
+from arriero.common.errors import UserError
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
 from arriero.parallel.compiled import apply_compile

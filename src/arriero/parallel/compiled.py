@@ -18,7 +18,7 @@ from sys import version_info
 import torch
 from torch import Tensor, nn
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 from arriero.model.head import loss_and_gradient, summed_loss
 from arriero.model.llama import Llama
 from arriero.parallel.config import ZERO_BUBBLE, ParallelConfig

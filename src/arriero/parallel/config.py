@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Literal
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 from arriero.model.config import LlamaConfig
 
 Schedule = Literal[

@@ -22,7 +22,7 @@ from typing import Literal
 
 from torch import nn
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
 from arriero.parallel.config import ParallelConfig

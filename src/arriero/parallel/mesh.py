@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from arriero.device import sums_on_host
+from arriero.common.device import sums_on_host
 from arriero.parallel.config import ParallelConfig
 
 if TYPE_CHECKING:

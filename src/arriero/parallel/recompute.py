@@ -12,8 +12,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from arriero import device
-from arriero.errors import UserError
+from arriero.common import device
+from arriero.common.errors import UserError
 from arriero.model.llama import Llama
 from arriero.parallel.config import ZERO_BUBBLE, ParallelConfig
 from arriero.parallel.pipeline import stage_layers

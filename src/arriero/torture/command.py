@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from arriero.errors import EXIT_OK, CheckFailed, UserError
+from arriero.common.errors import EXIT_OK, CheckFailed, UserError
 from arriero.torture.outcome import EVERY, STEPS, Outcome
 from arriero.torture.rack import KINDS, Rack, Tally
 

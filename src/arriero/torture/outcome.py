@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from arriero.errors import CheckFailed
+from arriero.common.errors import CheckFailed
 
 STEPS, EVERY = 40, 3
 """Steps of a run, and between its checkpoints."""

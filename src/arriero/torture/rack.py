@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from arriero.errors import EXIT_OK, EXIT_STOPPED, CheckFailed, join_problems
+from arriero.common.errors import EXIT_OK, EXIT_STOPPED, CheckFailed, join_problems
 from arriero.torture.outcome import EVERY, STEPS, Outcome, largest_difference, last_step, log_size, outcome, tail
 
 DEAD = (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM)  # by the signal, or by a SIGTERM that came too early

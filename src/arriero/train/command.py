@@ -17,10 +17,10 @@ from arriero.agreement import file_sample, run_facts
 from arriero.checkpoint.layout import MANIFEST, committed
 from arriero.checkpoint.load import candidates, find_checkpoint
 from arriero.checkpoint.lock import RunLock
+from arriero.common.device import device_count, device_type, float8_casts
+from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_STOPPED, UserError, join_problems
 from arriero.data.check import check_data_against
 from arriero.data.tokenizer import load_tokenizer
-from arriero.device import device_count, device_type, float8_casts
-from arriero.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_STOPPED, UserError, join_problems
 from arriero.launch import (
     LaunchConfig,
     Place,

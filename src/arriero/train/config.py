@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 from arriero.parallel.float8 import Float8Recipe
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from arriero.agreement import ranges
-from arriero.errors import CheckFailed
+from arriero.common.errors import CheckFailed
 from arriero.parallel.mesh import DIMENSIONS, Ranks
 
 WINDOW, FEWEST = 100, 20

@@ -9,8 +9,8 @@ from pathlib import Path
 from arriero.checkpoint.layout import committed
 from arriero.checkpoint.load import newest_that_verifies
 from arriero.checkpoint.save import Saved, last_word
-from arriero.device import device_name, float8_units
-from arriero.errors import UserError
+from arriero.common.device import device_name, float8_units
+from arriero.common.errors import UserError
 from arriero.observe.events import Events, goodput_line
 from arriero.observe.profile import Profile
 from arriero.parallel.mesh import Ranks

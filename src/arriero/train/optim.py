@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from arriero.device import fused_update_divides
-from arriero.errors import UserError
+from arriero.common.device import fused_update_divides
+from arriero.common.errors import UserError
 from arriero.model.llama import Llama
 from arriero.parallel.mesh import Ranks
 from arriero.parallel.shards import Shard, local, local_gradient, shards

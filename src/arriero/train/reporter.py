@@ -21,7 +21,7 @@ import torch
 
 from arriero import __version__
 from arriero.checkpoint.save import Saved
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 from arriero.model.config import LlamaConfig
 from arriero.observe.figure import loss_figure
 from arriero.observe.logline import arriero_line, megatron_line, validation_line

@@ -11,7 +11,7 @@ from arriero.agreement import flat, input_digests
 from arriero.checkpoint.layout import read_json
 from arriero.checkpoint.load import STATE
 from arriero.checkpoint.verify import verify_small
-from arriero.errors import UserError, nearest
+from arriero.common.errors import UserError, nearest
 from arriero.model.config import LlamaConfig
 from arriero.recipe import Recipe, file_settings, parse
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ from arriero.checkpoint.layout import step_directory
 from arriero.checkpoint.load import CheckpointReader, load_state, newest_that_verifies
 from arriero.checkpoint.parts import Part
 from arriero.checkpoint.save import Saver
+from arriero.common.device import synchronize, take_device
+from arriero.common.errors import UserError
 from arriero.data.batches import Batches
 from arriero.data.prefetch import Prefetch
-from arriero.device import synchronize, take_device
-from arriero.errors import UserError
 from arriero.model.init import InitialWeights
 from arriero.observe.step_time import StepClock
 from arriero.parallel.apply import build_parts, load_weights

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from arriero.checkpoint.load import CheckpointReader, find_checkpoint
+from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK
 from arriero.data.batches import DataConfig
 from arriero.data.indexed import IndexedWriter
-from arriero.errors import EXIT_CHECK_FAILED, EXIT_OK
 from arriero.launch import in_process_group, run_processes
 from arriero.parallel.config import ParallelConfig
 from arriero.parallel.mesh import Ranks

@@ -19,7 +19,7 @@ from typing import IO
 import torch
 
 from arriero.agreement import ranges
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 from arriero.parallel.mesh import DIMENSIONS, Ranks
 
 FLOOR = 30.0

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from arriero.errors import EXIT_OK, CheckFailed, UserError, join_problems
+from arriero.common.errors import EXIT_OK, CheckFailed, UserError, join_problems
 from arriero.weights.dialects import ASCENDSPEED, ASCENDSPEED_FUSED, MCORE
 from arriero.weights.foreign_config import ConfigHints
 from arriero.weights.huggingface import bytes_as, plan_safetensors, write_beside

@@ -9,7 +9,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from arriero.errors import EXIT_OK, CheckFailed
+from arriero.common.errors import EXIT_OK, CheckFailed
 from arriero.model.config import LlamaConfig
 from arriero.weights.huggingface import open_huggingface, write_huggingface
 from arriero.weights.progress import Progress

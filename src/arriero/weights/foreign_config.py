@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 from arriero.model.config import LlamaConfig, RopeScaling
 from arriero.weights.dialects import Dialect
 from arriero.weights.pickle_symbols import Call

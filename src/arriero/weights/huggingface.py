@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arriero.errors import UserError, join_problems
+from arriero.common.errors import UserError, join_problems
+from arriero.common.untrusted import inside, plain_name, read_json
 from arriero.model.config import LlamaConfig, parameter_shapes
-from arriero.untrusted import inside, plain_name, read_json
 from arriero.weights.held import assemblies
 from arriero.weights.safetensors_file import SafetensorsFile, build_header
 from arriero.weights.stream import (

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from arriero.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError
+from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError
 from arriero.weights.huggingface import open_file
 from arriero.weights.progress import Progress
 from arriero.weights.sources import detect, open_model

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from arriero.errors import UserError, join_problems
+from arriero.common.errors import UserError, join_problems
 from arriero.model.config import LlamaConfig, layer_shapes
 from arriero.weights.dialects import Dialect
 from arriero.weights.stream import Assembly, Piece, matrix_shape

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from arriero.errors import UserError, join_problems
+from arriero.common.errors import UserError, join_problems
+from arriero.common.untrusted import inside, read_text
 from arriero.model.config import MOST_LAYERS, LlamaConfig, parameter_shapes
-from arriero.untrusted import inside, read_text
 from arriero.weights.dialects import Dialect, recognise
 from arriero.weights.foreign_config import ConfigHints, resolve_config
 from arriero.weights.layout import Cut, RankTable, Slot, gather

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 from arriero.model.config import LlamaConfig
 from arriero.weights.dialects import Dialect
 from arriero.weights.layout import Cut, RankTable, Slot, even_layers

@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from arriero.errors import UserError, join_problems
+from arriero.common.errors import UserError, join_problems
+from arriero.common.untrusted import inside, misfit, read_json
 from arriero.model.config import MOST_LAYERS, LlamaConfig, RopeScaling, parameter_shapes
-from arriero.untrusted import inside, misfit, read_json
 from arriero.weights.foreign_config import ConfigHints
 from arriero.weights.stream import Assembly, Piece, PieceReader
 from arriero.weights.torch_file import TorchFile

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 
 MAX_PICKLE_BYTES = 256 << 20  # structure only; the weights lie in records of their own
 MAX_NODES = 1_000_000  # a few KB of pickle can describe a tree of any size by naming one branch again and again

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from arriero.errors import UserError
-from arriero.untrusted import open_regular
+from arriero.common.errors import UserError
+from arriero.common.files import open_regular
 
 
 class RawFile:
@@ -15,7 +15,7 @@ class RawFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._fd = open_regular(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = open_regular(path, follow=True)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})", "check the path") from None
         self.size = os.fstat(self._fd).st_size

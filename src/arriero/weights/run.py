@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
+from arriero.common.untrusted import inside, read_json
 from arriero.model.config import LlamaConfig
-from arriero.untrusted import inside, read_json
 from arriero.weights.huggingface import checked
 from arriero.weights.safetensors_file import SafetensorsFile
 from arriero.weights.stream import Assembly, Piece, PieceReader, matrix_shape

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 from arriero.weights.raw_file import RawFile
 from arriero.weights.stream import ITEMSIZE, Assembly, PieceReader, Stored
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 from arriero.model.config import LlamaConfig
 from arriero.weights import megatron, meta, run, torch_dist
 from arriero.weights.foreign_config import ConfigHints

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from arriero.errors import UserError, nearest
+from arriero.common.errors import UserError, nearest
 from arriero.weights.raw_file import RawFile
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from arriero.errors import UserError
-from arriero.untrusted import inside, read_bytes, read_json
+from arriero.common.errors import UserError
+from arriero.common.untrusted import inside, read_bytes, read_json
 
 PROBES = (
     "Hello world", "  two  blanks", "a  b   c", "tab\tand\nnewline\n\n", "naïve café — “quotes”", "日本語 и русский 🦙",

@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
+from arriero.common.untrusted import inside, plain_name, read_bytes
 from arriero.model.config import MOST_LAYERS, LlamaConfig, parameter_shapes
-from arriero.untrusted import inside, plain_name, read_bytes
 from arriero.weights.dialects import MCORE, MCORE_TE, Dialect
 from arriero.weights.foreign_config import ConfigHints, resolve_config
 from arriero.weights.layout import Cut, RankTable, Slot, gather

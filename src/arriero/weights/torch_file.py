@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 from arriero.weights.pickle_symbols import MAX_NODES, MAX_PICKLE_BYTES, TensorRef, follow
 from arriero.weights.raw_file import RawFile
 from arriero.weights.stream import ITEMSIZE, Assembly, PieceReader, Stored, matrix_shape

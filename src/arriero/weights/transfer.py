@@ -19,7 +19,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 from arriero.weights.stream import CHUNK_BYTES, ITEMSIZE, Assembly, Bytes, buffer, matrix_shape
 from arriero.weights.values import cast, is_finite, partial_fingerprint
 

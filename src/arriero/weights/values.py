@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
 from arriero.weights.stream import Assembly, Bytes
 
 _WORDS = {"F64": ("8", 0x7FF), "F32": ("4", 0xFF), "F16": ("2", 0x1F), "BF16": ("2", 0xFF)}

@@ -7,12 +7,12 @@ what is checked where.
 from __future__ import annotations
 
 import json
-import os
-import stat
 from pathlib import Path
 from typing import Any
 
-from arriero.errors import UserError
+from arriero.common.errors import UserError
+from arriero.common.files import open_regular, why
+from arriero.common.text import shown
 
 MAX_JSON_BYTES = 100_000_000  # what safetensors allows its header; a vocabulary of 256,000 entries takes a third of it
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "an object"}
@@ -39,24 +39,15 @@ def read_text(path: Path, fix: str, most: int = MAX_JSON_BYTES) -> str:
 def read_bytes(path: Path, fix: str, most: int = MAX_JSON_BYTES) -> bytes:
     """The bytes of a regular file, at most `most` of them. Raises UserError."""
     try:
-        with open(path, "rb", opener=open_regular) as file:
+        with open(open_regular(path, follow=True), "rb") as file:
             raw = file.read(most + 1)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file", fix) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})", fix) from None
+        raise UserError(f"{shown(path)}: no such file", fix) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{shown(path)}: cannot be read ({why(error)})", fix) from None
     if len(raw) > most:
         raise UserError(f"{path}: is larger than {most:,} bytes, which no file of its kind is", fix)
     return raw
-
-
-def open_regular(path: str | Path, flags: int) -> int:
-    """Opens a regular file; a pipe or device in its place is refused, where `open` would wait for a writer for ever."""
-    handle = os.open(path, flags | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise OSError(0, "not a regular file")
-    return handle
 
 
 def parse_json(text: str | bytes, where: str, fix: str, form: Any = object) -> Any:

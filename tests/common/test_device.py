@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from arriero import device
+from arriero.common import device
 
 
 def test_looking_for_the_device_leaves_the_process_free_to_fork(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,7 +22,7 @@ def test_looking_for_the_device_leaves_the_process_free_to_fork(monkeypatch: pyt
 @pytest.mark.parametrize(("capability", "first"), [((9, 0), "CUDNN_ATTENTION"), ((8, 0), "FLASH_ATTENTION")])
 def test_cudnns_attention_comes_first_from_hopper_on(capability: tuple[int, int], first: str) -> None:
     script = (
-        "import torch; from torch.nn.attention import SDPBackend; from arriero import device\n"
+        "import torch; from torch.nn.attention import SDPBackend; from arriero.common import device\n"
         f"torch.cuda.get_device_capability = lambda: {capability}\n"
         "device.prefer_cudnn_attention()\n"
         "print(SDPBackend(torch._C._get_sdp_priority_order()[0]).name)"

@@ -33,7 +33,7 @@ def device_type(wanted: str = "auto") -> str:
     """
     import torch
 
-    from arriero.errors import UserError
+    from arriero.common.errors import UserError
 
     # By the driver's management library, which leaves this process free to fork: CUDA itself does not survive that.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")

@@ -1,0 +1,108 @@
+"""The one door through which files of a run directory are opened and written.
+
+A run directory may come from a stranger. Only regular files are opened: a pipe would block for ever, and a symbolic
+link would let a write land in a file that is not the run's. A file that is replaced is written under a temporary name
+and renamed, so that there is never half of it, and a link in its place is replaced, not followed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from pathlib import Path
+
+from arriero.common.errors import UserError
+from arriero.common.text import shown
+
+APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+
+
+def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY, *, follow: bool = False) -> int:
+    """Opens a regular file and returns its descriptor, which programs that are started do not inherit.
+
+    Args:
+        path: the file.
+        flags: of os.open, such as os.O_RDONLY, APPEND, or os.O_RDWR | os.O_CREAT.
+        follow: whether a symbolic link as the last part of the path is followed: for inputs that a user has named,
+            not for files of a run directory.
+
+    Raises:
+        OSError: it cannot be opened, or is a directory, pipe, socket, device or, without `follow`, a symbolic link;
+            `filename` and `strerror` say which.
+    """
+    flags |= os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+    try:
+        handle = os.open(path, flags, 0o644)
+    except OSError as error:
+        if error.errno == errno.ELOOP and not follow:
+            raise OSError(errno.ELOOP, "is a symbolic link, which is not followed here", str(path)) from None
+        if error.errno == errno.ENXIO:
+            raise OSError(errno.ENXIO, "is not a regular file", str(path)) from None
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    return handle
+
+
+def write_atomic(path: Path, data: bytes | str, *, durable: bool = False) -> None:
+    """Replaces a small file at once: all of it, or what was there before.
+
+    Args:
+        path: the file; a symbolic link in its place is replaced, not followed.
+        data: its content; text is written as UTF-8.
+        durable: wait until the disk has it.
+
+    Raises:
+        OSError: it cannot be written; nothing has changed then, and no temporary file is left.
+    """
+    beside = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
+    with contextlib.suppress(FileNotFoundError):
+        beside.unlink()
+    handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        with open(handle, "wb") as file:
+            file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.replace(beside, path)
+        if durable:
+            directory = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise
+
+
+def make_directory(path: Path, fix: str, *, follow: bool = True) -> None:
+    """Makes a directory and its parents, where they are not there yet.
+
+    Args:
+        path: the directory.
+        fix: what the user should do if it cannot be made.
+        follow: whether the directory itself may be a symbolic link: yes for one that the user has named, no for one
+            inside a run directory.
+
+    Raises:
+        UserError: it cannot be made, is no directory, or is a link that is not to be followed.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not follow and path.is_symlink():
+            raise UserError(f"{shown(path)}: is a symbolic link, which is not followed here", fix)
+    except (OSError, ValueError) as error:  # ValueError: NUL or a lone surrogate in the name
+        raise UserError(f"{shown(path)}: {why(error)}", fix) from None
+
+
+def why(error: OSError | ValueError) -> str:
+    """What the system says of a path, in its words, without the path."""
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    return f"no file can have this name ({shown(error)})"
