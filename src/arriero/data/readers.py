@@ -10,24 +10,14 @@ import codecs
 import csv
 import gzip
 import io
-import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from arriero.common.errors import UserError
 from arriero.data.inputs import BLOCK, MAX_RECORD_BYTES, Meter, no_meter, open_input, seekable
-
-
-class Bad(NamedTuple):
-    """A record that could not be read."""
-
-    reason: str
-    raw: str
-
-
-Numbered = Iterator[tuple[int, dict[str, Any] | Bad]]
+from arriero.data.json_stream import Bad, Numbered, json_records, parse_line
 
 
 def _lines(path: Path, meter: Meter) -> Iterator[tuple[int, bytes]]:
@@ -83,71 +73,14 @@ def _text(path: Path, per: str, meter: Meter) -> Numbered:
     yield from give()
 
 
-def _parse(raw: bytes | str) -> dict[str, Any] | Bad:
-    try:
-        record = json.loads(raw)
-    except UnicodeDecodeError as error:
-        return Bad(
-            f"invalid UTF-8 ({error.reason} at byte {error.start})", _show(raw if isinstance(raw, bytes) else b"")
-        )
-    except (ValueError, RecursionError) as error:
-        return Bad(f"broken JSON ({error})", _show(raw if isinstance(raw, bytes) else raw.encode(errors="replace")))
-    return record if isinstance(record, dict) else Bad(f"not an object but {type(record).__name__}", str(record)[:2000])
-
-
 def _jsonl(path: Path, meter: Meter) -> Numbered:
     for number, line in _lines(path, meter):
         if line.strip():
-            yield number, _parse(line)
+            yield number, parse_line(line)
 
 
 def _json(path: Path, meter: Meter) -> Numbered:
-    """A JSON array of records, read piece by piece; a file whose first character is { is taken for JSON lines."""
-    decoder = json.JSONDecoder()
-    with open_input(path, meter) as raw:
-        file = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
-        buffer, number, want = file.read(BLOCK).lstrip(), 0, BLOCK
-        if buffer.startswith("{"):
-            file.detach()
-            yield from _jsonl(path, meter)
-            return
-        if not buffer.startswith("["):
-            raise UserError(f"{path} is neither a JSON array nor JSON lines", "the first character must be [ or {")
-        buffer, more = buffer[1:], True
-        while True:
-            buffer = buffer.lstrip(" \t\r\n,")
-            if buffer.startswith("]"):
-                return
-            try:
-                record, end = decoder.raw_decode(buffer)
-                # A record is whole only if something follows it: `12` may be the start of `123`.
-                if end == len(buffer) and more:
-                    raise json.JSONDecodeError("needs more", buffer, end)
-            except RecursionError as error:
-                raise UserError(f"{path}: record {number + 1} is nested too deep", "repair the file") from error
-            except json.JSONDecodeError as error:
-                # Text that merely ends too early is completed; the step doubles: one huge record costs linear time.
-                if not more or (
-                    len(buffer) - error.pos > 16 and not error.msg.startswith(("Unterminated", "Invalid \\u"))
-                ):
-                    what = "ends within the array" if not more else f"broken JSON after record {number} ({error.msg})"
-                    raise UserError(
-                        f"{path}: {what}", "repair the file; nothing after this place can be read"
-                    ) from error
-                piece = file.read(want)
-                more, want = bool(piece), want * 2
-                buffer += piece
-                if len(buffer) > MAX_RECORD_BYTES:
-                    large = f"{path}: record {number + 1} is larger than {MAX_RECORD_BYTES:,} bytes"
-                    raise UserError(large, "cut it") from None
-                continue
-            buffer, number, want = buffer[end:], number + 1, BLOCK
-            yield (
-                number,
-                record
-                if isinstance(record, dict)
-                else Bad(f"not an object but {type(record).__name__}", str(record)[:2000]),
-            )
+    return _jsonl(path, meter) if (found := json_records(path, meter)) is None else found
 
 
 def _csv(path: Path, meter: Meter) -> Numbered:
