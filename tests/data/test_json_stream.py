@@ -113,7 +113,7 @@ ARRAYS = st.lists(st.lists(st.dictionaries(st.text(max_size=5), VALUES, max_size
     gap=st.sampled_from(["", "\n", " \r\n\t"]),
 )  # fmt: skip
 def test_joined_arrays_equal_json_loads(
-    tmp_path: Path, arrays: list[list[Any]], ascii_only: bool, indent: int | None, block: int, gap: str
+    tmp_path: Path, *, arrays: list[list[Any]], ascii_only: bool, indent: int | None, block: int, gap: str
 ) -> None:
     texts = [json.dumps(one, ensure_ascii=ascii_only, indent=indent) for one in arrays]
     raw = gap.join(texts).encode("utf-8", "surrogatepass")

@@ -15,7 +15,7 @@ import numpy as np
 
 from arriero.common.errors import UserError
 from arriero.data.indexed import IndexedDataset, idx_path
-from arriero.data.instruct import INSTRUCTION_FIELDS, InstructionSet
+from arriero.data.instruct import INSTRUCTION_FIELDS, InstructionSet, TooLong
 from arriero.data.order import MegatronOrder, StableOrder, blend_megatron, blend_stable, choose_documents
 
 SPLITS = ("train", "valid", "test")
@@ -37,6 +37,9 @@ class DataConfig:
     length of the run."""
     packing: Literal["auto", "pad", "best-fit"] = "auto"
     """Instruction sets only. pad: one record a sample; best-fit: several. auto: pad, and nothing for plain text."""
+    too_long: TooLong = "cut"
+    """Instruction sets only: records longer than train.sequence_length. cut: at its end, which may lose the answer;
+    drop: leave them out; error: do not start. How many, and what is lost, is printed before the first step."""
     attention: Literal["window", "document"] = "window"
     """window: attention reaches over all of a packed sample; document: within each document, with positions that start
     at 0 in each."""
@@ -63,6 +66,10 @@ class DataConfig:
             if not instruction and self.packing != "auto":
                 raise UserError(
                     f'data.packing = "{self.packing}" has no effect on plain text ({prefix})', "leave it out"
+                )
+            if not instruction and self.too_long != "cut":
+                raise UserError(
+                    f'data.too_long = "{self.too_long}" has no effect on plain text ({prefix})', "leave it out"
                 )
 
 
@@ -238,8 +245,9 @@ class Batches:
             documents = choose_documents(count, shares, which, by=config.split_by)
             by_document = config.attention == "document"
             return InstructionSet(
-                prefix, documents, length=length, seed=seed, pack=config.packing == "best-fit", by_document=by_document
-            )
+                prefix, documents, length=length, seed=seed, pack=config.packing == "best-fit", by_document=by_document,
+                too_long=config.too_long,
+            )  # fmt: skip
         data = IndexedDataset(prefix)
         documents = choose_documents(len(data), shares, which, by=config.split_by)
         order: StableOrder | MegatronOrder
@@ -248,6 +256,10 @@ class Batches:
         else:
             order = StableOrder(data.sizes, documents, length=length, seed=seed)
         return _TextSet(data, order, length, config.attention == "document")
+
+    def notices(self) -> list[str]:
+        """What a user must know of these samples before the first step: records that are too long, and what is lost."""
+        return [note for one in self.sets if isinstance(one, InstructionSet) and (note := one.notice())]
 
     def epoch_of(self, step: int) -> int:
         """The epoch in which the batch of a step starts."""

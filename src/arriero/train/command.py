@@ -225,8 +225,9 @@ def check(
     if recipe.train.compile:
         problems += compile_machine_problems(kind)
     changed: list[str] = []
+    notices: list[str] = []
     if not problems:
-        problems += _input_problems(recipe)
+        problems += _input_problems(recipe, notices)
     if not problems and checkpoints:
         changed, problems = check_changes(recipe, readable(checkpoints), allowed)
     if recipe.out and not joining and not checkpoints and committed(Path(recipe.out) / "checkpoints"):
@@ -234,17 +235,17 @@ def check(
         problems.append(UserError(f"out: {recipe.out} already holds a run", fix))
     if problems:
         raise join_problems(problems)
-    return changed
+    return [*notices, *changed]
 
 
-def _input_problems(recipe: Recipe) -> list[UserError]:
-    """Data and tokenizer against the model."""
+def _input_problems(recipe: Recipe, notices: list[str]) -> list[UserError]:
+    """Data and tokenizer against the model; adds what is only to be known of the data to `notices`."""
     found: list[UserError] = []
     model = recipe.model_config()
     try:
         tokenizer = load_tokenizer(Path(recipe.tokenizer)) if recipe.tokenizer else None
         for split in ("train", *(["valid"] if recipe.train.eval_every else [])):
-            open_batches(recipe, split)
+            notices += [f" {split}: {note}" for note in open_batches(recipe, split).notices()]
         check_data_against(recipe.data, model.vocab_size, tokenizer.fingerprint if tokenizer else None)
     except UserError as error:
         found.append(error)
