@@ -48,7 +48,7 @@ def test_cut_drop_and_error(prefix: str, packing: str) -> None:
     assert seen - {0} == {1, 2, 3}
     with pytest.raises(UserError, match=r"3 of 6 records are longer than train\.sequence_length 8"):
         batches(prefix, packing=packing, too_long="error")
-    with pytest.raises(UserError, match="6 of 6 records are longer .* none is left"):
+    with pytest.raises(UserError, match=r"6 of 6 records are longer .* none is left"):
         Batches(DataConfig(prefix=prefix, split="1,0,0", too_long="drop"), sequence_length=1, global_batch=1, seed=0)
     fitting = Batches(
         DataConfig(prefix=prefix, split="1,0,0", too_long="error"), sequence_length=13, global_batch=1, seed=0

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from arriero.common.errors import UserError
-from arriero.data.inputs import BLOCK, MAX_RECORD_BYTES, Meter, no_meter, open_input, seekable
+from arriero.data.columns import read_columns
+from arriero.data.inputs import MAX_RECORD_BYTES, Meter, no_meter, open_input
 from arriero.data.json_stream import Bad, Numbered, json_records, parse_line
 
 
@@ -113,64 +114,6 @@ def _piece(file: io.TextIOWrapper, path: Path) -> str:
     return line
 
 
-def _rows(table: Any, first: int) -> Numbered:
-    """Records of an arrow record batch; strings that are not UTF-8 spoil their own record only."""
-    try:
-        for i, record in enumerate(table.to_pylist()):
-            yield first + i, record
-    except UnicodeDecodeError:
-        for i in range(table.num_rows):
-            try:
-                yield first + i, table.slice(i, 1).to_pylist()[0]
-            except UnicodeDecodeError as error:
-                yield first + i, Bad(f"invalid UTF-8 ({error.reason} at byte {error.start})", "")
-
-
-def _parquet(path: Path, columns: tuple[str, ...] | None, meter: Meter) -> Numbered:
-    import pyarrow.parquet
-
-    with seekable(path) as source, pyarrow.parquet.ParquetFile(source, pre_buffer=False, buffer_size=BLOCK) as file:
-        known = file.schema_arrow.names
-        number, total = 1, max(1, file.metadata.num_rows)
-        meter(lambda: number / total)
-        wanted = [c for c in columns if c in known] if columns is not None else None
-        for batch in file.iter_batches(batch_size=512, columns=wanted, use_threads=False):
-            yield from _rows(batch, number)
-            number += batch.num_rows
-
-
-def _validate(batch: Any) -> None:
-    """Checks every offset and length of a batch of mapped memory: arrow believes them, and would read beyond its file.
-
-    Raises:
-        ValueError: one leads outside. Strings that are not UTF-8 are let through: they spoil their own record only.
-    """
-    import pyarrow
-
-    raw = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
-    for column in batch.columns:
-        (column.view(raw[column.type]) if column.type in raw else column).validate(full=True)
-
-
-def _arrow(path: Path, columns: tuple[str, ...] | None, meter: Meter) -> Numbered:
-    """Arrow's file format (also feather version 2) and its stream format."""
-    import pyarrow.ipc
-
-    with seekable(path) as source, pyarrow.memory_map(source) as mapped:
-        head = mapped.read(6)
-        mapped.seek(0)
-        reader = pyarrow.ipc.open_file(mapped) if head == b"ARROW1" else pyarrow.ipc.open_stream(mapped)
-        batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if head == b"ARROW1" else reader
-        number, size = 1, max(1, mapped.size())
-        meter(lambda: 1.0 if mapped.closed else mapped.tell() / size)
-        for whole in batches:
-            _validate(whole)
-            batch = whole.select([c for c in columns if c in whole.schema.names]) if columns is not None else whole
-            for at in range(0, batch.num_rows, 512):
-                yield from _rows(batch.slice(at, 512), number + at)
-            number += whole.num_rows
-
-
 def read_records(
     path: Path,
     kind: str,
@@ -200,10 +143,8 @@ def read_records(
             yield from _json(path, meter)
         elif kind == "csv":
             yield from _csv(path, meter)
-        elif kind == "parquet":
-            yield from _parquet(path, columns, meter)
         else:
-            yield from _arrow(path, columns, meter)
+            yield from read_columns(path, kind, columns, meter)
     except UserError:
         raise
     except csv.Error as error:
