@@ -1,7 +1,7 @@
-"""Batches as a pure function of (seed, step): no iterator state, so resuming and re-dividing the work cost nothing.
+"""Samples as a pure function of (seed, number): no iterator state, so resuming and re-dividing the work cost nothing.
 
 batches = Batches(DataConfig(prefix="runs/alpaca_text_document"), sequence_length=2048, global_batch=512, seed=1234)
-batch = batches.batch(step=7, first=0, count=4)      # rows 0 to 3 of the global batch of step 7
+batch = batches.samples(3584, 4)      # samples 3584 to 3587 of the run: rows 0 to 3 of step 7, from 0
 """
 
 from __future__ import annotations
@@ -254,8 +254,12 @@ class Batches:
         return step * self.global_batch // self.samples_per_epoch
 
     def batch(self, step: int, first: int, count: int) -> Batch:
-        """Rows [first, first + count) of the global batch of `step` (from 0)."""
-        samples = step * self.global_batch + np.arange(first, first + count, dtype=np.int64)
+        """Rows [first, first + count) of the global batch of `step` (from 0), every step having the same batch."""
+        return self.samples(step * self.global_batch + first, count)
+
+    def samples(self, first: int, count: int) -> Batch:
+        """Samples [first, first + count) of the run's order, each a function of its number and the seed alone."""
+        samples = np.arange(first, first + count, dtype=np.int64)
         shape = (count, self.sequence_length)
         marked = self.config.attention == "document"
         buffer = np.empty((count, self.sequence_length + 1), np.int64)

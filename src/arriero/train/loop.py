@@ -113,6 +113,8 @@ def begin(trainer: Trainer, start: Continuation, reporter: Reporter) -> None:
         reporter.say(line)
     if checkpoint is not None:
         reporter.say(f" resumed from {checkpoint} after step {trainer.done}")
+        if trainer.position.samples != trainer.done * trainer.recipe.train.global_batch:
+            reporter.say(f" goes on with sample {trainer.position.place}, {trainer.recipe.train.global_batch} a step")
     trainer.saver.reserve(trainer.parts_to_save())
 
 

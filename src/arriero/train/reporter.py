@@ -60,6 +60,10 @@ class StepResult:
 
     step: int
     """Steps completed, this one included."""
+    samples: int
+    """Samples that the run has read, this step's included."""
+    tokens: int
+    """Tokens likewise."""
     loss: float
     grad_norm: float
     learning_rate: float
@@ -145,7 +149,6 @@ class Reporter:
         self._recent.append(seconds)
         self._skipped += result.skipped
         self._nan += not math.isfinite(result.loss)
-        samples = result.step * train.global_batch
         rate = train.global_batch * train.sequence_length / seconds / self.devices
         figures = throughput(
             self.model, rate, result.attended, peak_tflops=self._peak, layers=self._recomputed, keep=self._keep_results
@@ -155,8 +158,8 @@ class Reporter:
         metrics = StepMetrics(
             iteration=result.step,
             iterations=train.steps,
-            consumed_samples=samples,
-            consumed_tokens=samples * train.sequence_length,
+            consumed_samples=result.samples,
+            consumed_tokens=result.tokens,
             elapsed_ms=seconds * 1000,
             learning_rate=result.learning_rate,
             global_batch=train.global_batch,

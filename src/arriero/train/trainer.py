@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 
 from arriero import __version__
 from arriero.agreement import input_digests
-from arriero.checkpoint.layout import step_directory
+from arriero.checkpoint.layout import DAMAGED, STATE, step_directory
 from arriero.checkpoint.load import CheckpointReader, load_state, newest_that_verifies
 from arriero.checkpoint.parts import Part
 from arriero.checkpoint.save import Saver
@@ -34,27 +34,34 @@ from arriero.parallel.microbatch import MicroBatch, micro_batch
 from arriero.parallel.pipeline import Pipeline, sum_tied_gradients
 from arriero.parallel.shards import local, shards
 from arriero.parallel.zero import cut_again, sum_gradients_now, watch_collectives
-from arriero.recipe import Recipe, to_toml
-from arriero.train.guard import MOST_REWINDS, Replicated, SkippedWindows, Spikes, check_replicas
+from arriero.recipe import Recipe, file_settings, parse, to_toml
+from arriero.train.guard import MOST_REWINDS, Replicated, Spikes, check_replicas
 from arriero.train.optim import MOMENTS, Optimizer
+from arriero.train.position import Position, position_of
 from arriero.train.precision import LossScale, forward_in, store_dtype
 from arriero.train.reporter import StepResult
 from arriero.train.schedule import learning_rate
 from arriero.weights.huggingface import open_huggingface
 
 
-def open_batches(recipe: Recipe, split: str) -> Batches:
+def open_batches(recipe: Recipe, split: str, position: Position | None = None) -> Batches:
     """The batches of one split; the validation split is read from its start at every validation.
 
-    The number of samples matters to `data.order = "megatron"` alone, and is Megatron's.
+    The number of samples matters to `data.order = "megatron"` alone, and is Megatron's: what a run of this recipe draws
+    in all, or what the order was made for when the run that is at `position` began.
     """
-    train = recipe.train
+    train, at = recipe.train, position or Position()
     validations = train.steps // train.eval_every + 1 if train.eval_every else 1
-    count = train.steps if split == "train" else validations * train.eval_batches
+    count = (train.steps if split == "train" else validations * train.eval_batches) * train.global_batch
     return Batches(
         recipe.data, sequence_length=train.sequence_length, global_batch=train.global_batch, seed=recipe.seed,
-        split=split, samples=count * train.global_batch,
+        split=split, samples=at.ordered if at.ordered and split == "train" else count,
     )  # fmt: skip
+
+
+def recipe_of(checkpoint: Path) -> Recipe:
+    """The recipe of the run that wrote a checkpoint. Raises UserError where it cannot be read."""
+    return parse(Recipe, file_settings(checkpoint / "recipe.toml"), prog="arriero pretrain")
 
 
 STATE_FORM = {
@@ -95,19 +102,26 @@ class Trainer:
         self.fp16 = self.compute == torch.float16
         scale = train.initial_loss_scale if self.fp16 else 1.0
         self.scale = LossScale(scale, train.loss_scale_window, train.loss_scale_hysteresis)
-        self.done = 0
-        """Steps completed."""
+        self.position = self._beginning()
+        """What was read so far: steps, samples, tokens."""
         self.updates = 0
         """Steps whose update was not skipped."""
         self.batches = open_batches(recipe, "train")
-        self.skipped = SkippedWindows()
-        """The batches that rewinds have left out."""
         self.spikes = Spikes(train.spike_factor)
         self.rewinds = 0
         self.saver = Saver(Path(recipe.out) / "checkpoints", recipe.checkpoint, ranks)
         self.attended = 0.0
         """Sum of squared document lengths over their sum, of the last batch: how far attention reached."""
         self._feed: Prefetch[list[MicroBatch]] | None = None
+
+    @property
+    def done(self) -> int:
+        """Steps completed."""
+        return self.position.step
+
+    def _beginning(self) -> Position:
+        train = self.recipe.train
+        return Position(ordered=train.steps * train.global_batch if self.recipe.data.order == "megatron" else 0)
 
     def start(self, checkpoint: Path | None) -> None:
         """Takes weights and state from a checkpoint, or weights from `init`, or draws them."""
@@ -121,20 +135,28 @@ class Trainer:
         load_weights(self.parts, reader, self.ranks)
         held = self.optimizer.shards.items()
         moments = {m: {path: reader.read(f"{m}.{s.name}", s.index) for path, s in held} for m in MOMENTS}
-        self.done, self.updates = state["step"], state["updates"]
+        where = str(checkpoint / STATE)
+        self._go_to(position_of(state, recipe=lambda: recipe_of(checkpoint), where=where, fix=DAMAGED))
+        self.updates = state["updates"]
         self.optimizer.start(moments, self.updates)
         self.scale = LossScale(**state["loss_scale"])
-        self.skipped = SkippedWindows([(at, count) for at, count in state.get("skipped_windows", [])])
         self.spikes.recent = state.get("recent_losses", [])
+
+    def _go_to(self, position: Position) -> None:
+        """The next step is the one after `position`."""
+        planned = self._beginning().ordered
+        self.position = replace(position, ordered=(position.ordered or planned) if planned else 0)
+        if self.position.ordered != planned:  # the run began with another length: its order stays
+            self.batches = open_batches(self.recipe, "train", self.position)
 
     def rewind(self, checkpoints: list[Path], *, say: Callable[[str], None]) -> None:
         """Goes back to the newest of these checkpoints that is whole, or to the start of the run where there are none,
-        and leaves out the batches that were read since.
+        and leaves out the samples that were read since.
 
         Raises:
             UserError: none is whole, or this was done too often.
         """
-        bad, skipped = self.done - 1, self.skipped
+        end, skipped = self.position.place, self.position.skipped
         self.rewinds += 1
         if self.rewinds > MOST_REWINDS:
             raise UserError(f"rewound {MOST_REWINDS} times: it is not the data", "lower the rate, or look at the model")
@@ -143,12 +165,12 @@ class Trainer:
             self._feed.close()
             self._feed = None
         if checkpoint is None:
-            self.done = self.updates = 0
+            self.position, self.updates = self._beginning(), 0
             self.spikes.recent = []
         self.start(checkpoint)
-        self.skipped = skipped
-        first, last = self.skipped.leave_out(self.done, bad)
-        say(f" REWOUND to step {self.done} ({checkpoint or 'the start'}); batches {first} to {last} are left out now")
+        self.position.skipped = skipped
+        first, last = skipped.leave_out(self.position.samples, end)
+        say(f" REWOUND to step {self.done} ({checkpoint or 'the start'}); samples {first} to {last} are left out now")
 
     @cached_property
     def _inputs(self) -> dict[str, str]:
@@ -170,18 +192,18 @@ class Trainer:
     def save(self, *, wait: bool = True) -> Path:
         """Writes a checkpoint of the present step, or has it written while training goes on.
 
-        Nothing else decides what follows: batches and their order are functions of (seed, step), the learning rate of
-        the step, and no random number is drawn after the initial weights.
+        Nothing else decides what follows: samples and their order are functions of the seed, a batch of the position,
+        the learning rate of the step, and no random number is drawn after the initial weights.
         """
         with self.clock.whole("checkpoint"):
             return self._save(wait=wait)
 
     def _save(self, *, wait: bool) -> Path:
-        kept = {"skipped_windows": self.skipped.windows, "recent_losses": self.spikes.recent}
+        kept = {"recent_losses": self.spikes.recent}
         texts = {"config.json": json.dumps(self.config.to_json(), indent=1), "recipe.toml": to_toml(self.recipe)}
         state = {
             "updates": self.updates, "loss_scale": asdict(self.scale), "seed": self.recipe.seed,
-            "consumed_samples": self.done * self.recipe.train.global_batch, "inputs": self._inputs,
+            "inputs": self._inputs, **self.position.to_state(),
             "versions": {"arriero": __version__, "torch": torch.__version__}, "processes": self.ranks.world,
             **{key: value for key, value in kept.items() if value},
         }  # fmt: skip
@@ -190,14 +212,14 @@ class Trainer:
             self.saver.wait()
         return step_directory(self.saver.root, self.done)
 
-    def micro_batches(self, batches: Batches, step: int) -> list[MicroBatch]:
-        """This rank's samples of global batch `step`, cut into micro-batches."""
+    def micro_batches(self, batches: Batches, place: int) -> list[MicroBatch]:
+        """This rank's samples of the global batch that begins at sample `place`, cut into micro-batches."""
         train = self.recipe.train
         share = train.global_batch // self.ranks.data
-        first = self.ranks.data_rank * share
+        first = place + self.ranks.data_rank * share
         return [
             micro_batch(
-                *batches.batch(step, start, train.micro_batch), config=self.recipe.parallel, ranks=self.ranks,
+                *batches.samples(start, train.micro_batch), config=self.recipe.parallel, ranks=self.ranks,
                 device=self.device,
             )
             for start in range(first, first + share, train.micro_batch)
@@ -206,8 +228,8 @@ class Trainer:
     def next_batch(self) -> list[MicroBatch]:
         """The micro-batches of the coming step, made ahead on another thread."""
         if self._feed is None:
-            steps = range(self.done, self.recipe.train.steps)
-            self._feed = Prefetch(lambda step: self.micro_batches(self.batches, self.skipped.batch(step)), steps)
+            places = self.position.places(self.recipe.train.steps, self.recipe.train.global_batch)
+            self._feed = Prefetch(partial(self.micro_batches, self.batches), places)
         return next(self._feed)
 
     def close(self) -> None:
@@ -271,14 +293,14 @@ class Trainer:
         self.optimizer.clear()
         if self.fp16:
             self.scale.update(finite=finite)
-        self.done += 1
+        self.position.advance(train.global_batch, train.sequence_length)
         self.clock.mark("optimizer")
         if shown:
             synchronize(self.kind)  # the marks' times can be read once all of them have passed
         return StepResult(
-            step=self.done, loss=loss, grad_norm=norm, learning_rate=rate, loss_scale=scale, skipped=not accepted,
-            spike=finite and not accepted, stop=stopping, seconds=time.perf_counter() - began, phases=self.clock.take(),
-            attended=self.attended,
+            step=self.done, samples=self.position.samples, tokens=self.position.tokens, loss=loss, grad_norm=norm,
+            learning_rate=rate, loss_scale=scale, skipped=not accepted, spike=finite and not accepted, stop=stopping,
+            seconds=time.perf_counter() - began, phases=self.clock.take(), attended=self.attended,
         )  # fmt: skip
 
     def _judge(self, loss: float, norm: float, *, stop: bool) -> tuple[bool, bool, bool]:
@@ -311,8 +333,10 @@ class Trainer:
             return self._validate()
 
     def _validate(self) -> float:
-        batches, count = open_batches(self.recipe, "valid"), self.recipe.train.eval_batches
-        losses = [self.forward_backward(self.micro_batches(batches, i), train=False).item() for i in range(count)]
+        batches, train = open_batches(self.recipe, "valid"), self.recipe.train
+        count = train.eval_batches
+        places = range(0, count * train.global_batch, train.global_batch)
+        losses = [self.forward_backward(self.micro_batches(batches, p), train=False).item() for p in places]
         for part in self.parts:
             cut_again(part)
         return sum(losses) / count
