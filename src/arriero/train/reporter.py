@@ -77,6 +77,8 @@ class StepResult:
     """Tokens of context: the sequence length, or under document masks sum of squared lengths over their sum."""
     spike: bool = False
     """Whether it was left out for a loss that stands out, not for one that is not finite."""
+    unlabelled: bool = False
+    """Whether it was left out because no label of the batch carries a loss; `loss` is NaN then."""
     stop: bool = False
     """Whether some process was asked to end the run."""
 
@@ -148,7 +150,7 @@ class Reporter:
         train, seconds = self.train, max(result.seconds, 1e-9)
         self._recent.append(seconds)
         self._skipped += result.skipped
-        self._nan += not math.isfinite(result.loss)
+        self._nan += not math.isfinite(result.loss) and not result.unlabelled
         rate = train.global_batch * train.sequence_length / seconds / self.devices
         figures = throughput(
             self.model, rate, result.attended, peak_tflops=self._peak, layers=self._recomputed, keep=self._keep_results

@@ -44,18 +44,21 @@ from arriero.train.schedule import learning_rate
 from arriero.weights.huggingface import open_huggingface
 
 
-def open_batches(recipe: Recipe, split: str, position: Position | None = None) -> Batches:
+def open_batches(
+    recipe: Recipe, split: str, position: Position | None = None, *, vocab_size: int | None = None
+) -> Batches:
     """The batches of one split; the validation split is read from its start at every validation.
 
     The number of samples matters to `data.order = "megatron"` alone, and is Megatron's: what a run of this recipe draws
-    in all, or what the order was made for when the run that is at `position` began.
+    in all, or what the order was made for when the run that is at `position` began. With `vocab_size` ids that the
+    model has no row for are refused as they are read.
     """
     train, at = recipe.train, position or Position()
     validations = train.steps // train.eval_every + 1 if train.eval_every else 1
     count = (train.steps if split == "train" else validations * train.eval_batches) * train.global_batch
     return Batches(
         recipe.data, sequence_length=train.sequence_length, global_batch=train.global_batch, seed=recipe.seed,
-        split=split, samples=at.ordered if at.ordered and split == "train" else count,
+        split=split, samples=at.ordered if at.ordered and split == "train" else count, vocab_size=vocab_size,
     )  # fmt: skip
 
 
@@ -106,12 +109,16 @@ class Trainer:
         """What was read so far: steps, samples, tokens."""
         self.updates = 0
         """Steps whose update was not skipped."""
-        self.batches = open_batches(recipe, "train")
+        self.batches = self._open("train")
         self.spikes = Spikes(train.spike_factor)
         self.rewinds = 0
         self.saver = Saver(Path(recipe.out) / "checkpoints", recipe.checkpoint, ranks)
         self.attended = 0.0
         """Sum of squared document lengths over their sum, of the last batch: how far attention reached."""
+        self.validated = 0
+        """Batches of the last validation that had a label."""
+        self.labels = 1
+        """Labels of the last global batch that carry a loss."""
         self._feed: Prefetch[list[MicroBatch]] | None = None
 
     @property
@@ -142,12 +149,19 @@ class Trainer:
         self.scale = LossScale(**state["loss_scale"])
         self.spikes.recent = state.get("recent_losses", [])
 
+    def _open(self, split: str) -> Batches:
+        return open_batches(self.recipe, split, self.position, vocab_size=self.config.vocab_size)
+
+    @cached_property
+    def _validation(self) -> Batches:
+        return self._open("valid")
+
     def _go_to(self, position: Position) -> None:
         """The next step is the one after `position`."""
         planned = self._beginning().ordered
         self.position = replace(position, ordered=(position.ordered or planned) if planned else 0)
         if self.position.ordered != planned:  # the run began with another length: its order stays
-            self.batches = open_batches(self.recipe, "train", self.position)
+            self.batches = self._open("train")
 
     def rewind(self, checkpoints: list[Path], *, say: Callable[[str], None]) -> None:
         """Goes back to the newest of these checkpoints that is whole, or to the start of the run where there are none,
@@ -239,13 +253,19 @@ class Trainer:
 
     def forward_backward(self, micro: list[MicroBatch], *, train: bool) -> torch.Tensor:
         """The mean loss over the global batch, a float64 scalar on the device; with `train`, its gradient is left in
-        the parameters."""
+        the parameters.
+
+        Where no label carries a loss there is no mean: it is NaN, on all processes, and nothing is computed.
+        """
         counts = torch.tensor([sum(m.valid for m in micro), sum(m.squares for m in micro)], dtype=torch.float64)
         valid, squares = self.ranks.sum(counts, *BATCH).tolist()
+        self.labels = int(valid)
         tokens = self.recipe.train.global_batch * self.recipe.train.sequence_length
         self.attended = squares / self.ranks.context / tokens
-        weight = self.scale.scale / valid
         self.clock.mark("communication")
+        if not self.labels:
+            return torch.full((), math.nan, dtype=torch.float64, device=self.device)
+        weight = self.scale.scale / valid
         if self.pipeline is not None:
             total = self.pipeline.run(micro, weight=weight, train=train)
         else:
@@ -280,18 +300,22 @@ class Trainer:
         micro = self.next_batch()
         self.clock.mark("data_wait")
         mean = self.forward_backward(micro, train=True)
-        self.optimizer.take_gradients()
         scale = self.scale.scale
-        # The one wait for the device in a step: whether it is accepted hangs on these two.
-        loss, norm = torch.stack((mean, self.optimizer.gradient_norm().to(mean.device) / scale)).tolist()
-        finite, accepted, stopping = self._judge(loss, norm, stop=stop())
+        if self.labels:
+            self.optimizer.take_gradients()
+            # The one wait for the device in a step: whether it is accepted hangs on these two.
+            loss, norm = torch.stack((mean, self.optimizer.gradient_norm().to(mean.device) / scale)).tolist()
+            finite, accepted, stopping = self._judge(loss, norm, stop=stop())
+        else:
+            loss, norm, finite, accepted = math.nan, 0.0, True, False
+            (stopping,) = self.ranks.any(stop())
         rate = learning_rate(self.recipe.schedule, self.done, train.steps)
         if accepted:
             clip = min(1.0, train.grad_clip / (norm + 1e-6)) if train.grad_clip else 1.0
             self.optimizer.step(lr=rate, divisor=scale / clip)
             self.updates += 1
         self.optimizer.clear()
-        if self.fp16:
+        if self.fp16 and self.labels:
             self.scale.update(finite=finite)
         self.position.advance(train.global_batch, train.sequence_length)
         self.clock.mark("optimizer")
@@ -299,7 +323,8 @@ class Trainer:
             synchronize(self.kind)  # the marks' times can be read once all of them have passed
         return StepResult(
             step=self.done, samples=self.position.samples, tokens=self.position.tokens, loss=loss, grad_norm=norm,
-            learning_rate=rate, loss_scale=scale, skipped=not accepted, spike=finite and not accepted, stop=stopping,
+            learning_rate=rate, loss_scale=scale, skipped=not accepted, stop=stopping,
+            spike=finite and not accepted and self.labels > 0, unlabelled=not self.labels,
             seconds=time.perf_counter() - began, phases=self.clock.take(), attended=self.attended,
         )  # fmt: skip
 
@@ -328,15 +353,20 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """The mean loss over the first batches of the validation split, the same ones every time."""
+        """The mean loss over the first batches of the validation split, the same ones every time.
+
+        Batches without a label that carries a loss are left out of it; NaN if no batch has one.
+        """
         with self.clock.whole("validation"):
             return self._validate()
 
     def _validate(self) -> float:
-        batches, train = open_batches(self.recipe, "valid"), self.recipe.train
-        count = train.eval_batches
-        places = range(0, count * train.global_batch, train.global_batch)
-        losses = [self.forward_backward(self.micro_batches(batches, p), train=False).item() for p in places]
+        batches, train = self._validation, self.recipe.train
+        places, losses = range(0, train.eval_batches * train.global_batch, train.global_batch), []
+        for place in places:
+            loss = self.forward_backward(self.micro_batches(batches, place), train=False)
+            losses += [loss.item()] if self.labels else []
         for part in self.parts:
             cut_again(part)
-        return sum(losses) / count
+        self.validated = len(losses)
+        return sum(losses) / len(losses) if losses else math.nan
