@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from annotated_types import Interval
 from tyro.conf import Positional
 
 from arriero.common.errors import EXIT_OK, CheckFailed, UserError, join_problems
@@ -43,29 +44,29 @@ class ConvertArgs:
         Literal["auto", "hf", "run", "megatron", "ascendspeed", "torch_dist", "meta"], tyro.conf.arg(name="from")
     ] = "auto"
     """What the source is, if it is not recognised."""
-    tp: int = 1
+    tp: Annotated[int, Interval(ge=1, le=65_536)] = 1
     """Tensor-parallel degree of the files written."""
-    pp: int = 1
+    pp: Annotated[int, Interval(ge=1, le=65_536)] = 1
     """Pipeline-parallel degree of the files written."""
-    vpp: int = 1
+    vpp: Annotated[int, Interval(ge=1, le=10_000)] = 1
     """Virtual stages (model chunks) of each pipeline rank."""
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     """What the weights are written as."""
-    make_vocab_size_divisible_by: int = 128
+    make_vocab_size_divisible_by: Annotated[int, Interval(ge=1, le=2**24)] = 128
     """Pad the vocabulary to a multiple of this times --tp, as Megatron does; 1 pads no further than --tp needs."""
     fused_mlp: bool = False
     """AscendSpeed only: gate and up in one matrix, for training with --mlp-layer-fusion."""
     deepspeed: bool = False
     """AscendSpeed only: the files of its DeepSpeed flavour."""
-    iteration: int = 0
+    iteration: Annotated[int, Interval(ge=0, le=1_000_000_000)] = 0
     """The iteration that the rank files claim; 0 is `release`, with which training starts at 0."""
     config: Path | None = None
     """A Hugging Face config.json, for sources that do not tell their shape."""
-    vocab_size: int | None = None
+    vocab_size: Annotated[int, Interval(ge=1, lt=2**31)] | None = None
     """The true vocabulary size, for sources that tell only the padded one."""
     tokenizer: Path | None = None
     """The tokenizer's directory, if it does not lie with the source; it also tells the true vocabulary size."""
-    max_shard_gb: float = 5.0
+    max_shard_gb: Annotated[float, Interval(gt=0, le=1e6)] = 5.0
     """Largest size of one safetensors file, in GB."""
     verify: bool = False
     """Also compute both ends' logits on random tokens and compare them; this loads the model twice."""

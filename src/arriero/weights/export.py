@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Interval
 from tyro.conf import Positional
 
 from arriero.common.errors import EXIT_OK, CheckFailed
@@ -31,7 +32,7 @@ class ExportArgs:
     """What the weights are written as; keep is as stored, which for a run is its float32 master weights."""
     tokenizer: Path | None = None
     """The tokenizer's directory, if it does not lie with the source."""
-    max_shard_gb: float = 5.0
+    max_shard_gb: Annotated[float, Interval(gt=0, le=1e6)] = 5.0
     """Largest size of one safetensors file, in GB."""
     json: bool = False
     """Print the result as JSON."""
