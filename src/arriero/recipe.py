@@ -19,8 +19,9 @@ from annotated_types import Interval
 
 from arriero.checkpoint.config import CheckpointConfig
 from arriero.common.errors import UserError, nearest
-from arriero.common.ranges import PathText, range_problems
+from arriero.common.ranges import PathText, path_problem, range_problems
 from arriero.common.settings import Setting, command_line_settings, field_types, parse, show_flags
+from arriero.common.text import shown
 from arriero.common.untrusted import read_text
 from arriero.data.batches import DataConfig
 from arriero.model.config import LlamaConfig
@@ -38,7 +39,10 @@ from arriero.train.watch import WatchConfig
 __all__ = ["Recipe", "Setting", "bundled_directory", "command_line_settings", "field_types", "file_settings",
            "find_bundled", "parse", "show_flags", "to_toml"]  # fmt: skip
 
-MAX_RECIPE_BYTES = 100_000
+MAX_RECIPE_BYTES, MAX_DEPTH = 100_000, 50
+_DEEP_KEY = re.compile(
+    rf"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){{{MAX_DEPTH}}}"""
+)  # tomllib's time grows with the square of a key's parts
 
 
 @dataclass(frozen=True)
@@ -128,16 +132,23 @@ def file_settings(path: Path) -> list[Setting]:
         UserError: no such file, or not TOML.
     """
     try:
+        if wrong := path_problem(str(path)):
+            raise UserError(f"the recipe {wrong}", "name a TOML file, or one that comes with arriero")
         if not path.is_file():
             raise UserError(f"{path}: no such recipe", "name a TOML file, or one that comes with arriero")
         text = read_text(path, "name a TOML file", MAX_RECIPE_BYTES)
-        tables = tomllib.loads(text)
+        if deep := _DEEP_KEY.search(text):
+            line = text.count("\n", 0, deep.start()) + 1
+            raise UserError(
+                f"{path}:{line}: a key of more than {MAX_DEPTH} parts", "no key of a recipe has more than two"
+            )
+        flat = _flatten(tomllib.loads(text))
     except RecursionError:
         raise UserError(f"{path}: not TOML that can be read: it is nested too deep", "mend it") from None
     except ValueError as error:  # TOMLDecodeError is one; so is a number of more digits than Python reads
         raise UserError(f"{path}: not TOML: {error}", "mend that line") from None
     lines = _key_lines(text)
-    return [Setting(key, words, f"{path}:{lines.get(key, 1)}") for key, words in _flatten(tables)]
+    return [Setting(key, words, f"{path}:{lines.get(key, 1)}") for key, words in flat]
 
 
 def _flatten(table: dict[str, Any], prefix: str = "") -> list[tuple[str, list[str]]]:
@@ -174,6 +185,8 @@ def find_bundled(folder: str, name: str, suffix: str) -> Path:
     Raises:
         UserError: neither exists.
     """
+    if wrong := path_problem(name):
+        raise UserError(f"the file {wrong}", "name a file, or one that comes with arriero")
     if Path(name).is_file() or (folder and (Path(name) / "config.json").is_file()):
         return Path(name)
     bundled = bundled_directory() / folder
@@ -181,7 +194,9 @@ def find_bundled(folder: str, name: str, suffix: str) -> Path:
     if "/" not in name and candidate.is_file():
         return candidate
     known = [path.stem for path in bundled.glob(f"*{suffix}")]
-    raise UserError(f"{name}: no such file", f"{nearest(name, known)} (these come with arriero)" if known else "")
+    raise UserError(
+        f"{shown(name)}: no such file", f"{nearest(name, known)} (these come with arriero)" if known else ""
+    )
 
 
 def bundled_directory() -> Path:

@@ -78,6 +78,7 @@ def suggestion(key: str, known: Iterable[str]) -> str:
     last = wanted.rsplit(".", 1)[-1]
     found = [name for name in names if name.rsplit(".", 1)[-1] == last]
     found = found or [name for name, others in OTHER_NAMES.items() if last in others.split() and name in names]
+    found = found or [name for name in names if name.startswith(f"{wanted}.")]
     if not found:
         scores = {name: _likeness(wanted, last, name) for name in names}
         best = max(scores.values(), default=0.0)

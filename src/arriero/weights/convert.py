@@ -17,6 +17,7 @@ from annotated_types import Interval
 from tyro.conf import Positional
 
 from arriero.common.errors import EXIT_OK, CheckFailed, UserError, join_problems
+from arriero.common.ranges import flag, range_problems
 from arriero.weights.dialects import ASCENDSPEED, ASCENDSPEED_FUSED, MCORE
 from arriero.weights.foreign_config import ConfigHints
 from arriero.weights.huggingface import bytes_as, plan_safetensors, write_beside
@@ -120,8 +121,8 @@ def run(args: ConvertArgs) -> int:
 
 
 def _check_options(args: ConvertArgs) -> None:
-    """Options that would have no effect, or contradict each other, are errors."""
-    problems = []
+    """Options that are out of range, would have no effect, or contradict each other, are errors."""
+    problems = range_problems(args, flag)
     if args.to == "hf" and (args.tp, args.pp, args.vpp) != (1, 1, 1):
         problems.append(UserError("--tp, --pp and --vpp have no effect with --to hf", "leave them out"))
     if args.to != "ascendspeed" and (args.fused_mlp or args.deepspeed):
@@ -131,10 +132,6 @@ def _check_options(args: ConvertArgs) -> None:
     if args.deepspeed and args.pp > 1:
         problems.append(
             UserError("in the DeepSpeed flavour all stages have one file name", "use --pp 1, or no --deepspeed")
-        )
-    if args.make_vocab_size_divisible_by < 1 or args.iteration < 0:
-        problems.append(
-            UserError("--make-vocab-size-divisible-by and --iteration cannot be so small", "give 1 or more")
         )
     if problems:
         raise join_problems(problems)

@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 from tyro.conf import Positional
 
-from arriero.common.errors import EXIT_OK, CheckFailed
+from arriero.common.errors import EXIT_OK, CheckFailed, join_problems
+from arriero.common.ranges import flag, range_problems
 from arriero.model.config import LlamaConfig
 from arriero.weights.huggingface import open_huggingface, write_huggingface
 from arriero.weights.progress import Progress
@@ -43,6 +44,8 @@ NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 def run(args: ExportArgs) -> int:
     """Writes, reads back, compares; returns 0, or raises CheckFailed if the directory is not what was written."""
+    if problems := range_problems(args, flag):
+        raise join_problems(problems)
     opened = open_model(args.source)
     tokenizer = args.tokenizer or opened.tokenizer
     dtype = torch_dtype(NAMES[args.dtype]) if args.dtype != "keep" else None
