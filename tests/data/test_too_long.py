@@ -41,7 +41,6 @@ def test_cut_drop_and_error(prefix: str, packing: str) -> None:
     (note,) = cut.notices()
     assert "3 of 6 records are longer than train.sequence_length 8 (the longest: 13 tokens)" in note
     assert "they are cut (data.too_long = cut): 53% of the tokens that they are to teach are lost" in note  # 9 of 17
-    assert note.endswith("and 1 of them teach nothing")
     dropped = batches(prefix, packing=packing, too_long="drop")
     assert "3 of 6 records are longer" in dropped.notices()[0]
     seen = {int(t) for i in range(dropped.samples_per_epoch) for t in dropped.batch(i, 0, 1).tokens[0]}
