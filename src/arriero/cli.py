@@ -74,16 +74,10 @@ def run_verb(name: str, words: list[str]) -> int:
     module = importlib.import_module(verb.module)
     if not verb.arguments:
         return int(module.run(words))
-    import tyro
+    from arriero.common.settings import parse_verb
 
-    arguments = tyro.cli(
-        getattr(module, verb.arguments),
-        prog=f"arriero {name}",
-        description=f"{verb.summary}.",
-        args=words,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
-    return int(module.run(arguments))
+    cls = getattr(module, verb.arguments)
+    return int(module.run(parse_verb(cls, words, prog=f"arriero {name}", description=f"{verb.summary}.")))
 
 
 def overview() -> str:

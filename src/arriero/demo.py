@@ -13,6 +13,9 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Interval
 
 from arriero.common.errors import CheckFailed, UserError
 from arriero.demo_corpus import corpus_texts, train_tokenizer, write_corpus
@@ -26,7 +29,7 @@ class DemoArgs:
 
     out: Path = Path("runs/demo")
     """Directory for everything that the demo makes."""
-    steps: int = 200
+    steps: Annotated[int, Interval(ge=1, le=1_000_000)] = 200
     """Optimizer steps of the main run."""
     overwrite: bool = False
     """Remove an earlier demo in the same directory first."""

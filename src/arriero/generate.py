@@ -8,12 +8,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
+from annotated_types import Interval
 from tyro.conf import Positional
 
 from arriero.common.device import device_type, take_device
-from arriero.common.errors import EXIT_OK, UserError
+from arriero.common.errors import EXIT_OK, UserError, join_problems
+from arriero.common.ranges import flag, range_problems
 
 if TYPE_CHECKING:
     import torch
@@ -30,13 +32,13 @@ class GenerateArgs:
     """A run (its newest checkpoint), a checkpoint, or a Hugging Face directory."""
     prompt: str
     """The text to go on from; may be empty if the tokenizer has a BOS."""
-    max_new_tokens: int = 100
+    max_new_tokens: Annotated[int, Interval(ge=1, le=10_000_000)] = 100
     """Stop after this many tokens; the end-of-text token stops earlier."""
-    temperature: float = 0.0
+    temperature: Annotated[float, Interval(ge=0, le=100)] = 0.0
     """0 always takes the likeliest token; 1 samples from the model's own distribution, more is wilder."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0
     """Sample only from the likeliest tokens that together have this probability."""
-    seed: int = 0
+    seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
     """Seed of the sampling; the same seed gives the same text on the same machine."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto is as stored, but float32 for a float16 model on the CPU, where float16 is very slow."""
@@ -50,11 +52,8 @@ class GenerateArgs:
 
 def run(args: GenerateArgs) -> int:
     """Loads, generates and prints; returns the exit code."""
-    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
-        raise UserError(
-            "--temperature, --top-p or --max-new-tokens is out of range",
-            "temperature is 0 or more, top-p in (0, 1], max-new-tokens 1 or more",
-        )
+    if problems := range_problems(args, flag):
+        raise join_problems(problems)
     import torch
 
     from arriero.data.tokenizer import load_tokenizer

@@ -8,6 +8,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Interval
 
 from arriero.common.errors import EXIT_OK, EXIT_STOPPED, UserError, nearest
 
@@ -16,11 +19,11 @@ from arriero.common.errors import EXIT_OK, EXIT_STOPPED, UserError, nearest
 class SlurmArgs:
     """`arriero launch slurm RECIPE --nodes N [--key.sub value ...]`."""
 
-    nodes: int = 1
+    nodes: Annotated[int, Interval(ge=1, le=65_536)] = 1
     """Machines."""
-    gpus_per_node: int = 8
+    gpus_per_node: Annotated[int, Interval(ge=0, le=4096)] = 8
     """Devices of each machine, one process each; 0 for a run on the CPU."""
-    tasks_per_node: int = 0
+    tasks_per_node: Annotated[int, Interval(ge=0, le=4096)] = 0
     """Processes of each machine where that is not the number of devices."""
     time: str = "1-00:00:00"
     """Time limit, in SLURM's form days-hours:minutes:seconds."""
@@ -74,7 +77,7 @@ def batch_file(words: list[str]) -> tuple[str, str]:
     passed += ["--out", args.run] if args.run else []
     recipe, _ = read_command(named + passed)
     tasks = args.tasks_per_node or args.gpus_per_node
-    if args.nodes < 1 or tasks < 1:
+    if tasks < 1:
         raise UserError(
             f"{args.nodes} nodes of {tasks} processes", "give --nodes and --gpus-per-node (or --tasks-per-node) from 1"
         )

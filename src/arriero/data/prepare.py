@@ -9,9 +9,10 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
+from annotated_types import Interval
 
 from arriero.common.errors import EXIT_OK, UserError, join_problems
 from arriero.data.formats import FORMATS, Format, load_template, make_format
@@ -48,20 +49,20 @@ class PrepareArgs:
     """Put BOS before every document."""
     eos: bool = True
     """Put EOS after every document (after every answer, in chats)."""
-    workers: int = 0
+    workers: Annotated[int, Interval(ge=0, le=4096)] = 0
     """Threads that tokenise; 0 means one for each core. The output does not depend on it."""
     engine: Literal["auto", "reference", "fast"] = "auto"
     """reference: sentencepiece or tokenizers; fast: gigatoken, after a check on your own text; auto: fast if it is
     installed and passes the check."""
     strict: bool = False
     """Stop at the first record that cannot be used."""
-    max_bad: float = 0.01
+    max_bad: Annotated[float, Interval(ge=0, le=1)] = 0.01
     """Largest share of records that may be quarantined (empty ones do not count); above it nothing is written."""
     overwrite: bool = False
     """Replace what an earlier run with other inputs wrote under this name."""
     merge: bool = False
     """Join finished data sets (their prefixes are the inputs) instead of tokenising."""
-    log_interval: int = 0
+    log_interval: Annotated[int, Interval(ge=0, le=1_000_000_000)] = 0
     """Print a plain progress line every so many documents instead of a bar."""
 
 

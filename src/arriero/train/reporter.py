@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Annotated, Any, Literal, TextIO
 
 import torch
+from annotated_types import Interval
 
 from arriero import __version__
 from arriero.checkpoint.save import Saved
 from arriero.common.errors import UserError
+from arriero.common.ranges import range_problems
 from arriero.model.config import LlamaConfig
 from arriero.observe.figure import loss_figure
 from arriero.observe.logline import arriero_line, megatron_line, validation_line
@@ -38,9 +40,9 @@ class LogConfig:
 
     style: Literal["arriero", "megatron"] = "arriero"
     """arriero: AscendSpeed's fields and more; megatron: Megatron-LM's exact line, for scripts that read it."""
-    every: int = 1
+    every: Annotated[int, Interval(ge=1, le=1_000_000_000)] = 1
     """Steps between printed lines; metrics.jsonl has every step."""
-    peak_tflops: float = 0.0
+    peak_tflops: Annotated[float, Interval(ge=0, le=1e6)] = 0.0
     """Matmul peak of one device in TFLOP/s, for MFU; 0 takes the known value of the device, if any."""
 
     profile: str = ""
@@ -49,9 +51,7 @@ class LogConfig:
 
     def problems(self) -> list[UserError]:
         """All that is impossible about it."""
-        if self.every < 1 or self.peak_tflops < 0:
-            return [UserError("log.every must be at least 1 and log.peak_tflops not negative", "mend the value")]
-        return []
+        return range_problems(self, "log.{}".format)
 
 
 @dataclass(frozen=True)
