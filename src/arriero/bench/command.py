@@ -138,9 +138,7 @@ def check(config: BenchConfig, recipe: Recipe, processes: int, kind: str, here: 
     if recipe.train.compile:
         problems += compile_machine_problems(kind)
     if not problems and kind == "cpu" and not config.sweep:
-        problems += memory_problems(
-            recipe.model_config(), recipe.train, recipe.parallel, processes, 1 if started_by_another() else here
-        )[0]
+        problems += memory_problems(recipe, processes, 1 if started_by_another() else here)[0]
     if config.memory_limit and kind != "cpu":
         problems.append(UserError("--memory-limit has no effect on an accelerator: its memory is the limit", "drop it"))
     if problems:

@@ -230,9 +230,7 @@ def check(
     changed: list[str] = []
     scarce: list[str] = []
     if not problems and kind == "cpu":
-        problems, scarce = memory_problems(
-            recipe.model_config(), recipe.train, recipe.parallel, processes, here or processes
-        )
+        problems, scarce = memory_problems(recipe, processes, here or processes)
     if not problems:
         problems += _input_problems(recipe)
     if not problems and checkpoints:
