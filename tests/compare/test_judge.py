@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from arriero.common.errors import UserError
 from arriero.compare.judge import judge
-from arriero.compare.read import Curves
+from arriero.compare.curves import Curves
 
 
 def curves(name: str, **columns: dict[int, float]) -> Curves:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError
-from arriero.data.batches import is_instruction
 from arriero.data.indexed import IndexedDataset, bin_path, idx_path
 from arriero.data.instruct import INSTRUCTION_FIELDS
 from arriero.data.manifest import manifest_of, manifest_path, read_manifest, verify
+from arriero.data.prefix import is_instruction
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
 
 _SHOWN = 3  # documents that are decoded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from arriero.data.batches import Batch
 
 INSTRUCTION_FIELDS = ("input_ids", "attention_mask", "labels")
+_NO_LABEL = np.iinfo(np.int64).max
 PAD_ID = 0  # any id does: padding stands after the text, attention is causal, and no loss falls on it
 
 
@@ -49,6 +51,20 @@ def best_fit(sizes: np.ndarray, capacity: int) -> list[list[int]]:
     return bins
 
 
+@dataclass(frozen=True)
+class LabelsKept:
+    """How many samples keep a label that carries a loss once they are cut at the sequence length."""
+
+    samples: int
+    """Samples that were looked at: all of them, unless there are very many labels."""
+    without: int
+    """Of these, samples that keep none."""
+    never: int
+    """Of these, samples that have none at any length."""
+    enough: int
+    """The least sequence length at which all the others keep one; 0 where there are no others."""
+
+
 class InstructionSet:
     """Records of an instruction set as samples.
 
@@ -82,6 +98,44 @@ class InstructionSet:
         self._firsts = np.concatenate([[0], np.cumsum([len(one) for one in bins], dtype=np.int64)]).astype(np.int64)
         self.samples_per_epoch = len(bins)
         self._epochs: dict[int, np.ndarray] = {}
+
+    def labels_kept(self, most: int = 1 << 28) -> LabelsKept:
+        """Looks at the labels of all samples, or of evenly spaced ones where there are more than `most` labels."""
+        step = max(1, -(-len(self._labels.tokens) // most))
+        chosen = np.arange(0, self.samples_per_epoch, step)
+        counts = np.diff(self._firsts)[chosen]
+        member_at = np.arange(counts.sum()) + np.repeat(self._firsts[chosen] - (np.cumsum(counts) - counts), counts)
+        first = self._first_labels(self._members[member_at])
+        nearest = np.minimum.reduceat(first, np.cumsum(counts) - counts)
+        without, never = nearest >= self._length, nearest == _NO_LABEL
+        enough = nearest[without & ~never].max(initial=-1) + 1
+        return LabelsKept(len(chosen), int(without.sum()), int(never.sum()), int(enough))
+
+    def _first_labels(self, members: np.ndarray) -> np.ndarray:
+        """The place of each record's first label that carries a loss, from 0; _NO_LABEL where there is none."""
+        labels, found = self._labels, [np.empty(0, np.int64)]
+        begin, size = labels.starts[members] + 1, labels.sizes[members].astype(np.int64) - 1
+        batch = np.cumsum(size) // (1 << 22)
+        for some in np.split(np.arange(len(members)), np.flatnonzero(np.diff(batch)) + 1):
+            if not len(some):
+                continue
+            stretches = zip(begin[some].tolist(), (begin + size)[some].tolist(), strict=True)
+            flat = np.concatenate([labels.tokens[a:b] for a, b in stretches])
+            starts = np.cumsum(size[some]) - size[some]
+            place = np.arange(len(flat)) - np.repeat(starts, size[some])
+            place[flat == -100] = _NO_LABEL
+            found.append(np.minimum.reduceat(place, starts))
+        return np.concatenate(found)
+
+    def check_ids(self, samples: np.ndarray, vocab_size: int) -> None:
+        """Raises OutsideVocabulary for the first id or label of these samples that is not in 0 to vocab_size - 1."""
+        for sample in samples.tolist():
+            epoch, within = divmod(sample, self.samples_per_epoch)
+            chosen = int(self._shuffle(epoch)[within])
+            for member in self._members[self._firsts[chosen] : self._firsts[chosen + 1]].tolist():
+                for data, ignored in ((self._ids, None), (self._labels, -100)):
+                    first = int(data.starts[member])
+                    data.check_ids(vocab_size, first=first, end=first + int(data.sizes[member]), ignored=ignored)
 
     def _shuffle(self, epoch: int) -> np.ndarray:
         if epoch not in self._epochs:

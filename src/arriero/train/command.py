@@ -19,7 +19,7 @@ from arriero.checkpoint.load import candidates, find_checkpoint
 from arriero.checkpoint.lock import RunLock
 from arriero.common.device import device_count, device_type, float8_casts
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_STOPPED, UserError, join_problems
-from arriero.data.check import check_data_against
+from arriero.data.check import check_data_against, label_notices, size_notices
 from arriero.data.tokenizer import load_tokenizer
 from arriero.launch import (
     LaunchConfig,
@@ -215,7 +215,8 @@ def check(
         here: processes whose memory is this machine's; 0 for all of them.
 
     Returns:
-        Lines that tell what has changed since the checkpoint, and whether memory is scarce.
+        Lines that tell whether memory is scarce, what has changed since the checkpoint, and what is odd about the
+        inputs.
 
     Raises:
         UserError: what is wrong, each with its fix.
@@ -229,10 +230,12 @@ def check(
         problems += compile_machine_problems(kind)
     changed: list[str] = []
     scarce: list[str] = []
+    notices: list[str] = []
     if not problems and kind == "cpu":
         problems, scarce = memory_problems(recipe, processes, here or processes)
     if not problems:
-        problems += _input_problems(recipe)
+        wrong, notices = _check_inputs(recipe)
+        problems += wrong
     if not problems and checkpoints:
         changed, problems = check_changes(recipe, readable(checkpoints), allowed)
     if recipe.out and not joining and not checkpoints and committed(Path(recipe.out) / "checkpoints"):
@@ -240,21 +243,24 @@ def check(
         problems.append(UserError(f"out: {recipe.out} already holds a run", fix))
     if problems:
         raise join_problems(problems)
-    return scarce + changed
+    return scarce + changed + notices
 
 
-def _input_problems(recipe: Recipe) -> list[UserError]:
-    """Data and tokenizer against the model."""
-    found: list[UserError] = []
-    model = recipe.model_config()
+def _check_inputs(recipe: Recipe) -> tuple[list[UserError], list[str]]:
+    """Data and tokenizer against the model: what is wrong, and lines about what is merely odd."""
+    model, notices = recipe.model_config(), list[str]()
     try:
         tokenizer = load_tokenizer(Path(recipe.tokenizer)) if recipe.tokenizer else None
+        notices += size_notices(
+            model.vocab_size, model.max_position_embeddings, length=recipe.train.sequence_length,
+            tokenizer_size=tokenizer.vocab_size if tokenizer else None, tokenizer=recipe.tokenizer,
+        )  # fmt: skip
         for split in ("train", *(["valid"] if recipe.train.eval_every else [])):
-            open_batches(recipe, split)
+            notices += label_notices(open_batches(recipe, split))
         check_data_against(recipe.data, model.vocab_size, tokenizer.fingerprint if tokenizer else None)
     except UserError as error:
-        found.append(error)
-    return found
+        return [error], []
+    return [], notices
 
 
 def prepare_run_directory(recipe: Recipe) -> None:

@@ -60,6 +60,10 @@ class StepResult:
 
     step: int
     """Steps completed, this one included."""
+    samples: int
+    """Samples that the run has read, this step's included."""
+    tokens: int
+    """Tokens likewise."""
     loss: float
     grad_norm: float
     learning_rate: float
@@ -73,6 +77,8 @@ class StepResult:
     """Tokens of context: the sequence length, or under document masks sum of squared lengths over their sum."""
     spike: bool = False
     """Whether it was left out for a loss that stands out, not for one that is not finite."""
+    unlabelled: bool = False
+    """Whether it was left out because no label of the batch carries a loss; `loss` is NaN then."""
     stop: bool = False
     """Whether some process was asked to end the run."""
 
@@ -144,8 +150,7 @@ class Reporter:
         train, seconds = self.train, max(result.seconds, 1e-9)
         self._recent.append(seconds)
         self._skipped += result.skipped
-        self._nan += not math.isfinite(result.loss)
-        samples = result.step * train.global_batch
+        self._nan += not math.isfinite(result.loss) and not result.unlabelled
         rate = train.global_batch * train.sequence_length / seconds / self.devices
         figures = throughput(
             self.model, rate, result.attended, peak_tflops=self._peak, layers=self._recomputed, keep=self._keep_results
@@ -155,8 +160,8 @@ class Reporter:
         metrics = StepMetrics(
             iteration=result.step,
             iterations=train.steps,
-            consumed_samples=samples,
-            consumed_tokens=samples * train.sequence_length,
+            consumed_samples=result.samples,
+            consumed_tokens=result.tokens,
             elapsed_ms=seconds * 1000,
             learning_rate=result.learning_rate,
             global_batch=train.global_batch,
