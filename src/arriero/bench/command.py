@@ -32,6 +32,7 @@ from arriero.recipe import (
     show_flags,
 )
 from arriero.train.command import process_count
+from arriero.train.memory import memory_problems
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def bench(config: BenchConfig, launch: LaunchConfig, named: str, settings: list[
     launch = take_place(launch, os.environ)
     kind = device_type(recipe.device)
     here = process_count(recipe, launch, kind)
-    check(config, recipe, here * max(1, launch.nodes), kind)
+    check(config, recipe, here * max(1, launch.nodes), kind, here)
     if config.sweep:
         if started_by_another() or launch.nodes > 1:
             raise UserError("--sweep starts its own processes, on one machine", "start it without torchrun or --nodes")
@@ -123,7 +124,7 @@ def bench(config: BenchConfig, launch: LaunchConfig, named: str, settings: list[
     return EXIT_OK
 
 
-def check(config: BenchConfig, recipe: Recipe, processes: int, kind: str) -> None:
+def check(config: BenchConfig, recipe: Recipe, processes: int, kind: str, here: int) -> None:
     """Refuses what cannot work before anything is started. Data, tokenizer and `out` may be missing.
 
     Raises:
@@ -136,6 +137,8 @@ def check(config: BenchConfig, recipe: Recipe, processes: int, kind: str) -> Non
         problems.append(UserError("optim.offload has no effect on the CPU", "leave it out"))
     if recipe.train.compile:
         problems += compile_machine_problems(kind)
+    if not problems and kind == "cpu" and not config.sweep:
+        problems += memory_problems(recipe, processes, 1 if started_by_another() else here)[0]
     if config.memory_limit and kind != "cpu":
         problems.append(UserError("--memory-limit has no effect on an accelerator: its memory is the limit", "drop it"))
     if problems:

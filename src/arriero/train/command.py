@@ -47,6 +47,7 @@ from arriero.recipe import (
     to_toml,
 )  # fmt: skip
 from arriero.train.loop import Continuation, train
+from arriero.train.memory import memory_problems
 from arriero.train.resume import check_changes, readable
 from arriero.train.trainer import open_batches
 from arriero.train.verify import verify_layout
@@ -93,7 +94,8 @@ def run(words: list[str]) -> int:
         return verify(recipe, world)
     paths = candidates(Path(start.resume)) if start.resume else []
     joining = launch.node_rank > 0 or Place.from_environment().rank > 0
-    changed = check(recipe, world, paths, kind=kind, joining=joining, allowed=start.allow_change)
+    local = 1 if started_by_another() else here
+    changed = check(recipe, world, paths, kind=kind, joining=joining, allowed=start.allow_change, here=local)
     continuation = Continuation(tuple(paths), tuple(changed), duration(start.stop_after))
     job = Job(recipe, kind, continuation, run_facts(recipe) if world > 1 else {})
     seconds = {"join_seconds": launch.join_timeout, "collective_seconds": launch.collective_timeout}
@@ -199,7 +201,7 @@ def verify(recipe: Recipe, processes: int) -> int:
 
 def check(
     recipe: Recipe, processes: int, checkpoints: Sequence[Path], *, kind: str = "cpu", joining: bool = False,
-    allowed: Sequence[str] = (),
+    allowed: Sequence[str] = (), here: int = 0,
 ) -> list[str]:  # fmt: skip
     """Refuses what cannot work, all problems together, before any process is started.
 
@@ -210,9 +212,11 @@ def check(
         kind: of device.
         joining: this is not the machine of rank 0, so it may come back to a run that has begun.
         allowed: changed keys that are meant.
+        here: processes whose memory is this machine's; 0 for all of them.
 
     Returns:
-        Lines that tell what has changed since the checkpoint, and what is odd about the inputs.
+        Lines that tell whether memory is scarce, what has changed since the checkpoint, and what is odd about the
+        inputs.
 
     Raises:
         UserError: what is wrong, each with its fix.
@@ -225,7 +229,10 @@ def check(
     if recipe.train.compile:
         problems += compile_machine_problems(kind)
     changed: list[str] = []
+    scarce: list[str] = []
     notices: list[str] = []
+    if not problems and kind == "cpu":
+        problems, scarce = memory_problems(recipe, processes, here or processes)
     if not problems:
         wrong, notices = _check_inputs(recipe)
         problems += wrong
@@ -236,7 +243,7 @@ def check(
         problems.append(UserError(f"out: {recipe.out} already holds a run", fix))
     if problems:
         raise join_problems(problems)
-    return changed + notices
+    return scarce + changed + notices
 
 
 def _check_inputs(recipe: Recipe) -> tuple[list[UserError], list[str]]:
