@@ -21,7 +21,7 @@ class Verb:
 
 
 VERBS = {
-    "demo": Verb("arriero.demo", "DemoArgs", "the whole path on embedded text, in under three minutes"),
+    "demo": Verb("arriero.demo", "DemoArgs", "the whole path on Python's documentation, in under three minutes"),
     "doctor": Verb(
         "arriero.doctor", "DoctorArgs", "what this machine has, what is missing, and the line that fixes it"
     ),
