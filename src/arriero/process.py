@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from arriero.agreement import Disagreement, agree, ranges
 from arriero.common.device import BACKENDS, process_group_backend, tune_allocator
 from arriero.common.errors import EXIT_USAGE, CheckFailed, UserError
+from arriero.objects import refuse_pickled_objects
 from arriero.placement import place_process
 
 if TYPE_CHECKING:
@@ -156,6 +157,7 @@ def in_process_group(
     store = open_job_store(place, join_seconds)
     if facts is not None:
         agree(store, place.rank, place.world, facts(argument), seconds=join_seconds)
+    refuse_pickled_objects()
     use_interface_towards(os.environ["MASTER_ADDR"])
     dist.init_process_group(
         process_group_backend(kind), store=store, rank=place.rank, world_size=place.world,

@@ -130,6 +130,13 @@ def test_variants_differ_from_each_other(runs: Any) -> None:
     assert len(set(losses)) == len(losses)
 
 
+def test_no_object_is_pickled_between_processes_in_any_layout(runs: Any) -> None:
+    """torch's pipeline would send its shapes so, and whoever plays a process of the run could run code in another."""
+    _, results = runs
+    assert len(results) > len(LAYOUTS)
+    assert {name: result["pickles"] for name, result in results.items() if any(result["pickles"])} == {}
+
+
 @pytest.mark.parametrize("layout", LOW)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_is_near(runs: Any, layout: str, dtype: str) -> None:
