@@ -46,6 +46,7 @@ from arriero.recipe import (
     show_flags,
     to_toml,
 )  # fmt: skip
+from arriero.secret import Secret
 from arriero.train.loop import Continuation, train
 from arriero.train.memory import memory_problems
 from arriero.train.resume import check_changes, readable
@@ -99,18 +100,19 @@ def run(words: list[str]) -> int:
     continuation = Continuation(tuple(paths), tuple(changed), duration(start.stop_after))
     job = Job(recipe, kind, continuation, run_facts(recipe) if world > 1 else {})
     seconds = {"join_seconds": launch.join_timeout, "collective_seconds": launch.collective_timeout}
+    secret = Secret.find(launch.secret_file, os.environ, Path(recipe.out or "arriero"))
     if world == 1 and not launch.max_restarts:
         complete = in_process_group(work, job)
     elif started_by_another():
         try:
-            complete = in_process_group(work, job, facts=facts, **seconds)
+            complete = in_process_group(work, job, facts=facts, secret=secret, **seconds)
             if not complete:
                 return leave_last(EXIT_STOPPED)
         except BaseException as error:
             leave(error)
     else:
         try:
-            complete = all(run_processes(work, job, here, launch=launch, facts=facts))
+            complete = all(run_processes(work, job, here, launch=launch, facts=facts, secret=secret))
         except ProcessFailed as error:
             print(f"arriero: {error}", file=sys.stderr)
             return EXIT_CHECK_FAILED
