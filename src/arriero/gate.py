@@ -22,6 +22,7 @@ import os
 import socket
 import struct
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from arriero.common.errors import UserError
 
@@ -108,16 +109,20 @@ async def connect(link: socket.socket, secret: Key, node: int, seconds: float = 
     return reader, writer
 
 
-def try_gate(address: str, port: int, secret: Key, node: int, seconds: float = HANDSHAKE_SECONDS) -> None:
-    """Tries the gate once. Raises as `connect` does."""
+def try_gate(
+    address: str, port: int, secret: Key, node: int, seconds: float = HANDSHAKE_SECONDS
+) -> tuple[socket.AddressFamily, Any]:
+    """Tries the gate once; returns the family and the socket address that led to it. Raises as `connect` does."""
 
     async def once() -> None:
         _, writer = await connect(link, secret, node, seconds)
         writer.close()
 
     with socket.create_connection((address, port), timeout=seconds) as link:
+        found = (socket.AddressFamily(link.family), link.getpeername())
         link.setblocking(False)
         asyncio.run(once())
+    return found
 
 
 class Gate:
@@ -146,23 +151,25 @@ class Gate:
 
 
 class Forwarder:
-    """Stands in for the store on another machine's loopback."""
+    """Stands in for the store on another machine's loopback.
 
-    def __init__(self, address: str, port: int, secret: Key, node: int) -> None:
-        self.address, self.port, self.secret, self.node = address, port, secret, node
+    It asks no resolver: a process that is forked in that moment would inherit the resolver's lock.
+    """
+
+    def __init__(self, gate: tuple[socket.AddressFamily, Any], secret: Key, node: int) -> None:
+        self.gate, self.secret, self.node = gate, secret, node
 
     async def take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection of a process of this machine."""
         try:
-            link = await asyncio.get_running_loop().run_in_executor(None, self._dial)
+            family, address = self.gate
+            link = socket.socket(family, socket.SOCK_STREAM)
+            link.setblocking(False)
+            async with asyncio.timeout(HANDSHAKE_SECONDS):
+                await asyncio.get_running_loop().sock_connect(link, address)
             return await relay((reader, writer), await connect(link, self.secret, self.node))
         except (OSError, EOFError, Refused, UserError, asyncio.CancelledError):
             writer.transport.abort()
-
-    def _dial(self) -> socket.socket:
-        link = socket.create_connection((self.address, self.port), timeout=HANDSHAKE_SECONDS)
-        link.setblocking(False)
-        return link
 
 
 async def relay(one: Ends, other: Ends) -> None:

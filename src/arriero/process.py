@@ -204,8 +204,9 @@ def open_job_store(place: Place, seconds: float, secret: Secret) -> Store:
     elif place.one_machine:
         store = open_store(1, 0, address=address, port=0, seconds=seconds, secret=secret, local_port=port).store
     else:  # each process reaches node 0 by itself, as if it were a machine
-        there = {"address": address, "port": port}
-        store = open_store(place.world, place.rank, **there, seconds=seconds, secret=secret).store
+        store = open_store(
+            place.world, place.rank, address=address, port=port, seconds=seconds, secret=secret, apart=True
+        ).store
     _stores[:] = [store, PrefixStore(f"start-{start_number()}", store)]
     return _stores[1]
 

@@ -1,6 +1,6 @@
 """The key-value store of a run: on the loopback of node 0, behind a gate for the other machines.
 
-What hosts the store, and the gate or the forwarder before it (gate.py), is a process of its own on each machine.
+What hosts the store, and the gate before it (gate.py), is a process of its own on node 0.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 from torch.distributed import Store, TCPStore
 
@@ -39,13 +40,14 @@ class OpenStore:
     store: Store
     port: int
     """Port on this machine's loopback at which its processes find it."""
-    host: int
-    """Process that hosts it, or stands in for it, until `close`."""
+    host: int = 0
+    """Process that hosts it, or stands in for it, until `close`; 0 where a thread of this one does."""
 
     def close(self) -> None:
         """Ends the process beside this one."""
-        os.kill(self.host, signal.SIGKILL)
-        os.waitpid(self.host, 0)
+        if self.host:
+            os.kill(self.host, signal.SIGKILL)
+            os.waitpid(self.host, 0)
 
 
 def die_with_parent() -> None:
@@ -54,8 +56,9 @@ def die_with_parent() -> None:
 
 
 def open_store(
-    nodes: int, node_rank: int, *, address: str, port: int, seconds: float, secret: Secret, local_port: int = 0
-) -> OpenStore:
+    nodes: int, node_rank: int, *, address: str, port: int, seconds: float, secret: Secret, local_port: int = 0,
+    apart: bool = False,
+) -> OpenStore:  # fmt: skip
     """Hosts the store of a run, on node 0, or reaches it from another.
 
     Args:
@@ -65,6 +68,8 @@ def open_store(
         seconds: in which node 0 must be reached.
         secret: what the machines share.
         local_port: port on the loopback of node 0; 0 for any.
+        apart: whether what stands in for the store on another node is a process of its own, not a thread: for a
+            process that trains, and may wait for the store with the interpreter's lock held.
 
     Raises:
         UserError: the port is taken, the address does not lead to node 0 in time, or the secret is not the run's.
@@ -73,10 +78,14 @@ def open_store(
     if nodes > 1 and not secret.made:
         secret.key()  # what is wrong with it is known before anybody waits
     if node_rank > 0:
-        reach(address, port, seconds, secret, node_rank)
+        forwarder = Forwarder(reach(address, port, seconds, secret, node_rank), secret.key, node_rank)
         door = _listen(LOOPBACK, 0)
-        forwarder = Forwarder(address, port, secret.key, node_rank)
-        return _opened(door, fork_apart(lambda: serve(forwarder.take, [door])), seconds, who)
+        stand_in = partial(serve, forwarder.take, [door])
+        if apart:
+            return _opened(door, fork_apart(stand_in), seconds, who)
+        here = door.getsockname()[1]
+        threading.Thread(target=stand_in, daemon=True).start()
+        return OpenStore(connect_store(LOOPBACK, here, seconds, who=who, knock=False), here)
     gates = _gate_sockets(address, port) if nodes > 1 else []
     key = b""
     if nodes > 1:
@@ -95,10 +104,10 @@ def open_store(
         while store:
             signal.pause()
 
-    apart = fork_apart(host)
+    hosting = fork_apart(host)
     for gate in gates:
         gate.close()
-    return _opened(door, apart, seconds, who)
+    return _opened(door, hosting, seconds, who)
 
 
 def _opened(door: socket.socket, host: int, seconds: float, who: str) -> OpenStore:
@@ -165,7 +174,7 @@ def _gate_sockets(address: str, port: int) -> list[socket.socket]:
         found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         found = []
-    if any(is_loopback(where[0]) for *_, where in found) and not is_loopback(address):
+    if any(is_loopback(str(where[0])) for *_, where in found) and not is_loopback(address):
         return [_listen("", port)]
     gates = []
     for family, _, _, _, where in dict.fromkeys(found):
@@ -185,8 +194,8 @@ def is_loopback(address: str) -> bool:
         return address.partition(".")[0] == "localhost"
 
 
-def reach(address: str, port: int, seconds: float, secret: Secret, node: int) -> None:
-    """Waits until node 0 lets this one in.
+def reach(address: str, port: int, seconds: float, secret: Secret, node: int) -> tuple[socket.AddressFamily, Any]:
+    """Waits until node 0 lets this one in; returns the family and the socket address that led to it.
 
     Raises:
         UserError: not within `seconds`: nobody answers, or another program, or with another secret.

@@ -108,18 +108,18 @@ class Pipeline:
         own = stages_of(config, ranks.coordinates["pipeline"])
         group = ranks.mesh.get_group("pipeline")
         width = parts[0].config.hidden_size
-        self.stages = stages = []
+        self.stages: list[PipelineStage] = []
         for forward, number in zip(forwards, own, strict=True):
             takes, gives = stage_shapes(number, config, rows=rows, length=length, width=width, compute=compute)
             stage = PipelineStage(
                 forward, number, config.stages, device, input_args=takes, output_args=gives, group=group
             )
-            stages.append(stage)
+            self.stages.append(stage)
         self.holds_first, self.holds_last = 0 in own, config.stages - 1 in own
         kind = get_schedule_class(config.pipeline_schedule)
         one = issubclass(kind, PipelineScheduleSingle)
         self.schedule: Any = kind(
-            stages[0] if one else stages, n_microbatches=micro_batches, scale_grads=False,
+            self.stages[0] if one else self.stages, n_microbatches=micro_batches, scale_grads=False,
             loss_fn=lambda loss, labels: loss.sum(),  # the last stage has taken the labels, and returns the loss
         )  # fmt: skip
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -99,13 +99,15 @@ def run(words: list[str]) -> int:
     changed = check(recipe, world, paths, kind=kind, joining=joining, allowed=start.allow_change, here=local)
     continuation = Continuation(tuple(paths), tuple(changed), duration(start.stop_after))
     job = Job(recipe, kind, continuation, run_facts(recipe) if world > 1 else {})
-    seconds = {"join_seconds": launch.join_timeout, "collective_seconds": launch.collective_timeout}
     secret = Secret.find(launch.secret_file, os.environ, Path(recipe.out or "arriero"))
+    joining_in: dict[str, Any] = {
+        "join_seconds": launch.join_timeout, "collective_seconds": launch.collective_timeout, "secret": secret,
+    }  # fmt: skip
     if world == 1 and not launch.max_restarts:
         complete = in_process_group(work, job)
     elif started_by_another():
         try:
-            complete = in_process_group(work, job, facts=facts, secret=secret, **seconds)
+            complete = in_process_group(work, job, facts=facts, **joining_in)
             if not complete:
                 return leave_last(EXIT_STOPPED)
         except BaseException as error:
