@@ -10,28 +10,34 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from arriero.common.errors import UserError, join_problems, nearest
+from arriero.common.errors import UserError, join_problems
+from arriero.common.text import shown
 from arriero.common.untrusted import inside, misfit, read_json
+from arriero.model.config_keys import ROPE_KEYS, family, other_keys, rope_settings
 
 FIX = "restore the file from where the model came from"
 
 MOST_LAYERS, LARGEST = 10_000, 2**31  # a shape beyond these is an attack on the memory, not a model
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
-_ROPE_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
 
-
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _OPTIONAL = {
     "num_key_value_heads": int, "head_dim": int, "rms_norm_eps": float, "max_position_embeddings": int,
     "tie_word_embeddings": bool, "attention_bias": bool, "mlp_bias": bool, "initializer_range": float,
-    "bos_token_id": int, "eos_token_id": (int, [int]), "rope_theta": float, "rope_scaling": dict,
-    "rope_parameters": dict,
+    "bos_token_id": int, "eos_token_id": (int, [int]), "pad_token_id": int, "rope_theta": float, "rope_scaling": dict,
+    "rope_parameters": dict, "original_max_position_embeddings": int,
 }  # fmt: skip
 """What else is read from config.json, null allowed."""
+READ = frozenset({*_SIZES, *_OPTIONAL})
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys((*_SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings"), (1, LARGEST)),
+    "num_hidden_layers": (1, MOST_LAYERS), "rms_norm_eps": (1e-30, 1), "rope_theta": (1e-3, 1e30),
+    "initializer_range": (0, 1),
+}  # fmt: skip
+_ROPE_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor"), (1e-6, 1e6)),
+    "original_max_position_embeddings": (1, LARGEST),
+}
+"""Smallest and largest value of each number; a number beyond them trains to NaN, or is an attack on the memory."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,18 @@ class LlamaConfig:
     mlp_bias: bool = False
     initializer_range: float = 0.02
     bos_token_id: int | None = 1
-    eos_token_id: int | None = 2
+    eos_token_id: int | tuple[int, ...] | None = 2
+    """Ends of a text; Llama 3.1 Instruct has several."""
+    pad_token_id: int | None = None
+    """Kept for other programs: batches here have no padding."""
+    notices: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    """What of the file is not taken into account, one sentence each; the caller prints them."""
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Every id that ends a text."""
+        ends = self.eos_token_id
+        return frozenset(ends) if isinstance(ends, tuple) else frozenset(() if ends is None else (ends,))
 
     @classmethod
     def from_json(cls, path: Path | str) -> LlamaConfig:
@@ -88,48 +105,43 @@ class LlamaConfig:
     @classmethod
     def from_dict(cls, raw: dict[str, Any], *, where: str = "config") -> LlamaConfig:
         """Builds the shape from the decoded `config.json`; `where` names the source in errors."""
-        problems: list[UserError] = []
-        if raw.get("model_type", "llama") != "llama":
-            problems.append(
-                UserError(f"{where}: model_type is {raw['model_type']!r}", "arriero trains llama models only")
-            )
-        if raw.get("hidden_act", "silu") != "silu":
-            problems.append(UserError(f"{where}: hidden_act is {raw['hidden_act']!r}", "LLaMA's activation is silu"))
-        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            value: Any = raw.get(key)
-            most = MOST_LAYERS if key == "num_hidden_layers" else LARGEST
-            if misfit(value, int) or not 1 <= value <= most:
-                fix = f"give {key} as a whole number from 1 to {most:,}"
-                problems.append(UserError(f"{where}: {key} is {str(value)[:40]}", fix))
-        for key, form in _OPTIONAL.items():
-            if wrong := misfit(raw.get(key), (form, None), key):
+        problems, notices = family(raw, where)
+        for key, form in (*dict.fromkeys(_SIZES, int).items(), *_OPTIONAL.items()):
+            if wrong := misfit(raw.get(key), form if key in _SIZES else (form, None), key):
+                problems.append(UserError(f"{where}: {wrong}", f"give {key} as in LLaMA's config.json"))
+        if any(misfit(raw.get(key), int) for key in _SIZES) or problems:
+            raise join_problems(problems)
+        heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
+        head_dim = raw.get("head_dim")
+        if head_dim is None and heads > 0:
+            head_dim = hidden // heads
+            if hidden % heads:
+                fix = "give head_dim, or a hidden_size that divides"
+                problems.append(UserError(f"{where}: hidden_size {hidden} does not divide into {heads} heads", fix))
+        rope, kind, wrong_rope, more = rope_settings(raw, where)
+        wrong_keys, ignored = other_keys(raw, READ, where=where, head_dim=float(head_dim or 1))
+        problems += [*wrong_rope, *wrong_keys]
+        for key in ("rope_theta", *ROPE_KEYS[kind]):
+            whole = key == "original_max_position_embeddings"
+            if key in rope and (wrong := misfit(rope[key], int if whole else float, key)):
                 problems.append(UserError(f"{where}: {wrong}", FIX))
         if problems:
             raise join_problems(problems)
-        heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
-        parameters = raw.get("rope_parameters") or {}
-        if wrong := misfit(parameters.get("rope_theta"), (float, None), "rope_theta"):
-            raise UserError(f"{where}: {wrong}", FIX)
         simple = {
             key: raw[key]
             for key in ("rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "attention_bias", "mlp_bias",
-                        "initializer_range", "bos_token_id", "eos_token_id")
+                        "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")
             if raw.get(key) is not None or (key in raw and key.endswith("token_id"))
         }  # fmt: skip
-        if isinstance(
-            simple.get("eos_token_id"), list
-        ):  # llama 3.1 instruct lists several ends; the first is the text's
-            simple["eos_token_id"] = next(iter(simple["eos_token_id"]), None)
+        if isinstance(simple.get("eos_token_id"), list):
+            simple["eos_token_id"] = tuple(simple["eos_token_id"]) or None
         config = cls(
-            vocab_size=raw["vocab_size"],
-            hidden_size=hidden,
-            intermediate_size=raw["intermediate_size"],
-            num_hidden_layers=raw["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or hidden // heads,
-            rope_theta=float(parameters.get("rope_theta") or raw.get("rope_theta") or 10000.0),
-            rope_scaling=_read_scaling(raw.get("rope_scaling") or parameters, where),
+            **{key: raw[key] for key in _SIZES},
+            num_key_value_heads=heads if raw.get("num_key_value_heads") is None else raw["num_key_value_heads"],
+            head_dim=head_dim,
+            rope_theta=float(rope["rope_theta"]),
+            rope_scaling=RopeScaling(kind, **{key: rope[key] for key in ROPE_KEYS[kind]}),
+            notices=(*notices, *more, *ignored),
             **simple,
         )
         problems = config.problems(where)
@@ -140,11 +152,15 @@ class LlamaConfig:
     def problems(self, where: str = "config") -> list[UserError]:
         """All that is impossible about this shape, each with its fix."""
         found = []
-        if not 0 < self.num_hidden_layers <= MOST_LAYERS:
-            return [UserError(f"{where}: {self.num_hidden_layers} layers", f"1 to {MOST_LAYERS:,} can be")]
-        if not (0 < self.num_key_value_heads <= LARGEST and 0 < self.head_dim <= LARGEST):
-            fix = "give head_dim and num_key_value_heads as positive whole numbers, or leave them out"
-            return [UserError(f"{where}: heads of {self.head_dim}, {self.num_key_value_heads} of keys and values", fix)]
+        numbers = {key: (getattr(self, key), bounds) for key, bounds in _RANGES.items()}
+        for key in ROPE_KEYS[self.rope_scaling.rope_type]:
+            numbers[f"rope_scaling.{key}"] = getattr(self.rope_scaling, key), _ROPE_RANGES[key]
+        for key, (value, (low, high)) in numbers.items():
+            if value is None or not low <= value <= high:  # nor NaN
+                fix = f"give {key} as a number from {low:,} to {high:,}"
+                found.append(UserError(f"{where}: {key} is {shown(value, 40)}", fix))
+        if found:
+            return found
         if self.num_attention_heads % self.num_key_value_heads:
             found.append(
                 UserError(
@@ -155,15 +171,20 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             found.append(UserError(f"{where}: head_dim {self.head_dim} is odd", "rotary embedding needs pairs"))
-        if not (self.rms_norm_eps > 0 and self.rope_theta > 0):  # nor NaN
-            found.append(UserError(f"{where}: rms_norm_eps and rope_theta must be positive", "use 1e-5 and 10000"))
+        if self.rope_scaling.rope_type == "dynamic" and self.head_dim == 2:
+            found.append(UserError(f"{where}: head_dim 2 with dynamic rope_scaling", "use another rope_scaling"))
+        if self.rope_scaling.rope_type == "llama3" and not (
+            self.rope_scaling.low_freq_factor < self.rope_scaling.high_freq_factor
+        ):
+            fix = "make high_freq_factor larger than low_freq_factor"
+            found.append(UserError(f"{where}: high_freq_factor is not above low_freq_factor", fix))
         return found
 
     def to_json(self) -> dict[str, Any]:
         """The `config.json` that transformers 4 and 5 read as this shape."""
         scaling = self.rope_scaling
         rope: dict[str, Any] = {"rope_type": scaling.rope_type}
-        for key in _ROPE_KEYS[scaling.rope_type]:
+        for key in ROPE_KEYS[scaling.rope_type]:
             rope[key] = getattr(scaling, key)
         old_style = dict(rope) if scaling.rope_type != "default" else None
         return {
@@ -187,22 +208,9 @@ class LlamaConfig:
             "mlp_bias": self.mlp_bias,
             "initializer_range": self.initializer_range,
             "bos_token_id": self.bos_token_id,
-            "eos_token_id": self.eos_token_id,
+            "eos_token_id": list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id,
+            "pad_token_id": self.pad_token_id,
         }
-
-
-def _read_scaling(raw: dict[str, Any], where: str) -> RopeScaling:
-    """Reads `rope_scaling`, whose type key was `type` before transformers 4.43 and `rope_type` since."""
-    kind = raw.get("rope_type") or raw.get("type") or "default"
-    if wrong := misfit(raw, {key: float for key in _ROPE_KEYS.get(str(kind), ()) if key in raw}, "rope_scaling"):
-        raise UserError(f"{where}: {wrong}", FIX)
-    if kind not in ROPE_TYPES:
-        raise UserError(f"{where}: rope_scaling of type {kind!r} is not supported", nearest(str(kind), ROPE_TYPES))
-    missing = [key for key in _ROPE_KEYS[kind] if key not in raw]
-    if missing:
-        raise UserError(f"{where}: rope_scaling of type {kind} lacks {', '.join(missing)}", "add it to config.json")
-    values = {key: raw[key] for key in _ROPE_KEYS[kind]}
-    return RopeScaling(rope_type=kind, **values)
 
 
 def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
