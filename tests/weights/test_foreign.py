@@ -222,7 +222,7 @@ def test_a_tracker_that_points_elsewhere_is_refused(tmp_path, word):
         open_model(tmp_path / "mg")
 
 
-def test_a_head_trained_apart_from_tied_embeddings_is_not_lost_silently(tmp_path):
+def test_a_head_trained_apart_from_tied_embeddings_is_not_lost(tmp_path, capsys):
     config = VARIANTS["tied"]
     save_hf(tmp_path / "hf", config, random_weights(config))
     run(ConvertArgs(tmp_path / "hf", tmp_path / "as", "ascendspeed"))
@@ -230,11 +230,8 @@ def test_a_head_trained_apart_from_tied_embeddings_is_not_lost_silently(tmp_path
     payload = torch.load(file, weights_only=True)
     payload["model"]["lm_head.lm_head.weight"][3, 3] += 1
     torch.save(payload, file)
-    with pytest.raises(UserError, match="head differs"):
-        run(ConvertArgs(tmp_path / "as", tmp_path / "back", "hf"))
-    assert not (tmp_path / "back").exists()
-    write_config(tmp_path / "as", replace(config, tie_word_embeddings=False), dtype="F32")
     run(ConvertArgs(tmp_path / "as", tmp_path / "back", "hf"))
+    assert "head differs" in capsys.readouterr().out
     assert torch.equal(
         open_model(tmp_path / "back").reader.read("lm_head.weight"), payload["model"]["lm_head.lm_head.weight"][:100]
     )

@@ -17,7 +17,7 @@ from arriero.model.config_keys import ROPE_KEYS, family, other_keys, rope_settin
 
 FIX = "restore the file from where the model came from"
 
-MOST_LAYERS, LARGEST = 10_000, 2**31  # a shape beyond these is an attack on the memory, not a model
+MOST_LAYERS = 10_000
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _OPTIONAL = {
@@ -29,13 +29,14 @@ _OPTIONAL = {
 """What else is read from config.json, null allowed."""
 READ = frozenset({*_SIZES, *_OPTIONAL})
 _RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys((*_SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings"), (1, LARGEST)),
-    "num_hidden_layers": (1, MOST_LAYERS), "rms_norm_eps": (1e-30, 1), "rope_theta": (1e-3, 1e30),
+    "vocab_size": (1, 2**28), "hidden_size": (1, 2**20), "intermediate_size": (1, 2**23), "head_dim": (1, 2**16),
+    "num_hidden_layers": (1, MOST_LAYERS), "num_attention_heads": (1, 2**16), "num_key_value_heads": (1, 2**16),
+    "max_position_embeddings": (1, 2**31), "rms_norm_eps": (1e-30, 1), "rope_theta": (1e-3, 1e30),
     "initializer_range": (0, 1),
 }  # fmt: skip
 _ROPE_RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor"), (1e-6, 1e6)),
-    "original_max_position_embeddings": (1, LARGEST),
+    "original_max_position_embeddings": (1, 2**31),
 }
 """Smallest and largest value of each number; a number beyond them trains to NaN, or is an attack on the memory."""
 

@@ -6,17 +6,19 @@ of another shape is reported in one message.
 
 from __future__ import annotations
 
+import functools
 import json
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arriero.common.errors import UserError, join_problems
+from arriero.common.text import shown
 from arriero.common.untrusted import inside, plain_name, read_json
 from arriero.model.config import LlamaConfig, parameter_shapes
 from arriero.weights.held import assemblies
+from arriero.weights.names import explain, plain_names
 from arriero.weights.safetensors_file import SafetensorsFile, build_header
 from arriero.weights.stream import (
     ITEMSIZE,
@@ -27,6 +29,7 @@ from arriero.weights.stream import (
     dtype_name,
     matrix_shape,
 )
+from arriero.weights.tied import settle_head
 from arriero.weights.torch_file import TorchFile
 from arriero.weights.transfer import OutFile, Put, new_directory, transfer
 
@@ -42,16 +45,50 @@ FIX_SHARD = "fetch the whole directory again"
 
 
 def open_huggingface(directory: Path) -> PieceReader:
-    """Opens a directory for reading any slice of any parameter, under Hugging Face's names.
+    """Opens a directory for reading any slice of any parameter, under Hugging Face's names; see `open_with_config`."""
+    return open_with_config(directory)[0]
 
-    Old checkpoints' `rotary_emb.inv_freq`, and the spare `lm_head.weight` of a tied model, are left out.
+
+def open_with_config(directory: Path, config: LlamaConfig | None = None) -> tuple[PieceReader, LlamaConfig]:
+    """Opens a directory, and gives the shape that its files have.
+
+    Prefixes that training programs put before the names are taken off; old checkpoints' `rotary_emb.inv_freq`, and a
+    head that equals the embedding it is tied to, are left out.
+
+    Args:
+        directory: with config.json and weights.
+        config: in place of its config.json.
+
+    Returns:
+        The reader; the config, untied where the files hold a head that differs from the embedding.
 
     Raises:
-        UserError: no weights, a missing or broken shard, or names and shapes that disagree with `config.json`.
+        UserError: no weights, a missing or broken shard, or names and shapes that disagree with the config.
     """
-    directory = Path(directory)
-    config = LlamaConfig.from_json(directory)
-    return checked(open_files(directory), config, where=str(directory))
+    directory, where = Path(directory), str(directory)
+    config = config or LlamaConfig.from_json(directory)
+    tensors, config = settle_head(plain_names(open_files(directory).tensors, where), config, where=where)
+    return checked(PieceReader(tensors, where=where), config, where=where), config
+
+
+def read_shape(path: Path) -> LlamaConfig:
+    """The shape of the model in a directory: config.json's, untied where the files hold a head of their own.
+
+    Raises:
+        UserError: as `open_with_config`, but nothing about names and shapes, and weights may be missing.
+    """
+    path = Path(path)
+    config = LlamaConfig.from_json(path)
+    if not (config.tie_word_embeddings and path.is_dir() and has_weights(path)):
+        return config
+    changed = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(path.glob("*model*")))
+    return _settled_shape(path, config, changed)
+
+
+@functools.lru_cache(maxsize=4)
+def _settled_shape(path: Path, config: LlamaConfig, changed: tuple[tuple[str, int, int], ...]) -> LlamaConfig:
+    """Remembers the answer, for which two large tensors may have to be read, until a file has `changed`."""
+    return settle_head(plain_names(open_files(path).tensors, str(path)), config, where=str(path))[1]
 
 
 def open_files(directory: Path) -> PieceReader:
@@ -97,32 +134,42 @@ def _open_shards(directory: Path, index: Path) -> PieceReader:
     return PieceReader(tensors, where=str(directory))
 
 
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
 def checked(reader: PieceReader, config: LlamaConfig, *, where: str) -> PieceReader:
     """The parameters of `config` in the model's order; a UserError lists all that is missing, extra or misshapen."""
     expected = parameter_shapes(config)
     found = {n: t for n, t in reader.tensors.items() if not n.endswith("rotary_emb.inv_freq")}
-    if config.tie_word_embeddings:
-        found.pop("lm_head.weight", None)
-    problems = []
     missing = [name for name in expected if name not in found]
-    if missing == ["lm_head.weight"]:
-        problems.append(UserError(f"{where}: lacks lm_head.weight", "set tie_word_embeddings to true in config.json"))
-    elif missing:
-        problems.append(UserError(f"{where}: lacks {_some(missing)}", "compare num_hidden_layers, or fetch it again"))
     extra = sorted(found.keys() - expected.keys())
-    if extra:
-        problems.append(UserError(f"{where}: holds {_some(extra)}, unknown to config.json", "is it a LLaMA?"))
+    problems = []
+    if missing or extra:
+        cause, fix = explain(config, missing, extra)
+        parts = [f"lacks {_some(missing)}"] if missing else []
+        parts += [f"holds {_some(extra)}, unknown to config.json"] if extra else []
+        problems.append(UserError(f"{where}: {'; '.join(parts)}" + (f": {cause}" if cause else ""), fix))
     for name, shape in expected.items():
-        if name in found and found[name].shape != shape:
+        if name not in found:
+            continue
+        if found[name].shape != shape:
             problem = f"{where}: {name} is {list(found[name].shape)}, config.json says {list(shape)}"
-            problems.append(UserError(problem, "mend config.json, or fetch the matching one"))
+            fix = "mend config.json, or fetch the matching one"
+            if len(found[name].shape) == 1 and len(shape) == 2:
+                fix = "these are flat or packed weights, of FSDP or a quantized model: save the plain state dict"
+            problems.append(UserError(problem, fix))
+        elif found[name].dtype not in FLOATS:
+            fix = "save the model in float32, bfloat16 or float16: a quantized one must be dequantized"
+            problems.append(UserError(f"{where}: {name} is {found[name].dtype}", fix))
     if problems:
         raise join_problems(problems[:6])
     return PieceReader({name: found[name] for name in expected}, where=where)
 
 
 def _some(names: list[str]) -> str:
-    return f"{', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{', '.join(shown(name, 120) for name in names[:3])}" + (
+        f" and {len(names) - 3} more" if len(names) > 3 else ""
+    )
 
 
 def write_huggingface(
@@ -153,7 +200,8 @@ def write_huggingface(
         UserError: names or shapes disagree with the config, a value is not finite, the disk is too small.
     """
     name = dtype_name(dtype) if dtype is not None else None
-    hub = checked(PieceReader(assemblies(reader), where="the weights"), config, where="the weights").tensors
+    held, config = settle_head(assemblies(reader), config, where="the model")
+    hub = checked(PieceReader(held, where="the weights"), config, where="the weights").tensors
     with new_directory(directory, need_bytes=bytes_as(hub, name)) as partial:
         files = plan_safetensors(partial, hub, dtype=name, max_shard_bytes=max_shard_bytes)
         prints, _ = transfer(hub, files, dtype=name, advance=advance)

@@ -10,8 +10,8 @@ from arriero.common.errors import UserError
 from arriero.model.config import LlamaConfig
 from arriero.weights import megatron, meta, run, torch_dist
 from arriero.weights.foreign_config import ConfigHints
-from arriero.weights.huggingface import checked, has_weights, open_files, open_huggingface
-from arriero.weights.stream import Assembly, PieceReader
+from arriero.weights.huggingface import has_weights, open_with_config
+from arriero.weights.stream import PieceReader
 
 if TYPE_CHECKING:
     import torch
@@ -31,10 +31,13 @@ class Opened:
     """Directory of the tokenizer's files, where the source has one."""
     layout: str = "whole"
     """How the source is cut, in words."""
-    notes: list[str] = field(default_factory=list)
+    assumed: list[str] = field(default_factory=list)
     """What was assumed, one sentence each."""
-    twins: list[tuple[str, Assembly]] = field(default_factory=list)
-    """Copies of a parameter that the source holds besides, and that must equal it."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What was assumed, and what of the config is not taken into account."""
+        return [*self.assumed, *self.config.notices]
 
 
 def detect(path: Path) -> str:
@@ -83,17 +86,15 @@ def open_model(path: Path, kind: str | None = None, hints: ConfigHints | None = 
         ranks = megatron.open_ranks(path, hints)
         kind = "ascendspeed" if ranks.dialect.inv_freq else "megatron"
         layout = f"{ranks.dialect.name}, {ranks.cut.words()}"
-        return Opened(kind, path, ranks.reader, ranks.config, tokenizer, layout, ranks.notes, ranks.twins)
+        return Opened(kind, path, ranks.reader, ranks.config, tokenizer, layout, ranks.notes)
     if kind == "torch_dist":
         reader, config, notes = torch_dist.open_torch_dist(path, hints)
         return Opened(kind, path, reader, config, tokenizer, "torch_dist", notes)
     if kind == "meta":
         reader, config, count, notes = meta.open_meta(path, hints)
         return Opened(kind, path, reader, config, tokenizer, f"{count} model-parallel ranks", notes)
-    if hints.config is not None:
-        config = LlamaConfig.from_json(hints.config)
-        return Opened("hf", path, checked(open_files(path), config, where=str(path)), config, tokenizer)
-    return Opened("hf", path, open_huggingface(path), LlamaConfig.from_json(path), tokenizer)
+    reader, config = open_with_config(path, None if hints.config is None else LlamaConfig.from_json(hints.config))
+    return Opened("hf", path, reader, config, tokenizer)
 
 
 def tokenizer_in(directory: Path) -> Path | None:
