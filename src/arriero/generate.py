@@ -14,6 +14,7 @@ from tyro.conf import Positional
 
 from arriero.common.device import device_type, take_device
 from arriero.common.errors import EXIT_OK, UserError
+from arriero.common.text import printable
 
 if TYPE_CHECKING:
     import torch
@@ -58,9 +59,11 @@ def run(args: GenerateArgs) -> int:
     import torch
 
     from arriero.data.tokenizer import load_tokenizer
-    from arriero.weights.sources import build, open_model
+    from arriero.weights.sources import build, end_ids, open_model
 
     opened = open_model(args.model)
+    for note in opened.notes:
+        print(printable(f"note: {note}"), file=sys.stderr)
     where = args.tokenizer or opened.tokenizer
     if where is None:
         raise UserError(f"{opened.path}: has no tokenizer beside it", "give one with --tokenizer DIR")
@@ -71,13 +74,14 @@ def run(args: GenerateArgs) -> int:
     if dtype is None and kind == "cpu" and opened.reader.dtype("model.norm.weight") == torch.float16:
         dtype = torch.float32
     model = build(opened.reader, opened.config, dtype, take_device(kind, 0))
+    ends = end_ids(opened, tokenizer.eos_id)
     started = time.perf_counter()
     new: list[int] = []
     shown = ""
     for token in generate(
         model, prompt, args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed
     ):
-        if token == tokenizer.eos_id:
+        if token in ends:
             break
         new.append(token)
         if not args.json:

@@ -18,7 +18,7 @@ from tyro.conf import Positional
 from arriero.common.errors import EXIT_OK, CheckFailed, UserError, join_problems
 from arriero.weights.dialects import ASCENDSPEED, ASCENDSPEED_FUSED, MCORE
 from arriero.weights.foreign_config import ConfigHints
-from arriero.weights.huggingface import bytes_as, plan_safetensors, write_beside
+from arriero.weights.huggingface import bytes_as, plan_safetensors, shard_size_problems, write_beside
 from arriero.weights.layout import Cut, check_cut, padded
 from arriero.weights.megatron_write import RankFormat, plan_ranks
 from arriero.weights.progress import Progress
@@ -94,7 +94,10 @@ def run(args: ConvertArgs) -> int:
         else:
             dialect = {"megatron": MCORE, "ascendspeed": ASCENDSPEED_FUSED if args.fused_mlp else ASCENDSPEED}[args.to]
             files = plan_ranks(partial, hub, config, RankFormat(dialect, cut, dtype, args.iteration, args.deepspeed))
-        write_beside(partial, config, dtype=dtype or next(iter(hub.values())).dtype, tokenizer=opened.tokenizer)
+        write_beside(
+            partial, config, dtype=dtype or next(iter(hub.values())).dtype, tokenizer=opened.tokenizer,
+            generation=opened.generation,
+        )  # fmt: skip
         prints, again = transfer(
             hub,
             files,
@@ -130,6 +133,7 @@ def _check_options(args: ConvertArgs) -> None:
         problems.append(
             UserError("in the DeepSpeed flavour all stages have one file name", "use --pp 1, or no --deepspeed")
         )
+    problems += shard_size_problems(args.max_shard_gb)
     if args.make_vocab_size_divisible_by < 1 or args.iteration < 0:
         problems.append(
             UserError("--make-vocab-size-divisible-by and --iteration cannot be so small", "give 1 or more")

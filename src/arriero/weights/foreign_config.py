@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from arriero.common.errors import UserError
+from arriero.common.errors import UserError, join_problems
 from arriero.model.config import LlamaConfig, RopeScaling
 from arriero.weights.dialects import Dialect
 from arriero.weights.pickle_symbols import Call
@@ -27,17 +27,36 @@ class ConfigHints:
     """A tokenizer's directory, whose size is the vocabulary's."""
 
 
-def apply_vocabulary(config: LlamaConfig, hints: ConfigHints, *, known: bool) -> tuple[LlamaConfig, list[str]]:
-    """Sets the true vocabulary size; `known` says that the config already has it."""
-    size = hints.vocab_size
-    if size is None and hints.tokenizer is not None and not known:
-        size = vocabulary_size(hints.tokenizer)
-    if size is not None:
-        return replace(config, vocab_size=size), []
+def apply_vocabulary(
+    config: LlamaConfig, hints: ConfigHints, *, known: bool, rows: int
+) -> tuple[LlamaConfig, list[str]]:
+    """Sets the true vocabulary size.
+
+    Args:
+        config: the shape so far.
+        hints: what the user said, and the tokenizer that was found.
+        known: whether the config already has the true size.
+        rows: how many rows the checkpoint has, padding included.
+
+    Returns:
+        The config, and what had to be assumed.
+    """
+    if hints.vocab_size is not None:
+        config = replace(config, vocab_size=hints.vocab_size)
+        if problems := config.problems("--vocab-size"):
+            raise join_problems(problems)
+        return config, []
     if known:
         return config, []
-    note = f"all {config.vocab_size} vocabulary rows were kept, padding included: give --vocab-size or --tokenizer"
-    return config, [note]
+    if hints.tokenizer is None:
+        note = f"all {config.vocab_size} vocabulary rows were kept, padding included: give --vocab-size or --tokenizer"
+        return config, [note]
+    size = vocabulary_size(hints.tokenizer)
+    if size <= rows:
+        left = f"{rows - size} rows beyond the tokenizer's {size} ids were left out as padding: else give --vocab-size"
+        return replace(config, vocab_size=size), [left] if size < rows else []
+    note = f"the tokenizer has {size} ids, the checkpoint {rows} rows: all rows were kept"
+    return replace(config, vocab_size=rows), [note]
 
 
 def resolve_config(
@@ -58,13 +77,14 @@ def resolve_config(
     """
     given = hints.config or next((d for d in (root, folder) if (d / "config.json").is_file()), None)
     if given is not None:
-        return apply_vocabulary(LlamaConfig.from_json(given), hints, known=True)
+        return apply_vocabulary(LlamaConfig.from_json(given), hints, known=True, rows=0)
     args = payload.get("args")
     saved = args.state if isinstance(args, Call) and isinstance(args.state, dict) else {}
     # Only plain numbers, of a sane size: what is worse than absent is treated as absent.
     state = {k: v for k, v in saved.items() if isinstance(v, bool) or (isinstance(v, (int, float)) and 0 < v < 2**31)}
     inferred, notes = _from_tensors(root, tensors, dialect, tensor=tensor, layers=layers, args=state)
-    config, more = apply_vocabulary(inferred, hints, known=isinstance(state.get("vocab_size"), int))
+    rows = tensors[dialect.embedding].shape[0] * tensor
+    config, more = apply_vocabulary(inferred, hints, known=isinstance(state.get("vocab_size"), int), rows=rows)
     return config, notes + more
 
 

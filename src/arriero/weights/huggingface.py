@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arriero.common.errors import UserError, join_problems
+from arriero.common.files import write_atomic
 from arriero.common.text import shown
-from arriero.common.untrusted import inside, plain_name, read_json
+from arriero.common.untrusted import inside, parse_json, plain_name, read_json, read_text
+from arriero.data.tokenizer import GENERATION, VOCABULARIES, copy_files
 from arriero.model.config import LlamaConfig, parameter_shapes
 from arriero.weights.held import assemblies
 from arriero.weights.names import explain, plain_names
@@ -36,12 +38,9 @@ from arriero.weights.transfer import OutFile, Put, new_directory, transfer
 if TYPE_CHECKING:
     import torch
 
-TOKENIZER_FILES = (
-    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja",
-)  # fmt: skip
 _SINGLES = ("model.safetensors", "pytorch_model.bin")
 FIX_SHARD = "fetch the whole directory again"
+FIX_GENERATION = "restore the file, or remove it"
 
 
 def open_huggingface(directory: Path) -> PieceReader:
@@ -178,6 +177,7 @@ def write_huggingface(
     *,
     config: LlamaConfig,
     tokenizer_dir: Path | None = None,
+    generation: Path | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: float = 5e9,
     advance: Callable[[int], None] | None = None,
@@ -189,6 +189,7 @@ def write_huggingface(
         reader: the model's parameters under Hugging Face's names.
         config: the model's shape.
         tokenizer_dir: where the tokenizer's files lie; None leaves them out.
+        generation: the generation_config.json to copy; None writes one of config.json's token ids.
         dtype: float32, bfloat16 or float16; None keeps each tensor's own.
         max_shard_bytes: a shard grows no larger, unless one tensor is.
         advance: told the bytes read so far.
@@ -205,7 +206,8 @@ def write_huggingface(
     with new_directory(directory, need_bytes=bytes_as(hub, name)) as partial:
         files = plan_safetensors(partial, hub, dtype=name, max_shard_bytes=max_shard_bytes)
         prints, _ = transfer(hub, files, dtype=name, advance=advance)
-        write_beside(partial, config, dtype=name or next(iter(hub.values())).dtype, tokenizer=tokenizer_dir)
+        kind = name or next(iter(hub.values())).dtype
+        write_beside(partial, config, dtype=kind, tokenizer=tokenizer_dir, generation=generation)
     return prints
 
 
@@ -214,9 +216,15 @@ def bytes_as(hub: Mapping[str, Assembly], dtype: str | None) -> int:
     return sum(t.numel * ITEMSIZE[dtype or t.dtype] for t in hub.values()) + (64 << 20)
 
 
-def write_beside(directory: Path, config: LlamaConfig, *, dtype: str, tokenizer: Path | None) -> None:
+def write_beside(
+    directory: Path, config: LlamaConfig, *, dtype: str, tokenizer: Path | None, generation: Path | None = None
+) -> None:
     """What lies beside the weights: config.json, generation_config.json, the tokenizer's files."""
     write_config(directory, config, dtype=dtype)
+    if generation is not None:
+        text = read_text(generation, FIX_GENERATION)
+        parse_json(text, str(generation), FIX_GENERATION, dict)
+        write_atomic(directory / GENERATION, text)
     if tokenizer is not None:
         notice = copy_tokenizer(tokenizer, directory)
         if notice:
@@ -255,12 +263,19 @@ def plan_safetensors(
     return files
 
 
+def shard_size_problems(gigabytes: float) -> list[UserError]:
+    """What is wrong with --max-shard-gb: empty, or one problem."""
+    if 1e-6 <= gigabytes <= 1e6:  # nor NaN
+        return []
+    return [UserError(f"--max-shard-gb is {gigabytes}", "give a size in GB from 0.000001 to 1,000,000, such as 5")]
+
+
 def write_config(directory: Path, config: LlamaConfig, *, dtype: str) -> None:
     """config.json and generation_config.json; transformers 4 reads `torch_dtype`, 5 reads `dtype`."""
     kind = TORCH_NAMES[dtype]
     write_json(directory / "config.json", {**config.to_json(), "torch_dtype": kind, "dtype": kind})
-    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    write_json(directory / "generation_config.json", {"_from_model_config": True, **ids})
+    ids = {key: value for key, value in config.to_json().items() if key.endswith("token_id")}
+    write_json(directory / GENERATION, {"_from_model_config": True, **ids})
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -278,14 +293,11 @@ def copy_tokenizer(source: Path, directory: Path) -> str:
         UserError: there is no tokenizer at `source`.
     """
     source = Path(source)
-    folder = source if source.is_dir() else source.parent
-    present = [file for file in TOKENIZER_FILES if (folder / file).is_file()]
-    if "tokenizer.model" not in present and "tokenizer.json" not in present:
+    held = [name for name in VOCABULARIES if source.is_file() or (source / name).is_file()]
+    if not held:
         raise UserError(f"{source}: holds no tokenizer.model or tokenizer.json", "name the tokenizer's directory")
-    for file in present:
-        shutil.copyfile(inside(folder, folder / file), directory / file)
-    if "tokenizer.json" in present:
+    if "tokenizer.json" in copy_files(source, directory):
         return ""
     from arriero.weights.tokenizer_json import write_tokenizer_json
 
-    return write_tokenizer_json(folder / "tokenizer.model", directory)
+    return write_tokenizer_json(directory / "tokenizer.model", directory)

@@ -114,9 +114,11 @@ def _config(path: Path, hints: ConfigHints, shards: list[dict[str, Assembly]]) -
         rms_norm_eps=float(params.get("norm_eps") or 1e-5), rope_theta=theta, rope_scaling=scaling,
         tie_word_embeddings="lm_head.weight" not in shards[0],
     )  # fmt: skip
+    if hints.vocab_size is not None:
+        config = replace(config, vocab_size=hints.vocab_size)
     if problems := config.problems(str(file)):
         raise join_problems(problems)
-    return replace(config, vocab_size=hints.vocab_size or config.vocab_size), notes
+    return config, notes
 
 
 def _join(name: str, shape: tuple[int, ...], parts: list[Assembly], config: LlamaConfig, where: str) -> Assembly:
