@@ -11,7 +11,6 @@ from weights_helpers import TINY, VARIANTS, assert_same, random_weights, save_hf
 from arriero.common.errors import UserError
 from arriero.weights.convert import ConvertArgs, run
 from arriero.weights.foreign_config import ConfigHints
-from arriero.weights.huggingface import write_config
 from arriero.weights.sources import open_model
 
 MHA = replace(VARIANTS["mha"], rms_norm_eps=1e-6)

@@ -218,7 +218,7 @@ def test_an_impossible_id_is_refused_and_takes_no_memory(tmp_path, place, value)
         "tokenizer.json": {"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": value, "content": "[PAD]"}]},
     }[place]
     (tmp_path / place).write_text(json.dumps(content))
-    if isinstance(value, int) and value < 0 or place == "tokenizer_config.json" and not isinstance(value, int):
+    if (isinstance(value, int) and value < 0) or (place == "tokenizer_config.json" and not isinstance(value, int)):
         return  # a negative id never decides the size; a key that is no number is no id
     if place == "tokenizer_config.json" and value == "7":
         return

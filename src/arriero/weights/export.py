@@ -50,7 +50,8 @@ def run(args: ExportArgs) -> int:
     with Progress("writing", sum(t.nbytes for t in opened.reader.tensors.values())) as progress:
         prints = write_huggingface(
             args.destination, opened.reader, config=opened.config, tokenizer_dir=tokenizer,
-            generation=opened.generation, dtype=dtype, max_shard_bytes=args.max_shard_gb * 1e9, advance=progress.advance,
+            generation=opened.generation, dtype=dtype, max_shard_bytes=args.max_shard_gb * 1e9,
+            advance=progress.advance,
         )  # fmt: skip
     reloaded = open_huggingface(args.destination)
     if read_fingerprints(reloaded.tensors) != prints:

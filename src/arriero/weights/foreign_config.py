@@ -10,6 +10,7 @@ from typing import Any
 from arriero.common.errors import UserError, join_problems
 from arriero.model.config import LlamaConfig, RopeScaling
 from arriero.weights.dialects import Dialect
+from arriero.weights.megatron_args import LLAMA3_ORIGINAL, check_arguments
 from arriero.weights.pickle_symbols import Call
 from arriero.weights.stream import Assembly
 from arriero.weights.tokenizer_json import vocabulary_size
@@ -80,6 +81,7 @@ def resolve_config(
         return apply_vocabulary(LlamaConfig.from_json(given), hints, known=True, rows=0)
     args = payload.get("args")
     saved = args.state if isinstance(args, Call) and isinstance(args.state, dict) else {}
+    check_arguments(saved, str(folder))
     # Only plain numbers, of a sane size: what is worse than absent is treated as absent.
     state = {k: v for k, v in saved.items() if isinstance(v, bool) or (isinstance(v, (int, float)) and 0 < v < 2**31)}
     inferred, notes = _from_tensors(root, tensors, dialect, tensor=tensor, layers=layers, args=state)
@@ -121,9 +123,11 @@ def _from_tensors(
         )
     untied = args.get("untie_embeddings_and_output_weights")
     scaling = RopeScaling()
+    if isinstance(args.get("rotary_seq_len_interpolation_factor"), (int, float)):
+        scaling = RopeScaling("linear", factor=float(args["rotary_seq_len_interpolation_factor"]))
     if args.get("use_rope_scaling"):  # Megatron's flag means Llama 3.1's scaling, whose other constants it fixes
         factor = float(args.get("rope_scaling_factor") or 8.0)
-        scaling = RopeScaling("llama3", factor=factor, original_max_position_embeddings=8192)
+        scaling = RopeScaling("llama3", factor=factor, original_max_position_embeddings=LLAMA3_ORIGINAL)
     true_vocab = args.get("vocab_size")
     config = LlamaConfig(
         vocab_size=true_vocab if isinstance(true_vocab, int) else vocab * tensor,
@@ -137,6 +141,7 @@ def _from_tensors(
         rope_theta=float(theta or 10000.0),
         max_position_embeddings=int(args.get("max_position_embeddings") or 2048),
         rope_scaling=scaling,
+        initializer_range=float(args.get("init_method_std") or 0.02),
         tie_word_embeddings=dialect.head not in tensors if untied is None else not untied,
         attention_bias=f"{prefix}{dialect.qkv}.bias" in tensors,
         mlp_bias=f"{prefix}{dialect.down}.bias" in tensors,

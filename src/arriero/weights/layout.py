@@ -120,10 +120,16 @@ class RankTable:
             elif dialect.always_head or not first:
                 yield replace(self._vocabulary(dialect.tied_head, "model.embed_tokens.weight"), tied=True)
 
-    def spare_head(self, chunk: Container[str]) -> Slot | None:
-        """The head of a tied model where the last chunk of a file holds one of its own."""
-        key = next((key for key in (self.dialect.head, self.dialect.tied_head) if key in chunk), None)
-        return replace(self._vocabulary(key, "model.embed_tokens.weight"), tied=True) if key else None
+    def readable_slots(self, stage: int, chunk: int, layers: range, held: Container[str]) -> Iterator[Slot]:
+        """As `slots`, and the head that the last chunk of a tied model may hold besides, if `held` has its key."""
+        last = None
+        for last in self.slots(stage, chunk, layers):
+            yield last
+        at_end = (stage, chunk) == (self.cut.pipeline - 1, self.cut.virtual - 1)
+        if self.config.tie_word_embeddings and at_end and not (last and last.tied):
+            key = next((key for key in (self.dialect.head, self.dialect.tied_head) if key in held), None)
+            if key is not None:
+                yield replace(self._vocabulary(key, EMBEDDING), tied=True)
 
     def _vocabulary(self, key: str, name: str) -> Slot:
         vocab, width = self.config.vocab_size, self.config.hidden_size

@@ -204,10 +204,7 @@ def _match(
         table = RankTable(config, dialect, cut, t)
         for v, chunk in enumerate(rank.chunks):
             known = set()
-            slots = list(table.slots(p, v, layers[p, v]))
-            if config.tie_word_embeddings and (p, v) == max(layers) and not slots[-1].tied:
-                slots += [spare] if (spare := table.spare_head(chunk)) else []
-            for slot in slots:
+            for slot in table.readable_slots(p, v, layers[p, v], chunk):
                 known.add(slot.key)
                 tensor = chunk.get(slot.key)
                 if tensor is None:

@@ -47,7 +47,8 @@ CAUSES: tuple[tuple[str, str, str], ...] = (
      "the language model is a part of another one", "save its language model alone"),
     (r"^(transformer\.|gpt_neox\.|bert\.|encoder\.|h\.[0-9])", "the names are another family's",
      "arriero trains llama models only"),
-    (r"^(score|v_head|value_head|classifier)\.", "it has a classifier or a value head", "save the language model alone"),
+    (r"^(score|v_head|value_head|classifier)\.", "it has a classifier or a value head",
+     "save the language model alone"),
 )  # fmt: skip
 """(what an unknown tensor's name looks like, what that means, what to do)."""
 

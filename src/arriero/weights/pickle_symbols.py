@@ -114,7 +114,7 @@ def naturals(values: Any) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _call(function: Any, args: Any) -> Any:
+def _call(function: Any, args: Any) -> Any:  # noqa: PLR0911 - one a function
     name = function.name if isinstance(function, Global) else ""
     if name in ("collections.OrderedDict", "builtins.dict"):
         pairs = args[0].items() if args and isinstance(args[0], dict) else args[0] if args else ()

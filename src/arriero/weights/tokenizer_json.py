@@ -94,7 +94,7 @@ def vocabulary_size(tokenizer: Path, *, added: bool = True) -> int:
             largest = max([*ids, *(token["id"] for token in raw.get("added_tokens") or [] if added)])
         largest = max([largest, *(added_tokens(folder).values() if added else ())])
         if type(largest) is not int:
-            raise ValueError("an id that is no whole number")  # noqa: TRY301 - told as any other broken tokenizer
+            raise ValueError("an id that is no whole number")
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError):
         raise UserError(f"{tokenizer}: holds a broken tokenizer", "copy it again") from None
     if not 0 <= largest < MAX_ID:

@@ -69,9 +69,7 @@ def _open(
     rows = tensors[dialect.embedding].shape[0]
     table = RankTable(config, dialect, Cut(padded_vocab=max(rows, config.vocab_size)), 0)
     pairs: list[tuple[Assembly, Slot]] = []
-    slots = list(table.slots(0, 0, range(config.num_hidden_layers)))
-    if config.tie_word_embeddings and (spare := table.spare_head(tensors)):
-        slots.append(spare)
+    slots = list(table.readable_slots(0, 0, range(config.num_hidden_layers), tensors))
     extra = sorted(tensors.keys() - {slot.key for slot in slots})
     if extra:
         problem = f"{folder}: holds {shown(extra[0], 120)} and {len(extra) - 1} more unknown"
