@@ -20,7 +20,12 @@ class Linear(nn.Module):
         **_,
     ):  # fmt: skip
         super().__init__()
-        self.parallel_mode, self.return_bias, self.tp_group, self.tp_size = parallel_mode, return_bias, tp_group, tp_size
+        self.parallel_mode, self.return_bias, self.tp_group, self.tp_size = (
+            parallel_mode,
+            return_bias,
+            tp_group,
+            tp_size,
+        )
         rows = out_features // tp_size if parallel_mode == "column" else out_features
         columns = in_features // tp_size if parallel_mode == "row" else in_features
         self.weight = nn.Parameter(torch.empty(rows, columns))
@@ -81,7 +86,12 @@ def install():
 
     empty = type("Empty", (), {})
     fp8 = module("transformer_engine.pytorch.fp8", FP8GlobalStateManager=empty, fp8_autocast=empty)
-    beside = ("CudaRNGStatesTracker", "activation_recompute_forward", "checkpoint", "is_fp8_activation_recompute_enabled")
+    beside = (
+        "CudaRNGStatesTracker",
+        "activation_recompute_forward",
+        "checkpoint",
+        "is_fp8_activation_recompute_enabled",
+    )
     distributed = module("transformer_engine.pytorch.distributed", **dict.fromkeys(beside, empty))
     module("transformer_engine.pytorch.float8_tensor", Float8Tensor=empty)
     module("transformer_engine.pytorch.cpp_extensions", cast_to_fp8=empty)

@@ -93,7 +93,11 @@ def test_a_torch_dist_checkpoint_of_megatron_comes_back(tmp_path):
     tensor, config = 2, TINY
     weights = random_weights(config)
     save_hf(tmp_path / "hf", config, weights)
-    run(ConvertArgs(tmp_path / "hf", tmp_path / "mg", "megatron", tp=tensor, make_vocab_size_divisible_by=4, spec="local"))
+    run(
+        ConvertArgs(
+            tmp_path / "hf", tmp_path / "mg", "megatron", tp=tensor, make_vocab_size_divisible_by=4, spec="local"
+        )
+    )
     saved = tmp_path / "dist" / "iter_0000005"
     saved.mkdir(parents=True)
     run_oracle(

@@ -82,28 +82,37 @@ def with_extra(name, *, drop="", shape=(4,), dtype=torch.float32):
     return change
 
 
+def without(word):
+    return lambda weights: {name: tensor for name, tensor in weights.items() if word not in name}
+
+
+def only(name):
+    return lambda weights: {name: torch.ones(4, 4)}
+
+
+QKV_BIASES = {f"model.layers.{i}.self_attn.{n}_proj.bias": torch.ones(4) for i in range(4) for n in "qkv"}
+LAYER = "model.layers.0"
 HINTS = {
     "float8 head": (lambda w: {**w, "lm_head.weight": w["lm_head.weight"].to(torch.float8_e4m3fn)},
                     "lm_head.weight is F8_E4M3", "float32, bfloat16 or float16"),
     "float8 head with a scale": (with_extra("lm_head.weight_scale"), "quantized", "dequantize"),
-    "GPTQ": (with_extra("model.layers.0.mlp.up_proj.qweight", drop="layers.0.mlp.up_proj"), "quantized", "dequantize"),
-    "bitsandbytes": (with_extra("model.layers.0.mlp.up_proj.weight.absmax"), "quantized", "dequantize"),
+    "GPTQ": (with_extra(f"{LAYER}.mlp.up_proj.qweight", drop="layers.0.mlp.up_proj"), "quantized", "dequantize"),
+    "bitsandbytes": (with_extra(f"{LAYER}.mlp.up_proj.weight.absmax"), "quantized", "dequantize"),
     "int8": (lambda w: {**w, "lm_head.weight": w["lm_head.weight"].to(torch.int8)}, "is I8", "dequantized"),
     "packed": (lambda w: {**w, "lm_head.weight": torch.zeros(1600)}, "is [1600]", "packed"),
-    "LoRA": (with_extra("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", drop="model"), "LoRA", "merge"),
-    "MoE": (with_extra("model.layers.0.block_sparse_moe.experts.0.w1.weight", drop="mlp"), "mixture of experts", "dense"),
-    "Qwen3": (with_extra("model.layers.0.self_attn.q_norm.weight"), "normalised", "llama models only"),
-    "Qwen2": (lambda w: {**w, **{f"model.layers.{i}.self_attn.{n}_proj.bias": torch.ones(4) for i in range(4) for n in "qkv"}},
-              "as in Qwen2", "llama models only"),
-    "Phi-3": (with_extra("model.layers.0.self_attn.qkv_proj.weight", drop="q_proj"), "fused", "llama models only"),
-    "Meta's names": (lambda w: {"tok_embeddings.weight": torch.ones(4, 4)}, "Meta's own", "params.json"),
-    "Megatron's names": (lambda w: {"decoder.layers.0.mlp.linear_fc1.weight": torch.ones(4, 4)}, "Megatron's", "mp_rank"),
-    "GPT-2": (lambda w: {"transformer.h.0.attn.c_proj.weight": torch.ones(4, 4)}, "another family's", "llama models"),
+    "LoRA": (with_extra(f"base_model.model.{LAYER}.self_attn.q_proj.lora_A.weight", drop="model"), "LoRA", "merge"),
+    "MoE": (with_extra(f"{LAYER}.block_sparse_moe.experts.0.w1.weight", drop="mlp"), "mixture of experts", "dense"),
+    "Qwen3": (with_extra(f"{LAYER}.self_attn.q_norm.weight"), "normalised", "llama models only"),
+    "Qwen2": (lambda w: {**w, **QKV_BIASES}, "as in Qwen2", "llama models only"),
+    "Phi-3": (with_extra(f"{LAYER}.self_attn.qkv_proj.weight", drop="q_proj"), "fused", "llama models only"),
+    "Meta's names": (only("tok_embeddings.weight"), "Meta's own", "params.json"),
+    "Megatron's names": (only("decoder.layers.0.mlp.linear_fc1.weight"), "Megatron's", "mp_rank"),
+    "GPT-2": (only("transformer.h.0.attn.c_proj.weight"), "another family's", "llama models"),
     "reward model": (with_extra("score.weight", drop="lm_head"), "classifier", "language model alone"),
-    "no head": (lambda w: {n: t for n, t in w.items() if n != "lm_head.weight"}, "no head", "tie_word_embeddings"),
-    "too few layers": (lambda w: {n: t for n, t in w.items() if "layers.3" not in n}, "4 layers, the files 3", "num_hidd"),
-    "a lost tensor": (lambda w: {n: t for n, t in w.items() if "layers.3.mlp.up" not in n}, "lacks", "fetch"),
-    "biases": (with_extra("model.layers.0.mlp.up_proj.bias", shape=(48,)), "have biases", "mlp_bias to true"),
+    "no head": (without("lm_head.weight"), "no head", "tie_word_embeddings"),
+    "too few layers": (without("layers.3"), "4 layers, the files 3", "num_hidden_layers"),
+    "a lost tensor": (without("layers.3.mlp.up"), "lacks", "fetch"),
+    "biases": (with_extra(f"{LAYER}.mlp.up_proj.bias", shape=(48,)), "have biases", "mlp_bias to true"),
     "control characters": (with_extra("evil\x1b[2J.weight"), "evil\\x1b[2J", ""),
 }  # fmt: skip
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from arriero.common.errors import UserError, join_problems
+from arriero.common.text import shown
 from arriero.common.untrusted import inside, read_text
 from arriero.model.config import MOST_LAYERS, LlamaConfig, parameter_shapes
 from arriero.weights.dialects import Dialect, recognise
@@ -223,7 +224,9 @@ def _match(
             extra = sorted(k for k in chunk.keys() - known if not k.endswith("inv_freq"))
             if extra:
                 problems.append(
-                    UserError(f"{rank.path}: holds {extra[0]} and {len(extra) - 1} more unknown", "is it a LLaMA?")
+                    UserError(
+                        f"{rank.path}: holds {shown(extra[0], 120)} and {len(extra) - 1} more unknown", "is it a LLaMA?"
+                    )
                 )
     if problems:
         raise join_problems(problems[:6])
