@@ -46,7 +46,7 @@ def shape_of(hf):
 
 
 def build(args, tensor, vocab):
-    """GPTModel of these arguments, as core_transformer_config_from_args and pretrain_gpt.py's model_provider build it."""
+    """GPTModel of these arguments, as core_transformer_config_from_args and pretrain_gpt.py build it."""
     te = args.transformer_impl == "transformer_engine"
     config = TransformerConfig(
         num_layers=args.num_layers, hidden_size=args.hidden_size, ffn_hidden_size=args.ffn_hidden_size,

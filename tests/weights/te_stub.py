@@ -16,7 +16,7 @@ class Linear(nn.Module):
     """y = x weight^T (+ bias), cut over tensor ranks by `parallel_mode`."""
 
     def __init__(
-        self, in_features, out_features, bias=True, return_bias=False, parallel_mode=None, tp_size=1, tp_group=None,
+        self, in_features, out_features, *, bias=True, return_bias=False, parallel_mode=None, tp_size=1, tp_group=None,
         **_,
     ):  # fmt: skip
         super().__init__()
@@ -98,7 +98,7 @@ def install():
     recipe = module("transformer_engine.common.recipe", DelayedScaling=empty)
     common = module("transformer_engine.common", recipe=recipe)
     pytorch = module(
-        "transformer_engine.pytorch", Linear=Linear, LayerNormLinear=LayerNormLinear, RMSNorm=RMSNorm, LayerNorm=RMSNorm,
-        DotProductAttention=DotProductAttention, fp8=fp8, distributed=distributed,
+        "transformer_engine.pytorch", Linear=Linear, LayerNormLinear=LayerNormLinear, RMSNorm=RMSNorm,
+        LayerNorm=RMSNorm, DotProductAttention=DotProductAttention, fp8=fp8, distributed=distributed,
     )  # fmt: skip
     module("transformer_engine", pytorch=pytorch, common=common, __version__="1.8.0")

@@ -152,8 +152,10 @@ def test_the_arguments_are_a_namespace_that_tells_the_shape(tmp_path, capsys):
         assert_same(opened.reader, random_weights(config))
         line = next(line for line in text.splitlines() if line.startswith("start Megatron-LM with: "))
         flags = dict(re.findall(r"--([a-z-]+)(?: ([^-\s]\S*))?", line))
-        wanted = {"tensor-model-parallel-size": "2", "num-layers-per-virtual-pipeline-stage": "1", "ckpt-format": "torch",
-                  "norm-epsilon": "1e-05", "transformer-impl": "transformer_engine", "no-load-optim": ""}  # fmt: skip
+        wanted = {
+            "tensor-model-parallel-size": "2", "num-layers-per-virtual-pipeline-stage": "1", "ckpt-format": "torch",
+            "norm-epsilon": "1e-05", "transformer-impl": "transformer_engine", "no-load-optim": "",
+        }  # fmt: skip
         assert wanted.items() <= flags.items()
         assert ("use-rope-scaling" in flags) == (name == "llama 3.1")
 

@@ -113,14 +113,14 @@ class LlamaConfig:
         if any(misfit(raw.get(key), int) for key in _SIZES) or problems:
             raise join_problems(problems)
         heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
-        head_dim = raw.get("head_dim")
-        if head_dim is None and heads > 0:
-            head_dim = hidden // heads
-            if hidden % heads:
+        head_dim: int | None = raw.get("head_dim")
+        if head_dim is None:
+            head_dim = hidden // max(1, heads)
+            if heads > 0 and hidden % heads:
                 fix = "give head_dim, or a hidden_size that divides"
                 problems.append(UserError(f"{where}: hidden_size {hidden} does not divide into {heads} heads", fix))
         rope, kind, wrong_rope, more = rope_settings(raw, where)
-        wrong_keys, ignored = other_keys(raw, READ, where=where, head_dim=float(head_dim or 1))
+        wrong_keys, ignored = other_keys(raw, READ, where=where, head_dim=head_dim or 1)
         problems += [*wrong_rope, *wrong_keys]
         for key in ("rope_theta", *ROPE_KEYS[kind]):
             whole = key == "original_max_position_embeddings"

@@ -124,7 +124,7 @@ def _call(function: Any, args: Any) -> Any:  # noqa: PLR0911 - one a function
             raise ValueError("a tensor without a storage")
         return TensorRef(args[0], naturals([args[1]])[0], naturals(args[2]), naturals(args[3]))
     if name == "torch._utils._rebuild_tensor_v3":  # dtypes that have no storage class, such as float8
-        return _typed_tensor(*args[:4], args[6])
+        return _typed_tensor(args[0], args[1], args[2], args[3], dtype=args[6])
     if name in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
         return args[0]
     if name == "torch._tensor._rebuild_from_type_v2" and getattr(args[1], "name", "") in _PLAIN_TENSORS:
@@ -136,7 +136,7 @@ def _call(function: Any, args: Any) -> Any:  # noqa: PLR0911 - one a function
     return Call(function, args)
 
 
-def _typed_tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: Any) -> TensorRef:
+def _typed_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *, dtype: Any) -> TensorRef:
     kind = TORCH_DTYPES.get(dtype.name.removeprefix("torch.")) if isinstance(dtype, Global) else None
     if not isinstance(storage, StorageRef) or kind is None:
         raise ValueError("a tensor of an unknown dtype")

@@ -62,7 +62,7 @@ def same_values(a: Assembly, b: Assembly) -> bool:
             raw = np.empty((count, columns * ITEMSIZE[tensor.dtype]), np.uint8)
             tensor.read_window(row, 0, raw)
             parts.append(raw if a.dtype == b.dtype or tensor.dtype == "F64" else cast(raw, tensor.dtype, "F64"))
-        if not np.array_equal(*parts):
+        if not np.array_equal(parts[0], parts[1]):
             return False
     return True
 
