@@ -104,7 +104,9 @@ def begin(trainer: Trainer, start: Continuation, reporter: Reporter) -> None:
     """Loads the first checkpoint that is whole, or draws the weights, and tells which."""
     checkpoint = None
     if start.checkpoints:
-        checkpoint = newest_that_verifies(list(start.checkpoints), trainer.ranks, say=reporter.say)
+        checkpoint = newest_that_verifies(
+            list(start.checkpoints), trainer.ranks, say=reporter.say, model=trainer.config
+        )
     trainer.start(checkpoint)
     reporter.resume_after(trainer.done)
     if trainer.recipe.train.float8 != "none" and not float8_units(trainer.kind):
@@ -113,6 +115,9 @@ def begin(trainer: Trainer, start: Continuation, reporter: Reporter) -> None:
         reporter.say(line)
     if checkpoint is not None:
         reporter.say(f" resumed from {checkpoint} after step {trainer.done}")
+        if trainer.done >= trainer.recipe.train.steps:
+            told = f"step {trainer.done} of train.steps {trainer.recipe.train.steps}"
+            reporter.say(f" the run is complete: {told}; give a larger --train.steps to go on")
     trainer.saver.reserve(trainer.parts_to_save())
 
 
