@@ -155,7 +155,7 @@ def read_command(words: list[str]) -> tuple[Recipe, Start]:
     if resume:
         find_checkpoint(Path(resume))  # a wrong directory is named before its missing recipe is
     if resume and not named:
-        named = str(Path(resume) / "recipe.toml")
+        named = str(_recipe_in(Path(resume)))
     if named:
         settings += file_settings(find_bundled("", named, ".toml"))
     elif not given:
@@ -181,6 +181,12 @@ def _flag(name: str, words: list[str] | None) -> bool:
     if text not in ("true", "false"):
         raise UserError(f"--{name} is {shown(text)!r}", "give it alone, or with true or false")
     return text == "true"
+
+
+def _recipe_in(resume: Path) -> Path:
+    """The run's own recipe; its checkpoint's where that is not whole."""
+    own = resume / "recipe.toml"
+    return own if os.path.isfile(own) and os.path.getsize(own) else find_checkpoint(resume) / "recipe.toml"
 
 
 def _continued(resume: Path, settings: list[Setting]) -> list[Setting]:

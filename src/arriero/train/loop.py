@@ -11,6 +11,7 @@ from arriero.checkpoint.load import newest_that_verifies
 from arriero.checkpoint.save import Saved, last_word
 from arriero.common.device import device_name, float8_units
 from arriero.common.errors import UserError
+from arriero.common.text import shown
 from arriero.observe.events import Events, goodput_line
 from arriero.observe.profile import Profile
 from arriero.parallel.mesh import Ranks
@@ -50,7 +51,7 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, st
         recomputed=recipe.recompute.layers(recipe.parallel, trainer.config.num_hidden_layers),
     )  # fmt: skip
     profile = Profile(recipe.log.profile, out / "profile", ranks.rank)
-    events = Events(out, first=ranks.first, since_start=seconds_since_start())
+    events = Events(out, first=ranks.first, since_start=seconds_since_start(), trouble=reporter.trouble)
     watchdog = Watchdog(out, ranks, recipe.watch, reporter.say)
     begin(trainer, start, reporter)
     comparison = Comparison(ranks, recipe.watch, trainer.device)
@@ -83,7 +84,7 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, st
             saved = trainer.saver.results()
             reporter.saved(saved)
     if stopping:
-        reporter.say(f" stopped after step {trainer.done}; go on with: arriero pretrain --resume {recipe.out}")
+        reporter.say(f" stopped after step {trainer.done}; go on with: arriero pretrain --resume {shown(recipe.out)}")
     if told := profile.finish():
         reporter.say(told)
     watchdog.close()
@@ -114,7 +115,7 @@ def begin(trainer: Trainer, start: Continuation, reporter: Reporter) -> None:
     for line in start.notices:
         reporter.say(line)
     if checkpoint is not None:
-        reporter.say(f" resumed from {checkpoint} after step {trainer.done}")
+        reporter.say(f" resumed from {shown(checkpoint)} after step {trainer.done}")
         if trainer.done >= trainer.recipe.train.steps:
             told = f"step {trainer.done} of train.steps {trainer.recipe.train.steps}"
             reporter.say(f" the run is complete: {told}; give a larger --train.steps to go on")
