@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forging import seal
+from small_inputs import train_sentencepiece
 
 from arriero.checkpoint.layout import committed, file_digest
+from arriero.checkpoint.lock import RunLock
 from arriero.checkpoint.verify import verify
 from arriero.cli import dispatch
-from arriero.common.errors import EXIT_OK, EXIT_USAGE
-from toy import write_recipe
+from arriero.common.errors import EXIT_OK, EXIT_USAGE, UserError
+from arriero.observe.events import Events
+from arriero.observe.profile import Profile
+from arriero.parallel.mesh import Ranks
+from arriero.recipe import Recipe, file_settings, parse
+from arriero.train import reporter as reporter_module
+from arriero.train.directory import prepare_run_directory
+from arriero.train.reporter import Reporter, StepResult
+from arriero.train.watch import WatchConfig, Watchdog
+from toy import CONFIG, write_recipe
 
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink", "os.chmod")
 _written: list[str] | None = None
@@ -145,3 +159,135 @@ def test_a_flag_without_its_value_is_no_flag_that_was_left_out(
 def test_a_finished_run_says_that_it_is_complete(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert dispatch(["pretrain", "--resume", str(run)]) == EXIT_OK
     assert "the run is complete: step 6 of train.steps 6" in capsys.readouterr().out
+
+
+PLACES: dict[str, Callable[[Path, Path], object]] = {
+    "directory": lambda path, theirs: path.mkdir(),
+    "pipe": lambda path, theirs: os.mkfifo(path),
+    "dangling link": lambda path, theirs: path.symlink_to(theirs / "nothing"),
+    "outward link": lambda path, theirs: path.symlink_to(theirs / "file"),
+    "outward link to a directory": lambda path, theirs: path.symlink_to(theirs),
+    "hard link": lambda path, theirs: os.link(theirs / "file", path),
+    "empty": lambda path, theirs: path.touch(),
+    "no text": lambda path, theirs: path.write_bytes(b"\xff\0" * 1000),
+}
+FILES = ["log.txt", "metrics.jsonl", "events.jsonl", "env.json", "env-2.json", "recipe.toml", "lock.json", "loss.png",
+         "tokenizer", "tokenizer/tokenizer.model", "stacks", "stacks/rank-00000.txt", "profile", "profile/rank-0.json",
+         "checkpoints"]  # fmt: skip
+POSITION = {name: 0 for name in ("samples", "tokens") if name in {f.name for f in dataclasses.fields(StepResult)}}
+LINES = ("log.txt", "metrics.jsonl", "events.jsonl")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    train_sentencepiece(path, vocab_size=400)
+    return path
+
+
+def start(recipe: Recipe, *, profiled: bool) -> None:
+    """What a start of a run writes, without the training."""
+    lock = RunLock(Path(recipe.out))
+    try:
+        prepare_run_directory(recipe)
+        reporter = Reporter(
+            Path(recipe.out), recipe.log, recipe.train, CONFIG, devices=1, device_name="cpu", first=True
+        )  # fmt: skip
+        events = Events(Path(recipe.out), first=True, since_start=0.0, trouble=reporter.trouble)
+        reporter.resume_after(3)
+        for step in (4, 5):
+            result = StepResult(
+                step=step, loss=1.0, grad_norm=1.0, learning_rate=1.0, loss_scale=1.0, skipped=False, seconds=1.0,
+                phases={"data_wait": 0.0}, attended=1.0, **POSITION,
+            )  # fmt: skip
+            reporter.step(result)
+            events.note("step", step=step, seconds=1.0, data=0.0)
+        dog = Watchdog(Path(recipe.out), Ranks(), WatchConfig(seconds=0.0, times=0.0), reporter.say)
+        dog._dump(1.0)
+        dog._told()
+        dog.done()
+        profile = Profile("1:1" if profiled else "", Path(recipe.out) / "profile", 0)
+        with profile.step(1):
+            pass
+        reporter.say(profile.finish())
+        events.close()
+        reporter.finish()
+    finally:
+        lock.release()
+
+
+@pytest.mark.parametrize("kind", PLACES)
+@pytest.mark.parametrize("name", FILES)
+def test_whatever_lies_in_the_place_of_a_file_of_the_run_is_not_followed(
+    run: Path, tokenizer: Path, name: str, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    theirs, path = run.parent / "theirs", run / name
+    theirs.mkdir()
+    (theirs / "file").write_text("theirs")
+    (theirs / "step-00000001.tmp").mkdir()
+    recipe = replace(
+        parse(Recipe, file_settings(run / "recipe.toml"), prog="test"), out=str(run), tokenizer=str(tokenizer)
+    )
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    PLACES[kind](path, theirs)
+    before = content(theirs)
+    refused = ""
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            if name != "loss.png":
+                patch.setattr(reporter_module, "loss_figure", lambda *_: None)  # which takes most of the time
+            start(recipe, profiled=name.startswith("profile"))
+    except UserError as error:  # before the first step, with a sentence
+        refused = str(error)
+    assert not refused or (name not in LINES and name.partition("/")[0] in refused and "fix: " in refused)
+    printed = "".join(capsys.readouterr())
+    assert {k: v[:2] for k, v in content(theirs).items()} == {k: v[:2] for k, v in before.items()}
+    assert sorted(p.name for p in theirs.iterdir()) == ["file", "step-00000001.tmp"]
+    if name in LINES:
+        assert "iteration        5/" in printed
+        broken = kind not in ("hard link", "empty", "no text")
+        assert printed.count("WARNING") == 2 * broken  # when it fails, and at the end
+    if name in ("env.json", "env-2.json"):
+        assert "iteration        5/" in printed
+        assert any("started" in p.read_text() for p in run.glob("env-*.json") if p.is_file() and not p.is_symlink())
+
+
+def test_a_run_with_a_log_that_cannot_be_written_trains_to_its_end(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    for name in LINES:
+        (run / name).unlink()
+        os.mkfifo(run / name)
+    os.remove(run / "recipe.toml")  # its checkpoint has it
+    (run / "recipe.toml").touch()
+    first = (run / "env.json").read_bytes()
+    assert dispatch(["pretrain", "--resume", str(run), "--train.steps", "7"]) == EXIT_OK
+    assert committed(run / "checkpoints")[-1].name == "step-00000007"
+    printed = capsys.readouterr()
+    assert "iteration        7/" in printed.out
+    assert "NO figure" in printed.out
+    assert all(printed.err.count(f"{run / name}: is not a regular file") == 1 for name in LINES)
+    assert (run / "env.json").read_bytes() == first  # the first start's
+    assert json.loads((run / "env-2.json").read_text())["started"] >= json.loads(first)["started"]
+    assert "steps = 7" in (run / "recipe.toml").read_text()
+
+
+def test_recorded_values_cannot_write_lines_of_their_own_into_the_log(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    """The recipe of a stranger's checkpoint: its values are shown where they have changed."""
+    checkpoint = committed(run / "checkpoints")[-1]
+    recipe = checkpoint / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace('profile = ""', 'profile = "\\nrm -rf ~\\n\\u001b[2J"'))
+    seal(checkpoint)
+    (run / "lock.json").write_text(json.dumps({"process": "1\nrm -rf ~", "host": "\x1b[2J", "since": "x"}))
+    assert dispatch(["pretrain", "--resume", str(run), "--train.steps", "7"]) == EXIT_OK
+    printed, log = capsys.readouterr().out, (run / "log.txt").read_text()
+    for text in (printed, log):
+        assert "changed since the checkpoint: log.profile: \\nrm -rf ~\\n\\x1b[2J -> " in text
+        assert "the last job was cut off: process 1\\nrm -rf ~ on \\x1b[2J" in text
+        assert not any(line.startswith("rm") for line in text.splitlines())
+        assert "\x1b" not in text

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from arriero.checkpoint.layout import inside_checkpoint
 from arriero.common.errors import UserError
-from arriero.common.files import make_directory, open_regular, why
+from arriero.common.files import make_directory, open_regular, why, write_atomic
 from arriero.common.text import shown
 
 LOCK = "lock.json"
@@ -43,6 +43,8 @@ class RunLock:
                 fix = "wait for it, end it, or write elsewhere with --out"
                 raise UserError(f"{shown(out)}: another job is writing this run ({owner})", fix)
             time.sleep(0.2)
+        if os.fstat(self._handle).st_nlink > 1:  # another name of the file, maybe not the run's: it keeps its content
+            self._replace(fix)
         self.stale = self.owner()
         """Who held it and died; empty if the last job ended in order."""
         now = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -50,6 +52,16 @@ class RunLock:
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same, without a name
             os.ftruncate(self._handle, 0)
             os.pwrite(self._handle, text.encode() + b"\n", 0)
+
+    def _replace(self, fix: str) -> None:
+        """Goes on with a file of its own, locked from the start."""
+        os.close(self._handle)
+        try:
+            write_atomic(self.path, b"")
+            self._handle = open_regular(self.path, os.O_RDWR)
+        except OSError as error:
+            raise UserError(f"{shown(self.path)}: {why(error)}", fix) from None
+        self._try()
 
     def _try(self) -> bool:
         try:
