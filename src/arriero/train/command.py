@@ -46,7 +46,7 @@ from arriero.recipe import (
     parse,
     show_flags,
 )  # fmt: skip
-from arriero.train.directory import out_problems, prepare_run_directory, room
+from arriero.train.directory import out_problems, prepare_run_directory, record_problems, room
 from arriero.train.loop import Continuation, train
 from arriero.train.resume import check_changes, readable
 from arriero.train.trainer import open_batches
@@ -252,7 +252,7 @@ def check(
     Raises:
         UserError: what is wrong, each with its fix.
     """
-    problems = recipe.problems(processes)
+    problems = record_problems(recipe) or recipe.problems(processes)
     if recipe.optim.offload and kind == "cpu":
         problems.append(UserError("optim.offload has no effect on the CPU", "leave it out"))
     if recipe.train.float8 != "none" and not float8_casts(kind):
@@ -264,7 +264,7 @@ def check(
         problems += _input_problems(recipe)
     if not problems and checkpoints:
         changed, problems = check_changes(recipe, readable(checkpoints), allowed)
-    if recipe.out and not joining:
+    if recipe.out and not joining and not record_problems(recipe):
         problems += out_problems(Path(recipe.out), checkpoints)
         if not problems:
             warnings, problems = room(Path(recipe.out), recipe)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from arriero.agreement import flat
 from arriero.checkpoint.layout import committed, inside_checkpoint, run_of
 from arriero.checkpoint.size import checkpoint_bytes, disk_room, held_bytes, in_bytes
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory, open_regular, why, write_atomic
 from arriero.common.text import shown
 from arriero.data.tokenizer import load_tokenizer
-from arriero.recipe import Recipe, to_toml
+from arriero.recipe import MAX_RECIPE_BYTES, Recipe, to_toml
 
 
 def out_problems(out: Path, checkpoints: Sequence[Path]) -> list[UserError]:
@@ -29,6 +31,30 @@ def out_problems(out: Path, checkpoints: Sequence[Path]) -> list[UserError]:
         fix = f"continue it with --resume {shown(out)}, or write elsewhere with --out"
         return [UserError(f"out: {shown(out)} already holds a run", fix)]
     return []
+
+
+def record_problems(recipe: Recipe) -> list[UserError]:
+    """Why the recipe could not be read back from the run and its checkpoints."""
+    found = []
+    for key, value in flat(recipe).items():
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, str) and not _is_text(one):
+                fix = "use a name of whole characters (UTF-8)"
+                found.append(UserError(f"{key}: {shown(one)} is not text that a recipe can hold", fix))
+            elif isinstance(one, float) and math.isnan(one):
+                found.append(UserError(f"{key} is not a number", "give a number"))
+    if not found and len(to_toml(recipe).encode()) > MAX_RECIPE_BYTES:
+        fix = "use shorter names, such as relative paths"
+        found.append(UserError(f"the recipe is longer than the {MAX_RECIPE_BYTES:,} bytes that are read back", fix))
+    return found
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # a lone surrogate: a byte of a path that is not UTF-8
+        return False
+    return True
 
 
 def room(out: Path, recipe: Recipe) -> tuple[list[str], list[UserError]]:
