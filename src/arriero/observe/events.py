@@ -60,7 +60,7 @@ def read_events(out: Path) -> list[dict[str, Any]]:
     found = []
     for line in lines:
         try:
-            record = json.loads(line) if len(line) < MAX_LINE else None
+            record: Any = json.loads(line) if len(line) < MAX_LINE else None
         except (ValueError, RecursionError):
             continue
         fits = not misfit(record, FORM) and not misfit(record, {key: NUMBERS.get(key, object) for key in record})
