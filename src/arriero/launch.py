@@ -10,7 +10,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,14 +23,13 @@ from arriero.process import (
     leave,
     start_number,
     started_by_another,
-    stop_wanted,
 )
 
 if TYPE_CHECKING:
     from arriero.rendezvous import Meeting
 
 __all__ = ["LaunchConfig", "Place", "ProcessFailed", "in_process_group", "leave", "run_processes", "start_number",
-           "started_by_another", "stop_wanted", "take_place"]  # fmt: skip
+           "started_by_another", "take_place"]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -134,8 +132,9 @@ def take_place(config: LaunchConfig, environment: MutableMapping[str, str]) -> L
     """
     if "RANK" not in environment and slurm.in_step(environment) and not config.nproc_per_node:
         environment.update(slurm.task_environment(environment))
-    if not ("RANK" in environment and "WORLD_SIZE" in environment):
+    if not ("RANK" in environment or "WORLD_SIZE" in environment):
         return resolve(config, environment)
+    Place.read(environment)
     names = ("nproc_per_node", "nodes", "node_rank", "master_addr", "master_port", "max_restarts")
     idle = [f for f in names if getattr(config, f) != getattr(LaunchConfig(), f)]
     if idle:
@@ -147,7 +146,7 @@ def take_place(config: LaunchConfig, environment: MutableMapping[str, str]) -> L
 
 def run_processes(
     function: Callable[[Any], T], argument: Any, processes: int, *, launch: LaunchConfig | None = None,
-    facts: Callable[[Any], dict[str, str]] | None = None,
+    facts: Callable[[Any], dict[str, str]] | None = None, saves: bool = False,
 ) -> list[T]:  # fmt: skip
     """Calls `function(argument)` in each of `processes` new processes of this machine; their results by local rank.
 
@@ -160,10 +159,12 @@ def run_processes(
         processes: how many on this machine.
         launch: resolved; by default one machine.
         facts: of `argument`, what all processes must agree on.
+        saves: whether `function` saves and returns when `signals.stop_wanted`; else a signal ends the processes.
 
     Raises:
         UserError: a process raised one, or the machines did not come together.
         ProcessFailed: a process failed otherwise; the text names it and holds its traceback.
+        Interrupted: a signal has ended the processes.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -171,6 +172,7 @@ def run_processes(
     from torch.distributed.launcher.api import LaunchConfig as ElasticConfig
     from torch.distributed.launcher.api import elastic_launch
 
+    from arriero.error_files import ErrorFiles
     from arriero.rendezvous import JobEnded, Meeting
 
     launch = launch or resolve(LaunchConfig(), {})
@@ -179,33 +181,34 @@ def run_processes(
         processes=processes, join_seconds=launch.join_timeout, restarts=launch.max_restarts,
     )  # fmt: skip
     rendezvous_handler_registry.register(meeting.name, lambda _: meeting)
+    error_files = ErrorFiles()
     config = ElasticConfig(
         min_nodes=launch.nodes, max_nodes=launch.nodes, nproc_per_node=processes, run_id="arriero",
         rdzv_backend=meeting.name, max_restarts=launch.max_restarts, monitor_interval=0.1, start_method="fork",
-        signals_to_handle="SIGHUP,SIGQUIT",  # Children hears the others
+        signals_to_handle="SIGQUIT",  # Children takes the others
+        logs_specs=error_files,
     )  # fmt: skip
-    children = Children(processes, launch.stop_timeout)
+    children = Children(processes, launch.stop_timeout, saves=saves)
     hush_agent()
     try:
-        results = elastic_launch(config, _entry)(function, argument, launch, facts, children)
-        return [results[rank] for rank in sorted(results)]
-    except ChildFailedError as error:
-        raise _failure(error, children, meeting) from None
-    except JobEnded as error:
-        meeting.end(str(error))
-        raise ProcessFailed(str(error)) from None
+        try:
+            results = elastic_launch(config, _entry)(function, argument, launch, facts, children)
+            return [results[rank] for rank in sorted(results)]
+        except ChildFailedError as error:
+            raise _failure(error, children, meeting) from None
+        except JobEnded as error:
+            meeting.end(str(error))
+            raise ProcessFailed(str(error)) from None
+        except UserError as error:
+            meeting.end(str(error), user=True)
+            raise
     except SignalException as error:
         meeting.end(f"node {launch.node_rank} ({socket.gethostname()}) was ended by {error.sigval.name}")
-        if error.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from None
-        print(f"arriero: ended by {error.sigval.name}, the newest checkpoint is the last one", file=sys.stderr)
-        sys.exit(128 + error.sigval)
-    except UserError as error:
-        meeting.end(str(error), user=True)
-        raise
+        raise children.outcome(error.sigval) from None
     finally:
         children.stop()
         meeting.close()
+        error_files.remove()
 
 
 def hush_agent() -> None:

@@ -18,7 +18,6 @@ from arriero.bench.trial import run_trial, trial
 from arriero.common.device import describe, device_type, matmul_dtypes, take_device
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError, join_problems
 from arriero.launch import LaunchConfig, Place, ProcessFailed, run_processes, started_by_another, take_place
-from arriero.parallel.compiled import compile_machine_problems
 from arriero.recipe import (
     Recipe,
     Setting,
@@ -30,6 +29,7 @@ from arriero.recipe import (
     show_flags,
 )
 from arriero.train.command import process_count
+from arriero.train.preflight import machine_problems
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,7 @@ def check(config: BenchConfig, recipe: Recipe, processes: int, kind: str) -> Non
     problems = recipe.layout_problems(processes)
     for part in (recipe.optim, recipe.schedule, recipe.log):
         problems += part.problems()
-    if recipe.optim.offload and kind == "cpu":
-        problems.append(UserError("optim.offload has no effect on the CPU", "leave it out"))
-    if recipe.train.compile:
-        problems += compile_machine_problems(kind)
+    problems += machine_problems(recipe, kind)
     if config.memory_limit and kind != "cpu":
         problems.append(UserError("--memory-limit has no effect on an accelerator: its memory is the limit", "drop it"))
     if problems:

@@ -22,6 +22,7 @@ import torch
 from arriero import __version__
 from arriero.checkpoint.save import Saved
 from arriero.common.errors import UserError
+from arriero.common.output import new_notes
 from arriero.model.config import LlamaConfig
 from arriero.observe.figure import loss_figure
 from arriero.observe.logline import arriero_line, megatron_line, validation_line
@@ -108,7 +109,7 @@ class Reporter:
         """Prints a line, and keeps it in log.txt."""
         if self._text is not None:
             print(text, flush=True)
-            self._text.write(text + "\n")
+            self._text.writelines(f"{line}\n" for line in (text, *(f" NOTICE: {note}" for note in new_notes())))
             self._keep(self._text.flush)
 
     def _keep(self, write: Callable[[], object]) -> None:
