@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from arriero import slurm
 from arriero.children import STOPPED_AFTER, Children
+from arriero.common.environment import environment_number
 from arriero.common.errors import EXIT_USAGE, UserError, join_problems
 from arriero.process import (
     Place,
@@ -70,23 +71,26 @@ def resolve(config: LaunchConfig, environment: Mapping[str, str]) -> LaunchConfi
     """
     problems: list[UserError] = []
 
-    def number(name: str, default: int) -> int:
-        text = environment.get(name, "")
-        if text and not text.isdigit():
-            problems.append(UserError(f"{name} is {text!r} in the environment", "a whole number is wanted"))
-        return int(text) if text.isdigit() else default
+    def number(name: str, default: int, most: int) -> int:
+        try:
+            return environment_number(environment, name, 0, most, fix="a whole number is wanted", default=default)
+        except UserError as error:
+            problems.append(error)
+            return default
 
     if slurm.in_step(environment):  # one task a node, each of which starts processes: --nproc-per-node says so
         address, port = slurm.master(environment)
-        given = {"NNODES": environment["SLURM_STEP_NUM_TASKS"], "NODE_RANK": environment["SLURM_PROCID"]}
-        environment = {"MASTER_ADDR": address, "MASTER_PORT": str(port), **given, **environment}
-    counted = config.nodes or number("NNODES", 0)
+        number_here, tasks = slurm.place_in_step(environment)
+        given = {"NNODES": str(tasks), "NODE_RANK": str(number_here)}
+        told = {name: value for name, value in environment.items() if value}
+        environment = {"MASTER_ADDR": address, "MASTER_PORT": str(port), **given, **told}
+    counted = config.nodes or number("NNODES", 0, slurm.MOST_NODES)
     nodes = counted or 1
-    rank = config.node_rank if config.node_rank >= 0 else number("NODE_RANK", -1)
+    rank = config.node_rank if config.node_rank >= 0 else number("NODE_RANK", -1, slurm.MOST_NODES)
     found = replace(
         config, nodes=nodes, node_rank=max(rank, 0) if nodes == 1 and not config.node_rank > 0 else rank,
         master_addr=config.master_addr or (environment.get("MASTER_ADDR", "") if nodes > 1 else "127.0.0.1"),
-        master_port=config.master_port or (number("MASTER_PORT", 29500) if nodes > 1 else 0),
+        master_port=config.master_port or (number("MASTER_PORT", 29500, 2**16 - 1) if nodes > 1 else 0),
     )  # fmt: skip
     problems += launch_problems(found, counted=bool(counted), given=config)
     if problems:
@@ -134,13 +138,13 @@ def take_place(config: LaunchConfig, environment: MutableMapping[str, str]) -> L
         environment.update(slurm.task_environment(environment))
     if not ("RANK" in environment or "WORLD_SIZE" in environment):
         return resolve(config, environment)
-    Place.read(environment)
     names = ("nproc_per_node", "nodes", "node_rank", "master_addr", "master_port", "max_restarts")
     idle = [f for f in names if getattr(config, f) != getattr(LaunchConfig(), f)]
     if idle:
         flags = ", ".join("--" + f.replace("_", "-") for f in idle)
         fix = "leave them out, or start arriero without torchrun, once on each machine"
         raise UserError(f"{flags}: no effect, RANK says that the processes are started already", fix)
+    Place.read(environment)
     return config
 
 

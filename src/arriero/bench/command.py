@@ -158,17 +158,16 @@ def bench_peak(config: BenchConfig, launch: LaunchConfig, settings: list[Setting
     if started_by_another() or launch.nodes > 1:
         raise UserError("--peak is about one machine", "start it without torchrun or --nodes")
     here = process_count(recipe, launch, kind) if launch.nproc_per_node else 1
-    run_processes(measure_peak, PeakJob(kind, config.json), here, launch=launch)
+    print(run_processes(measure_peak, PeakJob(kind, config.json), here, launch=launch)[0])
     return EXIT_OK
 
 
-def measure_peak(job: PeakJob) -> None:
-    """What each process does."""
+def measure_peak(job: PeakJob) -> str:
+    """What each process does; returns the text to print."""
     place = Place.from_environment()
     device = take_device(job.device_kind, place.local_rank)
     peaks: list[Peak] = [matmul_peak(device, dtype) for dtype in matmul_dtypes(job.device_kind)]
-    if place.rank == 0:
-        print(as_json(peaks) if job.json else peak_table(describe(job.device_kind), peaks))
+    return as_json(peaks) if job.json else peak_table(describe(job.device_kind), peaks)
 
 
 def print_help() -> None:
