@@ -14,14 +14,17 @@ from collections import deque
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Interval
 
 from arriero import __version__
 from arriero.checkpoint.save import Saved
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory, why, write_atomic
+from arriero.common.output import new_notes
+from arriero.common.ranges import range_problems
 from arriero.common.text import printable, shown
 from arriero.model.config import LlamaConfig
 from arriero.observe.figure import loss_figure
@@ -40,9 +43,9 @@ class LogConfig:
 
     style: Literal["arriero", "megatron"] = "arriero"
     """arriero: AscendSpeed's fields and more; megatron: Megatron-LM's exact line, for scripts that read it."""
-    every: int = 1
+    every: Annotated[int, Interval(ge=1, le=1_000_000_000)] = 1
     """Steps between printed lines; metrics.jsonl has every step."""
-    peak_tflops: float = 0.0
+    peak_tflops: Annotated[float, Interval(ge=0, le=1e6)] = 0.0
     """Matmul peak of one device in TFLOP/s, for MFU; 0 takes the known value of the device, if any."""
 
     profile: str = ""
@@ -51,9 +54,7 @@ class LogConfig:
 
     def problems(self) -> list[UserError]:
         """All that is impossible about it."""
-        if self.every < 1 or self.peak_tflops < 0:
-            return [UserError("log.every must be at least 1 and log.peak_tflops not negative", "mend the value")]
-        return []
+        return range_problems(self, "log.{}".format)
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ class StepResult:
 
     step: int
     """Steps completed, this one included."""
+    samples: int
+    """Samples that the run has read, this step's included."""
+    tokens: int
+    """Tokens likewise."""
     loss: float
     grad_norm: float
     learning_rate: float
@@ -75,6 +80,8 @@ class StepResult:
     """Tokens of context: the sequence length, or under document masks sum of squared lengths over their sum."""
     spike: bool = False
     """Whether it was left out for a loss that stands out, not for one that is not finite."""
+    unlabelled: bool = False
+    """Whether it was left out because no label of the batch carries a loss; `loss` is NaN then."""
     stop: bool = False
     """Whether some process was asked to end the run."""
 
@@ -96,7 +103,6 @@ class Reporter:
         """What is known of files of the run that cannot be written."""
         self._text: LineFile | None = None
         self._metrics: MetricsWriter | None = None
-        self._printed = True
         if first:
             make_directory(out, "name a directory that can be written with --out")
             self._text = LineFile(out / "log.txt", self.trouble, whole_lines=False)
@@ -112,20 +118,9 @@ class Reporter:
     def say(self, text: str) -> None:
         """Prints a line, and keeps it in log.txt; what a terminal would obey is shown instead (common/text.py)."""
         if self._text is not None:
-            text = printable(text)
-            self._print(text)
-            self._text.write(text.encode())
-
-    def _print(self, text: str) -> None:
-        """Prints a line. A reader that is gone or a full disk behind standard output does not end the run."""
-        try:
-            encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-            print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-            self._printed = True
-        except (OSError, ValueError) as error:  # ValueError: it is closed
-            if self._printed and self._text is not None:
-                self._text.write(f" NOTICE: standard output cannot be written: {shown(why(error))}".encode())
-            self._printed = False
+            print(printable(text), flush=True)
+            for line in (text, *(f" NOTICE: {note}" for note in new_notes())):
+                self._text.write(printable(line).encode())
 
     def saved(self, results: list[Saved]) -> None:
         """Tells what became of saves that have ended."""
@@ -152,8 +147,7 @@ class Reporter:
         train, seconds = self.train, max(result.seconds, 1e-9)
         self._recent.append(seconds)
         self._skipped += result.skipped
-        self._nan += not math.isfinite(result.loss)
-        samples = result.step * train.global_batch
+        self._nan += not math.isfinite(result.loss) and not result.unlabelled
         rate = train.global_batch * train.sequence_length / seconds / self.devices
         figures = throughput(
             self.model, rate, result.attended, peak_tflops=self._peak, layers=self._recomputed, keep=self._keep_results
@@ -163,8 +157,8 @@ class Reporter:
         metrics = StepMetrics(
             iteration=result.step,
             iterations=train.steps,
-            consumed_samples=samples,
-            consumed_tokens=samples * train.sequence_length,
+            consumed_samples=result.samples,
+            consumed_tokens=result.tokens,
             elapsed_ms=seconds * 1000,
             learning_rate=result.learning_rate,
             global_batch=train.global_batch,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from arriero.agreement import flat, input_digests
+from arriero.agreement import flat, input_changes
 from arriero.checkpoint.load import load_state
 from arriero.checkpoint.verify import verify_small
 from arriero.common.errors import UserError, nearest
@@ -42,12 +42,7 @@ def changes(recipe: Recipe, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
     found = {k: (then[k], now[k]) for k in now if k not in BY_CONTENT and then.get(k) != now[k]}
     saved, model = LlamaConfig.from_json(checkpoint).to_json(), recipe.model_config().to_json()
     found |= {f"model {k}": (saved.get(k), model[k]) for k in model if saved.get(k) != model[k]}
-    before, here = load_state(checkpoint, {}).get("inputs", {}), input_digests(recipe)
-    for kind in ("tokenizer", "data"):
-        a, b = ([v for k, v in sorted(digests.items()) if k.startswith(kind)] for digests in (before, here))
-        if a != b:
-            found[kind] = (", ".join(a) or "none", ", ".join(b) or "none")
-    return found
+    return found | input_changes(load_state(checkpoint, {}).get("inputs", {}), recipe)
 
 
 def check_changes(recipe: Recipe, checkpoint: Path, allowed: Sequence[str]) -> tuple[list[str], list[UserError]]:
