@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,8 +40,6 @@ def record_problems(recipe: Recipe) -> list[UserError]:
             if isinstance(one, str) and not _is_text(one):
                 fix = "use a name of whole characters (UTF-8)"
                 found.append(UserError(f"{key}: {shown(one)} is not text that a recipe can hold", fix))
-            elif isinstance(one, float) and math.isnan(one):
-                found.append(UserError(f"{key} is not a number", "give a number"))
     if not found and len(to_toml(recipe).encode()) > MAX_RECIPE_BYTES:
         fix = "use shorter names, such as relative paths"
         found.append(UserError(f"the recipe is longer than the {MAX_RECIPE_BYTES:,} bytes that are read back", fix))
