@@ -27,7 +27,9 @@ class Verb:
 
 
 VERBS = {
-    "demo": Verb("arriero.demo", "DemoArgs", "the whole path on embedded text, in under three minutes", "files"),
+    "demo": Verb(
+        "arriero.demo", "DemoArgs", "the whole path on Python's documentation, in under three minutes", "files"
+    ),
     "doctor": Verb(
         "arriero.doctor", "DoctorArgs", "what this machine has, what is missing, and the line that fixes it"
     ),
@@ -107,16 +109,10 @@ def run_verb(name: str, words: list[str]) -> int:
     module = importlib.import_module(verb.module)
     if not verb.arguments:
         return int(module.run(words))
-    import tyro
+    from arriero.common.settings import parse_verb
 
-    arguments = tyro.cli(
-        getattr(module, verb.arguments),
-        prog=f"arriero {name}",
-        description=f"{verb.summary}.",
-        args=words,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
-    return int(module.run(arguments))
+    cls = getattr(module, verb.arguments)
+    return int(module.run(parse_verb(cls, words, prog=f"arriero {name}", description=f"{verb.summary}.")))
 
 
 def overview() -> str:

@@ -12,12 +12,15 @@ import signal
 import socket
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from annotated_types import Interval
 
 from arriero import slurm
 from arriero.children import STOPPED_AFTER, Children
 from arriero.common.environment import environment_number
 from arriero.common.errors import EXIT_USAGE, UserError, join_problems
+from arriero.common.ranges import flag, range_problems
 from arriero.process import (
     Place,
     in_process_group,
@@ -39,23 +42,23 @@ T = TypeVar("T")
 class LaunchConfig:
     """Where the processes of this run are started; it says nothing about what they compute."""
 
-    nproc_per_node: int = 0
+    nproc_per_node: Annotated[int, Interval(ge=0, le=4096)] = 0
     """Processes on this machine; 0 means one a device, and on the CPU one a model-parallel rank."""
-    nodes: int = 0
+    nodes: Annotated[int, Interval(ge=0, le=65_536)] = 0
     """Machines; 0 takes NNODES, or 1."""
-    node_rank: int = -1
+    node_rank: Annotated[int, Interval(ge=-1, lt=65_536)] = -1
     """This machine's number, from 0; -1 takes NODE_RANK. Node 0 is where --master-addr leads."""
     master_addr: str = ""
     """Address of node 0; empty takes MASTER_ADDR."""
-    master_port: int = 0
+    master_port: Annotated[int, Interval(ge=0, lt=65_536)] = 0
     """Port on node 0; 0 takes MASTER_PORT, or 29500."""
-    max_restarts: int = 0
+    max_restarts: Annotated[int, Interval(ge=0, le=1_000_000)] = 0
     """How often the job starts again from its newest checkpoint after a process or a machine was lost."""
-    join_timeout: float = 30.0
+    join_timeout: Annotated[float, Interval(gt=0, le=1e6)] = 30.0
     """Seconds in which all machines and processes must have come, at the start and after a restart."""
-    stop_timeout: float = 120.0
+    stop_timeout: Annotated[float, Interval(gt=0, le=1e6)] = 120.0
     """Seconds in which the processes must have saved and left after a signal asked them to; then they are ended."""
-    collective_timeout: float = 600.0
+    collective_timeout: Annotated[float, Interval(gt=0, le=1e6)] = 600.0
     """Seconds that a process waits for the others in a collective before the job ends."""
 
 
@@ -103,7 +106,7 @@ def launch_problems(config: LaunchConfig, *, counted: bool, given: LaunchConfig)
     found: list[UserError] = []
     idle = [f for f in ("node_rank", "master_addr", "master_port") if getattr(given, f) != getattr(LaunchConfig(), f)]
     if idle and not counted:
-        flags = ", ".join("--" + f.replace("_", "-") for f in idle)
+        flags = ", ".join(map(flag, idle))
         found.append(UserError(f"{flags} without --nodes has no effect", "give --nodes N, the number of machines"))
     elif config.nodes < 1:
         found.append(UserError(f"--nodes is {config.nodes}", "give a whole number from 1"))
@@ -115,17 +118,9 @@ def launch_problems(config: LaunchConfig, *, counted: bool, given: LaunchConfig)
     if config.nodes > 1 and not config.master_addr:
         fix = "give every machine the address of node 0: --master-addr HOST, or MASTER_ADDR"
         found.append(UserError(f"--nodes {config.nodes} without --master-addr", fix))
-    if not 0 <= config.master_port < 2**16 or 0 < config.master_port < 1024:
+    if 0 < config.master_port < 1024:
         found.append(UserError(f"--master-port is {config.master_port}", "give a port from 1024 to 65535"))
-    for name in ("nproc_per_node", "max_restarts"):
-        if getattr(config, name) < 0:
-            flag = "--" + name.replace("_", "-")
-            found.append(UserError(f"{flag} is {getattr(config, name)}", "give a whole number from 0"))
-    for name in ("join_timeout", "stop_timeout", "collective_timeout"):
-        if not 0 < getattr(config, name) < 1e6:
-            flag = "--" + name.replace("_", "-")
-            found.append(UserError(f"{flag} is {getattr(config, name):g}", "give seconds, more than 0"))
-    return found
+    return found + range_problems(config, flag)
 
 
 def take_place(config: LaunchConfig, environment: MutableMapping[str, str]) -> LaunchConfig:

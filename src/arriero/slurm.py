@@ -10,6 +10,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Interval
 
 from arriero.common.environment import environment_number
 from arriero.common.errors import EXIT_OK, EXIT_STOPPED, UserError, nearest
@@ -28,11 +31,11 @@ _COUNT = r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?"
 class SlurmArgs:
     """`arriero launch slurm RECIPE --nodes N [--key.sub value ...]`."""
 
-    nodes: int = 1
+    nodes: Annotated[int, Interval(ge=1, le=65_536)] = 1
     """Machines."""
-    gpus_per_node: int = 8
+    gpus_per_node: Annotated[int, Interval(ge=0, le=4096)] = 8
     """Devices of each machine, one process each; 0 for a run on the CPU."""
-    tasks_per_node: int = 0
+    tasks_per_node: Annotated[int, Interval(ge=0, le=4096)] = 0
     """Processes of each machine where that is not the number of devices."""
     cpus_per_task: int = 0
     """Cores of each process; 0 for its share of the cores of the machine that makes the file."""
@@ -88,7 +91,7 @@ def batch_file(words: list[str]) -> tuple[str, str]:
     passed += ["--out", args.run] if args.run else []
     recipe, _ = read_command(named + passed)
     tasks = args.tasks_per_node or args.gpus_per_node
-    if args.nodes < 1 or tasks < 1:
+    if tasks < 1:
         raise UserError(
             f"{args.nodes} nodes of {tasks} processes", "give --nodes and --gpus-per-node (or --tasks-per-node) from 1"
         )
