@@ -228,6 +228,9 @@ def process_count(recipe: Recipe, launch: LaunchConfig, kind: str) -> int:
 def verify(recipe: Recipe, processes: int) -> int:
     """The proof of `--verify-layout`, once the recipe's layout is possible at all."""
     problems = recipe.layout_problems(processes)
+    if started_by_another():
+        fix = "leave torchrun or srun out: --nproc-per-node N gives the number of processes"
+        problems.append(UserError("--verify-layout starts its own processes, on one machine", fix))
     if recipe.train.compile:
         problems += compile_machine_problems("cpu")
     if problems:
