@@ -18,6 +18,7 @@ import numpy as np
 
 from arriero.common.errors import UserError
 from arriero.common.untrusted import inside, read_bytes, read_json
+from arriero.data.tokenizer_check import check_description, check_sentencepiece, in_time, sentence
 
 # Files that travel with a tokenizer, in the order in which they are looked for.
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -157,6 +158,7 @@ class SentencePieceTokenizer(Tokenizer):
         import sentencepiece
 
         super().__init__(path)
+        check_sentencepiece(path, read_bytes(path, "give the tokenizer's own file"))
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
             self.vocab_size = len(self._processor)
@@ -193,12 +195,12 @@ class JsonTokenizer(Tokenizer):
         import tokenizers
 
         super().__init__(path)
-        try:
+        check_description(path)
+        with sentence(path, "is not a tokenizer.json"):
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise UserError(
-                f"{path} is not a tokenizer.json ({error})", "give the file that tokenizers wrote"
-            ) from error
+        if getattr(self._tokenizer.model, "dropout", None):
+            self._tokenizer.model.dropout = None
+            self.notices.append(f"{path}: its dropout, which would draw the ids at random, is left out")
         self._tokenizer.encode_special_tokens = True  # a literal <s> stays text
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -206,6 +208,8 @@ class JsonTokenizer(Tokenizer):
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.fingerprint = _hash_pieces(sorted(vocabulary, key=vocabulary.__getitem__))
         self._cuts = self._may_cut(list(vocabulary))
+        if not len(self._encode(["\U00013000"])[0]):  # a hieroglyph, which no small vocabulary has
+            self.notices.append(f"{path}: characters that its vocabulary lacks are lost: it has no unk_token for them")
         config = _special_names(path.parent)
         self.bos_id = self._find(config.get("bos_token"), _KNOWN_BOS)
         self.eos_id = self._find(config.get("eos_token"), _KNOWN_EOS)
@@ -215,18 +219,27 @@ class JsonTokenizer(Tokenizer):
         return next((i for name in candidates if (i := self._tokenizer.token_to_id(name)) is not None), None)
 
     def _adds_blank(self) -> bool:
-        raw = json.loads(self._tokenizer.to_str())
+        with sentence(self.path, "cannot be written"):
+            raw = json.loads(self._tokenizer.to_str())
         return _mentions_prefix(raw.get("normalizer")) or _mentions_prefix(raw.get("pre_tokenizer"))
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         for text in texts:
             text.encode()  # the same exception for a lone surrogate from every engine
-        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        if not texts:
+            return []
+
+        def call() -> list[Any]:
+            return self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+
+        with sentence(self.path, "cannot tokenize"):
+            found = in_time(self.path, sum(map(len, texts)), call)
         return [np.array(one.ids, np.int32) for one in found]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """See `Tokenizer`."""
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        with sentence(self.path, "cannot give the text of ids"):
+            return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def piece(self, token: int) -> str:
         """See `Tokenizer`."""

@@ -85,7 +85,7 @@ def write(job: Job, hashes: SourceHashes) -> None:
     quarantine, tally = Quarantine(job.out, job.files, strict=job.strict), Tally()
     try:
         with _sigterm_raises(), Progress(job.files, job.log_interval) as progress:
-            work = Work(job.tokenizer, job.form, job.bos, job.eos)
+            work = Work(job.tokenizer, job.form, job.bos, job.eos, job.files)
             for result in in_order(work, units(_records(job, progress)), workers=job.workers):
                 _take(result, writers, tally)
                 quarantine.add(result.rejected, tally)
