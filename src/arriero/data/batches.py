@@ -267,7 +267,7 @@ class Batches:
         for one, rows, within in self._shared_out(samples):
             one.fill(within, rows, buffer, out)
         if self.vocab_size is not None:
-            self._check_ids(samples, [buffer] if plain else [out.tokens, out.labels])
+            self._check_ids(samples, [buffer] if plain else [out.tokens, out.labels], np.uint64(self.vocab_size))
         return out
 
     def _shared_out(self, samples: np.ndarray) -> Iterator[tuple[_TextSet | InstructionSet, np.ndarray, np.ndarray]]:
@@ -281,7 +281,7 @@ class Batches:
             if len(rows):
                 yield one, rows, np.asarray(within[rows], np.int64)
 
-    def _check_ids(self, samples: np.ndarray, read: list[np.ndarray]) -> None:
+    def _check_ids(self, samples: np.ndarray, read: list[np.ndarray], vocab_size: np.uint64) -> None:
         """Refuses ids that the model has no row for: they are looked at as they are read, not in a pass of their own.
 
         Raises:
@@ -289,7 +289,7 @@ class Batches:
         """
         for ids in read:
             # Seen as unsigned, a negative id is above every vocabulary; -100 stands where no loss falls.
-            outside = ids.view(np.uint64) >= np.uint64(self.vocab_size)
+            outside = ids.view(np.uint64) >= vocab_size
             if ids is not read[0]:
                 outside &= ids != -100
             if outside.any():
