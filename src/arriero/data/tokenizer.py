@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from arriero.common.errors import UserError
+from arriero.common.text import shown
 from arriero.common.untrusted import inside, read_bytes, read_json
 from arriero.data.tokenizer_check import check_description, check_sentencepiece, in_time, sentence
 
@@ -325,16 +327,17 @@ def load_tokenizer(path: Path) -> Tokenizer:
         UserError: nothing there, or a file that is not a tokenizer.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # as below, False for names that no file can have
         found = next((path / n for n in TOKENIZER_FILES[:2] if (path / n).is_file()), None)
         if found is None:
             raise UserError(
-                f"{path} holds no tokenizer.model and no tokenizer.json", "give the directory of the model's tokenizer"
+                f"{shown(path)} holds no tokenizer.model and no tokenizer.json",
+                "give the directory of the model's tokenizer",
             )
         path = inside(path, found)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(
-            f"no tokenizer at {path}", "give a directory with tokenizer.model or tokenizer.json, or such a file"
+            f"no tokenizer at {shown(path)}", "give a directory with tokenizer.model or tokenizer.json, or such a file"
         )
     tokenizer: Tokenizer = JsonTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
     _mend(tokenizer)
