@@ -68,13 +68,19 @@ def check_part(data: IndexedDataset, vocab_size: int, *, ignored: int | None = N
         data.check_ids(vocab_size, first=first, end=first + MOST_TOKENS // _STRETCHES, ignored=ignored)
 
 
-def label_notices(batches: Batches) -> list[str]:
-    """Lines about samples of a split in which no label carries a loss, so that they teach nothing.
+def batch_notices(batches: Batches) -> list[str]:
+    """Lines about a split that is read more often than it seems, or of which samples teach nothing.
 
     Raises:
         UserError: no sample of a set keeps one.
     """
     lines = []
+    blend = batches.blend
+    if blend is not None and blend.total < blend.samples:
+        lines.append(
+            f" NOTICE: data.prefix: without weights Megatron-LM passes over a blend once, which is {blend.total} "
+            f"samples; the run reads {blend.samples}, and starts over: give weights, or fewer steps"
+        )
     for prefix, one in zip(parse_prefix(batches.config.prefix).prefixes, batches.sets, strict=True):
         if not isinstance(one, InstructionSet):
             continue

@@ -123,10 +123,12 @@ def begin(trainer: Trainer, start: Continuation, reporter: Reporter) -> None:
         reporter.say(line)
     if checkpoint is not None:
         reporter.say(f" resumed from {checkpoint} after step {trainer.done}")
-        if trainer.ranks.first and (line := moved_from(checkpoint, trainer)):
-            reporter.say(f" NOTICE: {line}")
         if trainer.position.samples != trainer.done * trainer.recipe.train.global_batch:
             reporter.say(f" goes on with sample {trainer.position.place}, {trainer.recipe.train.global_batch} a step")
+        if trainer.ranks.first and (line := moved_from(checkpoint, trainer)):
+            reporter.say(f" NOTICE: {line}")
+        if line := trainer.order_notice():
+            reporter.say(f" NOTICE: {line}")
     trainer.saver.reserve(trainer.parts_to_save())
 
 
