@@ -281,6 +281,7 @@ class Batches:
         Raises:
             UserError: names the file and the place in it.
         """
+        assert self.vocab_size is not None
         for ids in read:
             # Seen as unsigned, a negative id is above every vocabulary; -100 stands where no loss falls.
             outside = ids.view(np.uint64) >= np.uint64(self.vocab_size)
