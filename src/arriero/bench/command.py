@@ -20,7 +20,6 @@ from arriero.common.device import describe, device_type, matmul_dtypes, take_dev
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError, join_problems
 from arriero.common.ranges import flag, range_problems
 from arriero.launch import LaunchConfig, Place, ProcessFailed, run_processes, started_by_another, take_place
-from arriero.parallel.compiled import compile_machine_problems
 from arriero.recipe import (
     Recipe,
     Setting,
@@ -32,6 +31,8 @@ from arriero.recipe import (
     show_flags,
 )
 from arriero.train.command import process_count
+from arriero.train.memory import memory_problems
+from arriero.train.preflight import machine_problems
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def bench(config: BenchConfig, launch: LaunchConfig, named: str, settings: list[
     launch = take_place(launch, os.environ)
     kind = device_type(recipe.device)
     here = process_count(recipe, launch, kind)
-    check(config, recipe, here * max(1, launch.nodes), kind)
+    check(config, recipe, here * max(1, launch.nodes), kind, here)
     if config.sweep:
         if started_by_another() or launch.nodes > 1:
             raise UserError("--sweep starts its own processes, on one machine", "start it without torchrun or --nodes")
@@ -123,7 +124,7 @@ def bench(config: BenchConfig, launch: LaunchConfig, named: str, settings: list[
     return EXIT_OK
 
 
-def check(config: BenchConfig, recipe: Recipe, processes: int, kind: str) -> None:
+def check(config: BenchConfig, recipe: Recipe, processes: int, kind: str, here: int) -> None:
     """Refuses what cannot work before anything is started. Data, tokenizer and `out` may be missing.
 
     Raises:
@@ -132,10 +133,9 @@ def check(config: BenchConfig, recipe: Recipe, processes: int, kind: str) -> Non
     problems = recipe.layout_problems(processes)
     for part in (recipe.optim, recipe.schedule, recipe.log):
         problems += part.problems()
-    if recipe.optim.offload and kind == "cpu":
-        problems.append(UserError("optim.offload has no effect on the CPU", "leave it out"))
-    if recipe.train.compile:
-        problems += compile_machine_problems(kind)
+    problems += machine_problems(recipe, kind)
+    if not problems and kind == "cpu" and not config.sweep:
+        problems += memory_problems(recipe, processes, 1 if started_by_another() else here)[0]
     if config.memory_limit and kind != "cpu":
         problems.append(UserError("--memory-limit has no effect on an accelerator: its memory is the limit", "drop it"))
     if problems:
@@ -158,17 +158,16 @@ def bench_peak(config: BenchConfig, launch: LaunchConfig, settings: list[Setting
     if started_by_another() or launch.nodes > 1:
         raise UserError("--peak is about one machine", "start it without torchrun or --nodes")
     here = process_count(recipe, launch, kind) if launch.nproc_per_node else 1
-    run_processes(measure_peak, PeakJob(kind, config.json), here, launch=launch)
+    print(run_processes(measure_peak, PeakJob(kind, config.json), here, launch=launch)[0])
     return EXIT_OK
 
 
-def measure_peak(job: PeakJob) -> None:
-    """What each process does."""
+def measure_peak(job: PeakJob) -> str:
+    """What each process does; returns the text to print."""
     place = Place.from_environment()
     device = take_device(job.device_kind, place.local_rank)
     peaks: list[Peak] = [matmul_peak(device, dtype) for dtype in matmul_dtypes(job.device_kind)]
-    if place.rank == 0:
-        print(as_json(peaks) if job.json else peak_table(describe(job.device_kind), peaks))
+    return as_json(peaks) if job.json else peak_table(describe(job.device_kind), peaks)
 
 
 def print_help() -> None:

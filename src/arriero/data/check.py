@@ -71,12 +71,13 @@ def check_part(data: IndexedDataset, vocab_size: int | None, *, whole: bool = Fa
 
 
 def batch_notices(batches: Batches) -> list[str]:
-    """Lines about a split that is read more often than it seems, or of which samples teach nothing.
+    """Lines about a split that is read more often than it seems, about records that are cut or left out, and about
+    samples in which no label carries a loss.
 
     Raises:
         UserError: no sample of a set keeps one.
     """
-    lines = []
+    lines = [f" NOTICE: {batches.split}: {note}" for note in batches.notices()]
     blend = batches.blend
     if blend is not None and blend.total < blend.samples:
         lines.append(

@@ -6,6 +6,7 @@ top, files of transformers 5 keep both in `rope_parameters`: both are read, and 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +19,7 @@ from arriero.common.untrusted import inside, misfit, read_json
 
 FIX = "restore the file from where the model came from"
 
-MOST_LAYERS = 10_000
+MOST_LAYERS = 1000
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
 _ROPE_KEYS = {
     "default": (),
@@ -239,10 +240,6 @@ def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 def count_parameters(config: LlamaConfig) -> int:
     """Number of parameters; 6,738,415,616 for LLaMA-7B with 32,000 tokens."""
-    total = 0
-    for shape in parameter_shapes(config).values():
-        size = 1
-        for n in shape:
-            size *= n
-        total += size
-    return total
+    layer = sum(math.prod(shape) for shape in layer_shapes(config).values())
+    embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    return embeddings + config.num_hidden_layers * layer + config.hidden_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Annotated, Literal
@@ -33,9 +34,9 @@ class ParallelConfig:
     pipeline_schedule: Schedule = "1F1B"
     """The order of forward and backward passes. 1F1B and GPipe have one stage a rank; Interleaved1F1B, LoopedBFS and
     InterleavedZeroBubble `virtual_stages`; ZBVZeroBubble and DualPipeV two."""
-    virtual_stages: Annotated[int, Interval(ge=1, le=10_000)] = 1
+    virtual_stages: Annotated[int, Interval(ge=1, le=1000)] = 1
     """Stages that each pipeline rank holds, for the schedules that interleave."""
-    pipeline_layers: Annotated[tuple[Annotated[int, Interval(ge=1, le=10_000)], ...], Len(0, 10_000)] = ()
+    pipeline_layers: Annotated[tuple[Annotated[int, Interval(ge=1, le=1000)], ...], Len(0, 1000)] = ()
     """Layers of each stage in order; empty divides them as evenly as possible, more to the earlier stages."""
     context_parallel: Annotated[int, Interval(ge=1, le=65_536)] = 1
     """Processes that share each sequence's positions."""
@@ -80,9 +81,15 @@ class ParallelConfig:
             found.append(UserError(f"{processes} processes do not divide into groups of {unit} ({parts})", fix))
         elif self.zero_group < 0 or (self.zero_group and (processes // unit) % self.zero_group):
             data = processes // unit
-            fix = f"use one of {', '.join(str(n) for n in range(1, data + 1) if data % n == 0)}, or 0 for all"
+            fix = f"use one of {', '.join(map(str, divisors(data)))}, or 0 for all"
             found.append(UserError(f"parallel.zero_group {self.zero_group} does not divide {data} data ranks", fix))
         return found
+
+
+def divisors(number: int) -> list[int]:
+    """All whole numbers that divide it, ascending."""
+    low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return low + [number // n for n in reversed(low) if n * n != number]
 
 
 def _tensor_problems(config: ParallelConfig, model: LlamaConfig) -> list[UserError]:
@@ -91,7 +98,7 @@ def _tensor_problems(config: ParallelConfig, model: LlamaConfig) -> list[UserErr
         "key-value heads": model.num_key_value_heads,
         "feed-forward columns": model.intermediate_size,
     }
-    possible = [n for n in range(1, model.num_key_value_heads + 1) if not any(w % n for w in widths.values())]
+    possible = divisors(math.gcd(*widths.values()))
     fix = f"use one of {', '.join(map(str, possible))}"
     found = [
         UserError(f"parallel.tensor_parallel {config.tensor_parallel} does not divide the {width} {what}", fix)

@@ -39,7 +39,7 @@ class RecomputeConfig:
     mode: Literal["none", "selective", "full", "first"] = "none"
     """none; full: every layer; first: the first layers of each stage, see first_layers; selective: in every layer all
     but the operators in `keep`."""
-    first_layers: Annotated[tuple[Annotated[int, Interval(ge=0, le=10_000)], ...], Len(0, 10_000)] = ()
+    first_layers: Annotated[tuple[Annotated[int, Interval(ge=0, le=1000)], ...], Len(0, 1000)] = ()
     """first only: recomputed layers of each stage in order, such as 3 2 1 0; one number holds for every stage."""
     keep: tuple[Literal["matmul", "attention"], ...] = ("matmul", "attention")
     """selective only: operators whose results are kept."""

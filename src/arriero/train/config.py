@@ -22,7 +22,7 @@ class TrainConfig:
     """Optimizer steps of the whole run. Raising it on resume changes no earlier sample."""
     sequence_length: Annotated[int, Interval(ge=1, le=2**24)] = 2048
     """Tokens of a sample."""
-    global_batch: Annotated[int, Interval(ge=1, le=2**24)] = 64
+    global_batch: Annotated[int, Interval(ge=1, le=2**20)] = 64
     """Samples a step, over all processes and micro-batches."""
     micro_batch: Annotated[int, Interval(ge=1, le=2**20)] = 8
     """Samples in one forward pass of one data-parallel rank; the rest of the batch is accumulated."""

@@ -49,7 +49,7 @@ class ConvertArgs:
     """Tensor-parallel degree of the files written."""
     pp: Annotated[int, Interval(ge=1, le=65_536)] = 1
     """Pipeline-parallel degree of the files written."""
-    vpp: Annotated[int, Interval(ge=1, le=10_000)] = 1
+    vpp: Annotated[int, Interval(ge=1, le=1000)] = 1
     """Virtual stages (model chunks) of each pipeline rank."""
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     """What the weights are written as."""
