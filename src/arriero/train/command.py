@@ -20,7 +20,7 @@ from arriero.checkpoint.lock import RunLock
 from arriero.common.device import device_count, device_type
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_STOPPED, UserError, join_problems
 from arriero.common.text import printable, shown
-from arriero.data.check import check_data_against, label_notices, size_notices
+from arriero.data.check import batch_notices, check_data_against, size_notices
 from arriero.data.tokenizer import load_tokenizer
 from arriero.launch import (
     LaunchConfig,
@@ -292,7 +292,7 @@ def _check_inputs(recipe: Recipe) -> tuple[list[UserError], list[str]]:
             tokenizer_size=tokenizer.vocab_size if tokenizer else None, tokenizer=recipe.tokenizer,
         )  # fmt: skip
         for split in ("train", *(["valid"] if recipe.train.eval_every else [])):
-            notices += label_notices(open_batches(recipe, split))
+            notices += batch_notices(open_batches(recipe, split))
         check_data_against(recipe.data, model.vocab_size, tokenizer.fingerprint if tokenizer else None)
     except UserError as error:
         return [error], []
