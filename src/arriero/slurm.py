@@ -13,6 +13,9 @@ from typing import Annotated
 from annotated_types import Interval
 
 from arriero.common.errors import EXIT_OK, EXIT_STOPPED, UserError, nearest
+from arriero.common.files import why
+from arriero.common.ranges import PathText
+from arriero.common.text import printable, shown
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,9 @@ class SlurmArgs:
     """Time limit, in SLURM's form days-hours:minutes:seconds."""
     partition: str = ""
     """Where to queue; empty leaves it to the cluster."""
-    run: str = ""
+    run: Annotated[str, PathText] = ""
     """Run directory; it replaces the recipe's `out`."""
-    out: str = ""
+    out: Annotated[str, PathText] = ""
     """Where to write the batch file; empty prints it."""
 
 
@@ -41,8 +44,11 @@ def run(words: list[str]) -> int:
         return _help(words)
     text, file = batch_file(words[1:])
     if file:
-        Path(file).write_text(text, encoding="utf-8")
-        print(f"wrote {file}; queue it with: sbatch {file}")
+        try:
+            Path(file).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--out {shown(file)}: {why(error)}", "name a file that can be written") from None
+        print(printable(f"wrote {file}; queue it with: sbatch {shlex.quote(file)}"))
     else:
         print(text, end="")
     return EXIT_OK
@@ -73,6 +79,9 @@ def batch_file(words: list[str]) -> tuple[str, str]:
     given = command_line_settings(words[1:])
     own = {f.name for f in fields(SlurmArgs)}
     args = parse(SlurmArgs, [s for s in given if s.key in own], prog="arriero launch slurm")
+    for key, form in (("time", "[0-9:-]+"), ("partition", "[A-Za-z0-9_.,-]*")):  # a line end would add to the file
+        if not re.fullmatch(form, getattr(args, key)):
+            raise UserError(f"--{key} is '{shown(getattr(args, key))}'", "give it in SLURM's form")
     passed = [w for s in given if s.key not in own for w in (f"--{s.key}", *s.words)]
     passed += ["--out", args.run] if args.run else []
     recipe, _ = read_command(named + passed)
