@@ -20,7 +20,6 @@ from arriero.common.device import describe, device_type, matmul_dtypes, take_dev
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError, join_problems
 from arriero.common.ranges import PathText, flag, range_problems
 from arriero.launch import LaunchConfig, Place, ProcessFailed, run_processes, started_by_another, take_place
-from arriero.parallel.compiled import compile_machine_problems
 from arriero.recipe import (
     Recipe,
     Setting,
@@ -33,6 +32,7 @@ from arriero.recipe import (
 )
 from arriero.train.command import process_count
 from arriero.train.memory import memory_problems
+from arriero.train.preflight import machine_problems
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,7 @@ def check(config: BenchConfig, recipe: Recipe, processes: int, kind: str, here: 
     problems = recipe.layout_problems(processes)
     for part in (recipe.optim, recipe.schedule, recipe.log):
         problems += part.problems()
-    if recipe.optim.offload and kind == "cpu":
-        problems.append(UserError("optim.offload has no effect on the CPU", "leave it out"))
-    if recipe.train.compile:
-        problems += compile_machine_problems(kind)
+    problems += machine_problems(recipe, kind)
     if not problems and kind == "cpu" and not config.sweep:
         problems += memory_problems(recipe, processes, 1 if started_by_another() else here)[0]
     if config.memory_limit and kind != "cpu":
@@ -161,17 +158,16 @@ def bench_peak(config: BenchConfig, launch: LaunchConfig, settings: list[Setting
     if started_by_another() or launch.nodes > 1:
         raise UserError("--peak is about one machine", "start it without torchrun or --nodes")
     here = process_count(recipe, launch, kind) if launch.nproc_per_node else 1
-    run_processes(measure_peak, PeakJob(kind, config.json), here, launch=launch)
+    print(run_processes(measure_peak, PeakJob(kind, config.json), here, launch=launch)[0])
     return EXIT_OK
 
 
-def measure_peak(job: PeakJob) -> None:
-    """What each process does."""
+def measure_peak(job: PeakJob) -> str:
+    """What each process does; returns the text to print."""
     place = Place.from_environment()
     device = take_device(job.device_kind, place.local_rank)
     peaks: list[Peak] = [matmul_peak(device, dtype) for dtype in matmul_dtypes(job.device_kind)]
-    if place.rank == 0:
-        print(as_json(peaks) if job.json else peak_table(describe(job.device_kind), peaks))
+    return as_json(peaks) if job.json else peak_table(describe(job.device_kind), peaks)
 
 
 def print_help() -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from arriero.common.errors import UserError
 from arriero.common.text import shown
 from arriero.data.indexed import IndexedDataset, OutsideVocabulary
-from arriero.data.instruct import INSTRUCTION_FIELDS, InstructionSet
+from arriero.data.instruct import INSTRUCTION_FIELDS, InstructionSet, TooLong
 from arriero.data.order import MegatronBlend, MegatronOrder, StableOrder, blend_stable, choose_documents
 from arriero.data.prefix import Blend, exists, is_instruction, near, parse_prefix
 
@@ -39,6 +39,9 @@ class DataConfig:
     length of the run."""
     packing: Literal["auto", "pad", "best-fit"] = "auto"
     """Instruction sets only. pad: one record a sample; best-fit: several. auto: pad, and nothing for plain text."""
+    too_long: TooLong = "cut"
+    """Instruction sets only: records longer than train.sequence_length. cut: at its end, which may lose the answer;
+    drop: leave them out; error: do not start. How many, and what is lost, is printed before the first step."""
     attention: Literal["window", "document"] = "window"
     """window: attention reaches over all of a packed sample; document: within each document, with positions that start
     at 0 in each."""
@@ -64,6 +67,10 @@ class DataConfig:
                 )
             if not instruction and self.packing != "auto":
                 raise UserError(f'data.packing = "{self.packing}" has no effect on plain text ({name})', "leave it out")
+            if not instruction and self.too_long != "cut":
+                raise UserError(
+                    f'data.too_long = "{self.too_long}" has no effect on plain text ({name})', "leave it out"
+                )
 
 
 def parse_split(text: str) -> tuple[float, ...]:
@@ -214,8 +221,9 @@ class Batches:
             documents = choose_documents(count, shares, which, by=config.split_by)
             by_document = config.attention == "document"
             return InstructionSet(
-                prefix, documents, length=length, seed=seed, pack=config.packing == "best-fit", by_document=by_document
-            )
+                prefix, documents, length=length, seed=seed, pack=config.packing == "best-fit", by_document=by_document,
+                too_long=config.too_long,
+            )  # fmt: skip
         data = IndexedDataset(prefix)
         documents = choose_documents(len(data), shares, which, by=config.split_by)
         order: StableOrder | MegatronOrder
@@ -230,6 +238,10 @@ class Batches:
             problem = f"{shown(prefix)}: no document of the {self.split} split has two tokens, so that none has a label"
             raise UserError(problem, 'use data.attention = "window"')
         return _TextSet(data, order, length, config.attention == "document")
+
+    def notices(self) -> list[str]:
+        """What a user must know of these samples before the first step: records that are too long, and what is lost."""
+        return [note for one in self.sets if isinstance(one, InstructionSet) and (note := one.notice())]
 
     def epoch_of(self, step: int) -> int:
         """The epoch in which the batch of a step starts."""
@@ -255,7 +267,7 @@ class Batches:
         for one, rows, within in self._shared_out(samples):
             one.fill(within, rows, buffer, out)
         if self.vocab_size is not None:
-            self._check_ids(samples, [buffer] if plain else [out.tokens, out.labels])
+            self._check_ids(samples, [buffer] if plain else [out.tokens, out.labels], np.uint64(self.vocab_size))
         return out
 
     def _shared_out(self, samples: np.ndarray) -> Iterator[tuple[_TextSet | InstructionSet, np.ndarray, np.ndarray]]:
@@ -269,7 +281,7 @@ class Batches:
             if len(rows):
                 yield one, rows, np.asarray(within[rows], np.int64)
 
-    def _check_ids(self, samples: np.ndarray, read: list[np.ndarray]) -> None:
+    def _check_ids(self, samples: np.ndarray, read: list[np.ndarray], vocab_size: np.uint64) -> None:
         """Refuses ids that the model has no row for: they are looked at as they are read, not in a pass of their own.
 
         Raises:
@@ -277,7 +289,7 @@ class Batches:
         """
         for ids in read:
             # Seen as unsigned, a negative id is above every vocabulary; -100 stands where no loss falls.
-            outside = ids.view(np.uint64) >= np.uint64(self.vocab_size)
+            outside = ids.view(np.uint64) >= vocab_size
             if ids is not read[0]:
                 outside &= ids != -100
             if outside.any():

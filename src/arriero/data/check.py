@@ -33,9 +33,8 @@ def check_data_against(config: DataConfig, vocab_size: int, tokenizer_fingerprin
         found = manifest_of(next(iter(sets.values())))
         if found is None:
             for end, name in sets.items():
-                _check_foreign(
-                    IndexedDataset(name), vocab_size, ignored=-100 if end.endswith("_labels_document") else None
-                )
+                ignored = -100 if end.endswith("_labels_document") else None
+                check_part(IndexedDataset(name), vocab_size, ignored=ignored)
             continue
         manifest = found[1]
         made_by = manifest["tokenizer"]
@@ -54,10 +53,14 @@ def check_data_against(config: DataConfig, vocab_size: int, tokenizer_fingerprin
             )
 
 
-def _check_foreign(data: IndexedDataset, vocab_size: int, *, ignored: int | None) -> None:
-    """All ids of a set, or those of evenly spaced stretches of a large one. Raises OutsideVocabulary."""
+def check_part(data: IndexedDataset, vocab_size: int, *, ignored: int | None = None, whole: bool = False) -> None:
+    """Looks at all ids of a set, or unless `whole` at those of evenly spaced stretches of a large one.
+
+    Raises:
+        OutsideVocabulary: names the place of the first that is not in 0 to vocab_size - 1; `ignored` may stand there.
+    """
     total = len(data.tokens)
-    if total <= MOST_TOKENS:
+    if whole or total <= MOST_TOKENS:
         data.check_ids(vocab_size, ignored=ignored)
         return
     for i in range(_STRETCHES):
@@ -66,12 +69,12 @@ def _check_foreign(data: IndexedDataset, vocab_size: int, *, ignored: int | None
 
 
 def label_notices(batches: Batches) -> list[str]:
-    """Lines about samples of a split in which no label carries a loss, so that they teach nothing.
+    """Lines about records of a split that are cut or left out, and samples in which no label carries a loss.
 
     Raises:
         UserError: no sample of a set keeps one.
     """
-    lines = []
+    lines = [f" NOTICE: {batches.split}: {note}" for note in batches.notices()]
     for prefix, one in zip(parse_prefix(batches.config.prefix).prefixes, batches.sets, strict=True):
         if not isinstance(one, InstructionSet):
             continue

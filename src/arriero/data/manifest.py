@@ -55,7 +55,7 @@ def write_manifest(out: str, manifest: dict[str, Any]) -> None:
 def read_manifest(out: str) -> dict[str, Any] | None:
     """The manifest of `prepare --out PREFIX`, or None. Raises UserError for a damaged one."""
     path = manifest_path(out)
-    if not path.is_file():
+    if not os.path.isfile(path):
         return None
     fix = "prepare the data set again with --overwrite"
     found: dict[str, Any] = read_json(path, fix, FORM)

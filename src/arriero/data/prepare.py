@@ -44,6 +44,9 @@ class PrepareArgs:
     """stanford (the default), ascendspeed, ascendspeed-instruction, vicuna, or a TOML file."""
     loss_on: Literal["all", "last"] = "all"
     """Chats: learn every answer, or only the last."""
+    ignore: tuple[str, ...] = ()
+    """Columns of alpaca and chat records (or keys of a chat's turns), such as tools, that are left out though they are
+    filled. Without it such records are set aside, since what they say would be lost."""
     per: Literal["line", "paragraph", "file"] = "line"
     """Text files: what one document is."""
     bos: bool = True
@@ -128,8 +131,9 @@ def _check(args: PrepareArgs) -> tuple[str, list[Path], Format, Tokenizer]:
         problems.append(error)
     try:
         form = make_format(
-            args.format, keys=args.keys, template=load_template(args.template or "stanford"), loss_on=args.loss_on
-        )
+            args.format, keys=args.keys, template=load_template(args.template or "stanford"), loss_on=args.loss_on,
+            ignored=args.ignore,
+        )  # fmt: skip
     except UserError as error:
         problems.append(error)
     problems += _idle_options(args, kind)
@@ -145,6 +149,7 @@ def _idle_options(args: PrepareArgs, kind: str) -> list[UserError]:
     idle = [
         ("--keys", args.keys != ("text",) and args.format != "text", f"format {args.format} has its own columns"),
         ("--template", args.template is not None and args.format == "text", "format text has no template"),
+        ("--ignore", bool(args.ignore) and args.format == "text", "format text reads the columns of --keys alone"),
         ("--loss-on", args.loss_on != "all" and args.format != "chat", "it is for format chat"),
         ("--per", args.per != "line" and kind not in ("", "text"), f"the inputs are {kind}, not text files"),
     ]
@@ -211,7 +216,7 @@ def _request(args: PrepareArgs, tokenizer: Tokenizer, form: Format) -> dict[str,
         "bos": args.bos,
         "eos": args.eos,
         "tokenizer": tokenizer.file_sha256,
-    }
+    } | ({"ignore": sorted(args.ignore)} if args.ignore else {})
 
 
 def _reuse(out: str, earlier: dict[str, Any], request: dict[str, Any], hashes: list[str]) -> None:

@@ -17,9 +17,10 @@ from arriero.agreement import file_sample, run_facts
 from arriero.checkpoint.layout import MANIFEST, committed
 from arriero.checkpoint.load import candidates, find_checkpoint
 from arriero.checkpoint.lock import RunLock
-from arriero.common.device import device_count, device_type, float8_casts
+from arriero.common.device import device_count, device_type
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_STOPPED, UserError, join_problems
 from arriero.common.ranges import path_problem
+from arriero.common.text import printable
 from arriero.data.check import check_data_against, label_notices, size_notices
 from arriero.data.tokenizer import load_tokenizer
 from arriero.launch import (
@@ -49,6 +50,7 @@ from arriero.recipe import (
 )  # fmt: skip
 from arriero.train.loop import Continuation, train
 from arriero.train.memory import memory_problems
+from arriero.train.preflight import machine_problems
 from arriero.train.resume import check_changes, readable
 from arriero.train.trainer import open_batches
 from arriero.train.verify import verify_layout
@@ -101,19 +103,19 @@ def run(words: list[str]) -> int:
     job = Job(recipe, kind, continuation, run_facts(recipe) if world > 1 else {})
     seconds = {"join_seconds": launch.join_timeout, "collective_seconds": launch.collective_timeout}
     if world == 1 and not launch.max_restarts:
-        complete = in_process_group(work, job)
+        complete = in_process_group(work, job, saves=True)
     elif started_by_another():
         try:
-            complete = in_process_group(work, job, facts=facts, **seconds)
+            complete = in_process_group(work, job, facts=facts, saves=True, **seconds)
             if not complete:
                 return leave_last(EXIT_STOPPED)
         except BaseException as error:
             leave(error)
     else:
         try:
-            complete = all(run_processes(work, job, here, launch=launch, facts=facts))
+            complete = all(run_processes(work, job, here, launch=launch, facts=facts, saves=True))
         except ProcessFailed as error:
-            print(f"arriero: {error}", file=sys.stderr)
+            print(printable(f"arriero: {error}"), file=sys.stderr)
             return EXIT_CHECK_FAILED
     return EXIT_OK if complete else EXIT_STOPPED
 
@@ -227,12 +229,7 @@ def check(
         UserError: what is wrong, each with its fix.
     """
     problems = recipe.problems(processes)
-    if recipe.optim.offload and kind == "cpu":
-        problems.append(UserError("optim.offload has no effect on the CPU", "leave it out"))
-    if recipe.train.float8 != "none" and not float8_casts(kind):
-        problems.append(UserError(f"train.float8 does not work on {kind}", "use train.float8 none"))
-    if recipe.train.compile:
-        problems += compile_machine_problems(kind)
+    problems += machine_problems(recipe, kind)
     changed: list[str] = []
     scarce: list[str] = []
     notices: list[str] = []

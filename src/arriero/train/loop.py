@@ -14,8 +14,9 @@ from arriero.common.errors import UserError
 from arriero.observe.events import Events, goodput_line
 from arriero.observe.profile import Profile
 from arriero.parallel.mesh import Ranks
-from arriero.process import seconds_since_start, stop_wanted
+from arriero.process import seconds_since_start
 from arriero.recipe import Recipe
+from arriero.signals import Phase, set_phase, stop_wanted
 from arriero.train.garbage import collected_between_steps
 from arriero.train.reporter import Reporter, StepResult
 from arriero.train.schedule import moved_rate
@@ -82,6 +83,7 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, st
                 trainer.save(wait=last or stopping)
                 events.note("saved", step=trainer.done, seconds=time.perf_counter() - began)
             saved = trainer.saver.results()
+            set_phase(Phase.SAVED if (last or stopping) and saved and not saved[-1].problem else Phase.TRAINING)
             reporter.saved(saved)
     if stopping:
         reporter.say(f" stopped after step {trainer.done}; go on with: arriero pretrain --resume {recipe.out}")
@@ -128,6 +130,8 @@ def begin(trainer: Trainer, start: Continuation, reporter: Reporter) -> None:
         if trainer.position.samples != trainer.done * trainer.recipe.train.global_batch:
             reporter.say(f" goes on with sample {trainer.position.place}, {trainer.recipe.train.global_batch} a step")
     trainer.saver.reserve(trainer.parts_to_save())
+    trainer.ranks.barrier()  # so that a signal finds all processes in one phase
+    set_phase(Phase.TRAINING)
 
 
 def moved_from(checkpoint: Path, trainer: Trainer) -> str:

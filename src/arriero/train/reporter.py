@@ -23,6 +23,7 @@ from annotated_types import Interval
 from arriero import __version__
 from arriero.checkpoint.save import Saved
 from arriero.common.errors import UserError
+from arriero.common.output import new_notes
 from arriero.common.ranges import range_problems
 from arriero.model.config import LlamaConfig
 from arriero.observe.figure import loss_figure
@@ -114,7 +115,7 @@ class Reporter:
         """Prints a line, and keeps it in log.txt."""
         if self._text is not None:
             print(text, flush=True)
-            self._text.write(text + "\n")
+            self._text.writelines(f"{line}\n" for line in (text, *(f" NOTICE: {note}" for note in new_notes())))
             self._keep(self._text.flush)
 
     def _keep(self, write: Callable[[], object]) -> None:
