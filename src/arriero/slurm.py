@@ -16,7 +16,7 @@ from annotated_types import Interval
 
 from arriero.common.environment import environment_number
 from arriero.common.errors import EXIT_OK, EXIT_STOPPED, UserError, nearest
-from arriero.common.files import why
+from arriero.common.files import open_regular, why
 from arriero.common.ranges import PathText
 from arriero.common.text import printable, shown
 from arriero.process import MOST_PROCESSES
@@ -39,7 +39,7 @@ class SlurmArgs:
     """Devices of each machine, one process each; 0 for a run on the CPU."""
     tasks_per_node: Annotated[int, Interval(ge=0, le=4096)] = 0
     """Processes of each machine where that is not the number of devices."""
-    cpus_per_task: int = 0
+    cpus_per_task: Annotated[int, Interval(ge=0, le=65_536)] = 0
     """Cores of each process; 0 for its share of the cores of the machine that makes the file."""
     time: str = "1-00:00:00"
     """Time limit, in SLURM's form days-hours:minutes:seconds."""
@@ -58,7 +58,9 @@ def run(words: list[str]) -> int:
     text, file = batch_file(words[1:])
     if file:
         try:
-            Path(file).write_text(text, encoding="utf-8")
+            handle = open_regular(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, follow=True)
+            with open(handle, "w", encoding="utf-8") as out:
+                out.write(text)
         except OSError as error:
             raise UserError(f"--out {shown(file)}: {why(error)}", "name a file that can be written") from None
         print(printable(f"wrote {file}; queue it with: sbatch {shlex.quote(file)}"))
@@ -69,7 +71,7 @@ def run(words: list[str]) -> int:
 
 def _help(words: list[str]) -> int:
     if words and words[0] not in ("slurm", "-h", "--help"):
-        raise UserError(f"launch: unknown kind {words[0]!r}", nearest(words[0], ["slurm"]))
+        raise UserError(f"launch: unknown kind '{shown(words[0])}'", nearest(words[0], ["slurm"]))
     from arriero.recipe import show_flags
 
     show_flags(SlurmArgs, "arriero launch slurm RECIPE")

@@ -9,6 +9,7 @@ from typing import Any
 from arriero.checkpoint.layout import MARKER, STATE, TEMPORARY, committed, read_json
 from arriero.checkpoint.verify import verify as verify_files
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK
+from arriero.common.text import printable, shown
 from arriero.model.config import LlamaConfig, count_parameters
 from arriero.observe.events import goodput_line
 from arriero.observe.metrics import read_metrics
@@ -26,9 +27,9 @@ def inspect(path: Path, *, json: bool, verify: bool) -> int:
         print(json_module.dumps(facts | {"wrong": wrong}, indent=1))
     else:
         for key, value in facts.items():
-            print(f"{key:14}{value:,}" if isinstance(value, int) else f"{key:14}{value}")
+            print(f"{key:14}{value:,}" if isinstance(value, int) else f"{key:14}{shown(value, 1000)}")
         for line in wrong:
-            print(f"WRONG         {line}")
+            print(printable(f"WRONG         {line}"))
     return EXIT_CHECK_FAILED if wrong else EXIT_OK
 
 
