@@ -19,6 +19,7 @@ from arriero.checkpoint.load import candidates, find_checkpoint
 from arriero.checkpoint.lock import RunLock
 from arriero.common.device import device_count, device_type
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_STOPPED, UserError, join_problems
+from arriero.common.ranges import path_problem
 from arriero.common.text import printable, shown
 from arriero.data.check import batch_notices, check_data_against, size_notices
 from arriero.data.tokenizer import load_tokenizer
@@ -155,6 +156,8 @@ def read_command(words: list[str]) -> tuple[Recipe, Start]:
     settings: list[Setting] = []
     if resume == "auto":
         resume = _begun(named, given)
+    if resume and (wrong := path_problem(resume)):
+        raise UserError(f"--resume {wrong}", "name a run directory, or one of its checkpoints")
     if resume:
         find_checkpoint(Path(resume))  # a wrong directory is named before its missing recipe is
     if resume and not named:
@@ -207,6 +210,8 @@ def _begun(named: str, given: list[Setting]) -> str:
     """The run directory that these settings name, if it holds a checkpoint already; else nothing."""
     settings = file_settings(find_bundled("", named, ".toml")) if named else []
     out = next((" ".join(s.words) for s in reversed([*settings, *given]) if s.key == "out"), "")
+    if path_problem(out):
+        return ""  # the recipe's own check names it
     return out if out and committed(Path(out) / "checkpoints") else ""
 
 
