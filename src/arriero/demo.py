@@ -33,7 +33,7 @@ class DemoArgs:
 
     out: Path = Path("runs/demo")
     """Directory for everything that the demo makes."""
-    steps: int = 200
+    steps: int = 150
     """Optimizer steps of the main run."""
     overwrite: bool = False
     """Remove an earlier demo in the same directory first."""
@@ -135,7 +135,7 @@ def _close(out: Path, seconds: float) -> None:
     model, main, tokenizer = (shlex.quote(str(out / part)) for part in ("huggingface", "one-process", "data/tokenizer"))
     print("Next:")
     print(f'  {program()} generate {model} --prompt "Document the module " --temperature 0.8')
-    print(f"  {program()} pretrain --resume {main} --train.steps 400     # goes on where it stopped")
+    print(f"  {program()} pretrain --resume {main} --train.steps 300     # goes on where it stopped")
     print(f"  {program()} inspect {main}")
     print("Your own text (YOUR.txt):")
     print(f"  {program()} prepare YOUR.txt --tokenizer {tokenizer} --out runs/yours")
