@@ -128,7 +128,7 @@ def _scalar(data: int | bytes) -> tuple[str, float] | None:
     for field, wire, value in _fields(data):
         if field == 1 and isinstance(value, bytes):
             tag = value.decode("utf-8", "replace")
-        elif field == 2 and wire == 5:
+        elif field == 2 and wire == 5 and isinstance(value, bytes):
             number = struct.unpack("<f", value)[0]
         elif field == 8 and isinstance(value, bytes):
             number = _tensor(value)
