@@ -14,6 +14,9 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Interval
 
 from arriero.common.errors import EXIT_CHECK_FAILED, CheckFailed, UserError
 from arriero.common.files import make_directory, why
@@ -33,7 +36,7 @@ class DemoArgs:
 
     out: Path = Path("runs/demo")
     """Directory for everything that the demo makes."""
-    steps: int = 150
+    steps: Annotated[int, Interval(ge=1, le=1_000_000)] = 150
     """Optimizer steps of the main run."""
     overwrite: bool = False
     """Remove an earlier demo in the same directory first."""
@@ -42,8 +45,6 @@ class DemoArgs:
 def run(args: DemoArgs) -> int:
     """Runs the demo; 0 if every step worked, 1 if one failed or the two compared runs differ."""
     out = args.out
-    if not 1 <= args.steps <= 10**6:
-        raise UserError(f"--steps {args.steps} is no number of steps for a demo", "give 1 to 1,000,000")
     _make_room(out, overwrite=args.overwrite)
     began = time.perf_counter()
     data, model = out / "data", out / "huggingface"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from annotated_types import Interval
 from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, arg
@@ -27,11 +28,11 @@ class CompareArgs:
     """The reference: a run, or a log of another system (docs/compare.md lists those that are read)."""
     b: Annotated[Positional[Path], arg(metavar="B")]
     """The run to judge, in any of the same forms."""
-    max_rel: float = 0.02
+    max_rel: Annotated[float, Interval(ge=0, le=1e6)] = 0.02
     """The greatest relative error |b - a| / |a| allowed at any common iteration; 0 asks for equality bit for bit."""
     quantity: tuple[str, ...] = ()
     """What to compare, such as lm_loss grad_norm validation_loss; unset: loss, and gradient norm where both have it."""
-    logging_steps: int = 0
+    logging_steps: Annotated[int, Interval(ge=0, le=1_000_000_000)] = 0
     """Steps between two lines of a log whose lines name no step, as Hugging Face's Trainer prints them."""
     out: Path | None = None
     """A directory for the figure (compare.png) and the report (compare.md, compare.html)."""

@@ -87,9 +87,12 @@ def _compression(path: Path) -> str | None:
 def open_input(path: Path, meter: Meter = no_meter) -> BinaryIO:
     """A file's bytes, decompressed."""
     raw = path.open("rb", buffering=BLOCK)
-    size = max(1, path.stat().st_size)
-    meter(lambda: 1.0 if raw.closed else raw.tell() / size)  # the last batches are written after the file is closed
+    size = path.stat().st_size
     how = _compression(path)
+    if how is not None and size == 0:  # which gzip and zstd would take for empty text
+        raw.close()
+        raise UserError(f"{path}: is empty, which no compressed file is", "copy it again")
+    meter(lambda: 1.0 if raw.closed else raw.tell() / max(1, size))  # the last batches are written after the close
     if how == "gzip":
         return cast(BinaryIO, gzip.open(raw, "rb"))
     if how == "zstd":

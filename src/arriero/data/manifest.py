@@ -11,11 +11,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from arriero.common.errors import UserError
 from arriero.common.untrusted import plain_name, read_json
-from arriero.data.indexed import IndexedDataset, bin_path, idx_path
+from arriero.data.indexed import bin_path, idx_path
 
 VERSION = 1
 _OUTPUT = {
@@ -57,7 +55,7 @@ def write_manifest(out: str, manifest: dict[str, Any]) -> None:
 def read_manifest(out: str) -> dict[str, Any] | None:
     """The manifest of `prepare --out PREFIX`, or None. Raises UserError for a damaged one."""
     path = manifest_path(out)
-    if not path.is_file():
+    if not os.path.isfile(path):
         return None
     fix = "prepare the data set again with --overwrite"
     found: dict[str, Any] = read_json(path, fix, FORM)
@@ -77,6 +75,8 @@ def manifest_of(prefix: str) -> tuple[str, dict[str, Any]] | None:
     path = Path(prefix)
     words = path.name.split("_")
     for n in range(len(words), 0, -1):
+        if not any(words[:n]):
+            break  # the name begins with an underscore: what is in front of it is no name
         out = str(path.with_name("_".join(words[:n])))
         found = read_manifest(out)
         name = "_".join(words[n:])
@@ -94,10 +94,3 @@ def verify(prefix: str, entry: dict[str, Any]) -> list[str]:
         elif sha256_file(path) != entry[key]:
             wrong.append(f"{path}: SHA-256 differs from the manifest")
     return wrong
-
-
-def largest_id(prefix: str) -> int:
-    """Largest token id of a data set, by reading all of it (about 1 GB/s); -1 for an empty one."""
-    tokens = IndexedDataset(prefix).tokens
-    step = 1 << 24
-    return max((int(np.max(tokens[i : i + step])) for i in range(0, len(tokens), step)), default=-1)

@@ -9,9 +9,10 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
+from annotated_types import Interval
 
 from arriero.common.errors import EXIT_OK, UserError, join_problems
 from arriero.data.formats import FORMATS, Format, load_template, make_format
@@ -42,26 +43,29 @@ class PrepareArgs:
     """stanford (the default), ascendspeed, ascendspeed-instruction, vicuna, or a TOML file."""
     loss_on: Literal["all", "last"] = "all"
     """Chats: learn every answer, or only the last."""
+    ignore: tuple[str, ...] = ()
+    """Columns of alpaca and chat records (or keys of a chat's turns), such as tools, that are left out though they are
+    filled. Without it such records are set aside, since what they say would be lost."""
     per: Literal["line", "paragraph", "file"] = "line"
     """Text files: what one document is."""
     bos: bool = True
     """Put BOS before every document."""
     eos: bool = True
     """Put EOS after every document (after every answer, in chats)."""
-    workers: int = 0
+    workers: Annotated[int, Interval(ge=0, le=4096)] = 0
     """Threads that tokenise; 0 means one for each core. The output does not depend on it."""
     engine: Literal["auto", "reference", "fast"] = "auto"
     """reference: sentencepiece or tokenizers; fast: gigatoken, after a check on your own text; auto: fast if it is
     installed and passes the check."""
     strict: bool = False
     """Stop at the first record that cannot be used."""
-    max_bad: float = 0.01
+    max_bad: Annotated[float, Interval(ge=0, le=1)] = 0.01
     """Largest share of records that may be quarantined (empty ones do not count); above it nothing is written."""
     overwrite: bool = False
     """Replace what an earlier run with other inputs wrote under this name."""
     merge: bool = False
     """Join finished data sets (their prefixes are the inputs) instead of tokenising."""
-    log_interval: int = 0
+    log_interval: Annotated[int, Interval(ge=0, le=1_000_000_000)] = 0
     """Print a plain progress line every so many documents instead of a bar."""
 
 
@@ -126,8 +130,9 @@ def _check(args: PrepareArgs) -> tuple[str, list[Path], Format, Tokenizer]:
         problems.append(error)
     try:
         form = make_format(
-            args.format, keys=args.keys, template=load_template(args.template or "stanford"), loss_on=args.loss_on
-        )
+            args.format, keys=args.keys, template=load_template(args.template or "stanford"), loss_on=args.loss_on,
+            ignored=args.ignore,
+        )  # fmt: skip
     except UserError as error:
         problems.append(error)
     problems += _idle_options(args, kind)
@@ -143,6 +148,7 @@ def _idle_options(args: PrepareArgs, kind: str) -> list[UserError]:
     idle = [
         ("--keys", args.keys != ("text",) and args.format != "text", f"format {args.format} has its own columns"),
         ("--template", args.template is not None and args.format == "text", "format text has no template"),
+        ("--ignore", bool(args.ignore) and args.format == "text", "format text reads the columns of --keys alone"),
         ("--loss-on", args.loss_on != "all" and args.format != "chat", "it is for format chat"),
         ("--per", args.per != "line" and kind not in ("", "text"), f"the inputs are {kind}, not text files"),
     ]
@@ -209,7 +215,7 @@ def _request(args: PrepareArgs, tokenizer: Tokenizer, form: Format) -> dict[str,
         "bos": args.bos,
         "eos": args.eos,
         "tokenizer": tokenizer.file_sha256,
-    }
+    } | ({"ignore": sorted(args.ignore)} if args.ignore else {})
 
 
 def _reuse(out: str, earlier: dict[str, Any], request: dict[str, Any], hashes: list[str]) -> None:

@@ -108,6 +108,10 @@ class Tokenizer:
         """One id as it is written in the vocabulary."""
         raise NotImplementedError
 
+    def without_text(self, rows: int) -> np.ndarray:
+        """The ids below `rows`, in order, that the vocabulary has no entry for."""
+        return np.arange(min(self.vocab_size, rows), rows)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of one text."""
         return self.encode_arrays([text])[0].tolist()
@@ -231,6 +235,13 @@ class JsonTokenizer(Tokenizer):
     def piece(self, token: int) -> str:
         """See `Tokenizer`."""
         return self._tokenizer.id_to_token(int(token)) or f"<{int(token)}>"
+
+    def without_text(self, rows: int) -> np.ndarray:
+        """See `Tokenizer`; the ids of a tokenizer.json may have gaps."""
+        free = np.ones(rows, bool)
+        known = np.fromiter(self._tokenizer.get_vocab(with_added_tokens=True).values(), np.int64)
+        free[known[known < rows]] = False
+        return np.flatnonzero(free)
 
 
 def _hash_pieces(pieces: list[str]) -> str:

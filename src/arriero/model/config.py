@@ -6,16 +6,20 @@ top, files of transformers 5 keep both in `rope_parameters`: both are read, and 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Interval
 
 from arriero.common.errors import UserError, join_problems, nearest
+from arriero.common.ranges import field_ranges, range_problems, value_problem, wanted
 from arriero.common.untrusted import inside, misfit, read_json
 
 FIX = "restore the file from where the model came from"
 
-MOST_LAYERS, LARGEST = 10_000, 2**31  # a shape beyond these is an attack on the memory, not a model
+MOST_LAYERS = 1000
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
 _ROPE_KEYS = {
     "default": (),
@@ -40,13 +44,13 @@ class RopeScaling:
 
     rope_type: str = "default"
     """One of default, linear, dynamic, llama3."""
-    factor: float = 1.0
+    factor: Annotated[float, Interval(ge=1, le=1e6)] = 1.0
     """How many times longer than the original the context is."""
-    low_freq_factor: float = 1.0
+    low_freq_factor: Annotated[float, Interval(ge=1e-6, le=1e6)] = 1.0
     """llama3 only: wavelengths longer than original / low_freq_factor are divided by `factor`."""
-    high_freq_factor: float = 4.0
+    high_freq_factor: Annotated[float, Interval(ge=1e-6, le=1e6)] = 4.0
     """llama3 only: wavelengths shorter than original / high_freq_factor are kept."""
-    original_max_position_embeddings: int | None = None
+    original_max_position_embeddings: Annotated[int, Interval(ge=1, lt=2**31)] | None = None
     """llama3 only: context length before stretching, in tokens."""
 
 
@@ -54,23 +58,23 @@ class RopeScaling:
 class LlamaConfig:
     """The shape of a `LlamaForCausalLM`, under Hugging Face's names."""
 
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 32
-    head_dim: int = 128
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
+    vocab_size: Annotated[int, Interval(ge=1, lt=2**31)] = 32000
+    hidden_size: Annotated[int, Interval(ge=1, le=2**20)] = 4096
+    intermediate_size: Annotated[int, Interval(ge=1, le=2**24)] = 11008
+    num_hidden_layers: Annotated[int, Interval(ge=1, le=MOST_LAYERS)] = 32
+    num_attention_heads: Annotated[int, Interval(ge=1, le=65_536)] = 32
+    num_key_value_heads: Annotated[int, Interval(ge=1, le=65_536)] = 32
+    head_dim: Annotated[int, Interval(ge=1, le=65_536)] = 128
+    rms_norm_eps: Annotated[float, Interval(ge=1e-30, le=1)] = 1e-6
+    rope_theta: Annotated[float, Interval(ge=1, le=1e15)] = 10000.0
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
-    max_position_embeddings: int = 2048
+    max_position_embeddings: Annotated[int, Interval(ge=1, lt=2**31)] = 2048
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
-    initializer_range: float = 0.02
-    bos_token_id: int | None = 1
-    eos_token_id: int | None = 2
+    initializer_range: Annotated[float, Interval(ge=0, le=10)] = 0.02
+    bos_token_id: Annotated[int, Interval(ge=-1, lt=2**31)] | None = 1
+    eos_token_id: Annotated[int, Interval(ge=-1, lt=2**31)] | None = 2
 
     @classmethod
     def from_json(cls, path: Path | str) -> LlamaConfig:
@@ -89,6 +93,7 @@ class LlamaConfig:
     def from_dict(cls, raw: dict[str, Any], *, where: str = "config") -> LlamaConfig:
         """Builds the shape from the decoded `config.json`; `where` names the source in errors."""
         problems: list[UserError] = []
+        ranges = field_ranges(cls)
         if raw.get("model_type", "llama") != "llama":
             problems.append(
                 UserError(f"{where}: model_type is {raw['model_type']!r}", "arriero trains llama models only")
@@ -96,14 +101,13 @@ class LlamaConfig:
         if raw.get("hidden_act", "silu") != "silu":
             problems.append(UserError(f"{where}: hidden_act is {raw['hidden_act']!r}", "LLaMA's activation is silu"))
         for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            value: Any = raw.get(key)
-            most = MOST_LAYERS if key == "num_hidden_layers" else LARGEST
-            if misfit(value, int) or not 1 <= value <= most:
-                fix = f"give {key} as a whole number from 1 to {most:,}"
-                problems.append(UserError(f"{where}: {key} is {str(value)[:40]}", fix))
+            if wrong := value_problem(raw.get(key), ranges[key]):
+                problems.append(UserError(f"{where}: {key} {wrong}", f"give {key} as {wanted(ranges[key])}"))
         for key, form in _OPTIONAL.items():
             if wrong := misfit(raw.get(key), (form, None), key):
                 problems.append(UserError(f"{where}: {wrong}", FIX))
+            elif form in (int, float) and raw.get(key) is not None and (wrong := value_problem(raw[key], ranges[key])):
+                problems.append(UserError(f"{where}: {key} {wrong}", f"give {key} as {wanted(ranges[key])}"))
         if problems:
             raise join_problems(problems)
         heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
@@ -139,12 +143,8 @@ class LlamaConfig:
 
     def problems(self, where: str = "config") -> list[UserError]:
         """All that is impossible about this shape, each with its fix."""
-        found = []
-        if not 0 < self.num_hidden_layers <= MOST_LAYERS:
-            return [UserError(f"{where}: {self.num_hidden_layers} layers", f"1 to {MOST_LAYERS:,} can be")]
-        if not (0 < self.num_key_value_heads <= LARGEST and 0 < self.head_dim <= LARGEST):
-            fix = "give head_dim and num_key_value_heads as positive whole numbers, or leave them out"
-            return [UserError(f"{where}: heads of {self.head_dim}, {self.num_key_value_heads} of keys and values", fix)]
+        if found := range_problems(self, f"{where}: {{}}".format):
+            return found
         if self.num_attention_heads % self.num_key_value_heads:
             found.append(
                 UserError(
@@ -155,8 +155,10 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             found.append(UserError(f"{where}: head_dim {self.head_dim} is odd", "rotary embedding needs pairs"))
-        if not (self.rms_norm_eps > 0 and self.rope_theta > 0):  # nor NaN
-            found.append(UserError(f"{where}: rms_norm_eps and rope_theta must be positive", "use 1e-5 and 10000"))
+        scaling = self.rope_scaling
+        if scaling.rope_type == "llama3" and scaling.low_freq_factor >= scaling.high_freq_factor:
+            fix = "use those of the original config.json, such as 1 and 4"
+            found.append(UserError(f"{where}: rope_scaling's low_freq_factor is not below its high_freq_factor", fix))
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -238,10 +240,6 @@ def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 def count_parameters(config: LlamaConfig) -> int:
     """Number of parameters; 6,738,415,616 for LLaMA-7B with 32,000 tokens."""
-    total = 0
-    for shape in parameter_shapes(config).values():
-        size = 1
-        for n in shape:
-            size *= n
-        total += size
-    return total
+    layer = sum(math.prod(shape) for shape in layer_shapes(config).values())
+    embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    return embeddings + config.num_hidden_layers * layer + config.hidden_size

@@ -30,7 +30,8 @@ class Events:
             self.note("begin", at=time.time() - since_start)
 
     def note(self, event: str, *, at: float | None = None, **values: Any) -> None:
-        """Appends one event; `begin`, `ready` (with the step it goes on from), `step`, `saved`, `rewind`, `end`."""
+        """Appends one event; `begin`, `ready` (with the step it goes on from), `step`, `skipped` (with the reason for
+        which its update was left out), `saved`, `rewind`, `end`."""
         if self._file is None:
             return
         record = {"event": event, "at": round(time.time() if at is None else at, 4)} | values

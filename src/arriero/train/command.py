@@ -17,9 +17,10 @@ from arriero.agreement import file_sample, run_facts
 from arriero.checkpoint.layout import MANIFEST, committed
 from arriero.checkpoint.load import candidates, find_checkpoint
 from arriero.checkpoint.lock import RunLock
-from arriero.common.device import device_count, device_type, float8_casts
+from arriero.common.device import device_count, device_type
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_STOPPED, UserError, join_problems
-from arriero.data.check import check_data_against
+from arriero.common.text import printable
+from arriero.data.check import check_data_against, label_notices, size_notices
 from arriero.data.tokenizer import load_tokenizer
 from arriero.launch import (
     LaunchConfig,
@@ -47,6 +48,8 @@ from arriero.recipe import (
     to_toml,
 )  # fmt: skip
 from arriero.train.loop import Continuation, train
+from arriero.train.memory import memory_problems
+from arriero.train.preflight import machine_problems
 from arriero.train.resume import check_changes, readable
 from arriero.train.trainer import open_batches
 from arriero.train.verify import verify_layout
@@ -93,24 +96,25 @@ def run(words: list[str]) -> int:
         return verify(recipe, world)
     paths = candidates(Path(start.resume)) if start.resume else []
     joining = launch.node_rank > 0 or Place.from_environment().rank > 0
-    changed = check(recipe, world, paths, kind=kind, joining=joining, allowed=start.allow_change)
+    local = 1 if started_by_another() else here
+    changed = check(recipe, world, paths, kind=kind, joining=joining, allowed=start.allow_change, here=local)
     continuation = Continuation(tuple(paths), tuple(changed), duration(start.stop_after))
     job = Job(recipe, kind, continuation, run_facts(recipe) if world > 1 else {})
     seconds = {"join_seconds": launch.join_timeout, "collective_seconds": launch.collective_timeout}
     if world == 1 and not launch.max_restarts:
-        complete = in_process_group(work, job)
+        complete = in_process_group(work, job, saves=True)
     elif started_by_another():
         try:
-            complete = in_process_group(work, job, facts=facts, **seconds)
+            complete = in_process_group(work, job, facts=facts, saves=True, **seconds)
             if not complete:
                 return leave_last(EXIT_STOPPED)
         except BaseException as error:
             leave(error)
     else:
         try:
-            complete = all(run_processes(work, job, here, launch=launch, facts=facts))
+            complete = all(run_processes(work, job, here, launch=launch, facts=facts, saves=True))
         except ProcessFailed as error:
-            print(f"arriero: {error}", file=sys.stderr)
+            print(printable(f"arriero: {error}"), file=sys.stderr)
             return EXIT_CHECK_FAILED
     return EXIT_OK if complete else EXIT_STOPPED
 
@@ -199,7 +203,7 @@ def verify(recipe: Recipe, processes: int) -> int:
 
 def check(
     recipe: Recipe, processes: int, checkpoints: Sequence[Path], *, kind: str = "cpu", joining: bool = False,
-    allowed: Sequence[str] = (),
+    allowed: Sequence[str] = (), here: int = 0,
 ) -> list[str]:  # fmt: skip
     """Refuses what cannot work, all problems together, before any process is started.
 
@@ -210,23 +214,25 @@ def check(
         kind: of device.
         joining: this is not the machine of rank 0, so it may come back to a run that has begun.
         allowed: changed keys that are meant.
+        here: processes whose memory is this machine's; 0 for all of them.
 
     Returns:
-        Lines that tell what has changed since the checkpoint.
+        Lines that tell whether memory is scarce, what has changed since the checkpoint, and what is odd about the
+        inputs.
 
     Raises:
         UserError: what is wrong, each with its fix.
     """
     problems = recipe.problems(processes)
-    if recipe.optim.offload and kind == "cpu":
-        problems.append(UserError("optim.offload has no effect on the CPU", "leave it out"))
-    if recipe.train.float8 != "none" and not float8_casts(kind):
-        problems.append(UserError(f"train.float8 does not work on {kind}", "use train.float8 none"))
-    if recipe.train.compile:
-        problems += compile_machine_problems(kind)
+    problems += machine_problems(recipe, kind)
     changed: list[str] = []
+    scarce: list[str] = []
+    notices: list[str] = []
+    if not problems and kind == "cpu":
+        problems, scarce = memory_problems(recipe, processes, here or processes)
     if not problems:
-        problems += _input_problems(recipe)
+        wrong, notices = _check_inputs(recipe)
+        problems += wrong
     if not problems and checkpoints:
         changed, problems = check_changes(recipe, readable(checkpoints), allowed)
     if recipe.out and not joining and not checkpoints and committed(Path(recipe.out) / "checkpoints"):
@@ -234,21 +240,24 @@ def check(
         problems.append(UserError(f"out: {recipe.out} already holds a run", fix))
     if problems:
         raise join_problems(problems)
-    return changed
+    return scarce + changed + notices
 
 
-def _input_problems(recipe: Recipe) -> list[UserError]:
-    """Data and tokenizer against the model."""
-    found: list[UserError] = []
-    model = recipe.model_config()
+def _check_inputs(recipe: Recipe) -> tuple[list[UserError], list[str]]:
+    """Data and tokenizer against the model: what is wrong, and lines about what is merely odd."""
+    model, notices = recipe.model_config(), list[str]()
     try:
         tokenizer = load_tokenizer(Path(recipe.tokenizer)) if recipe.tokenizer else None
+        notices += size_notices(
+            model.vocab_size, model.max_position_embeddings, length=recipe.train.sequence_length,
+            tokenizer_size=tokenizer.vocab_size if tokenizer else None, tokenizer=recipe.tokenizer,
+        )  # fmt: skip
         for split in ("train", *(["valid"] if recipe.train.eval_every else [])):
-            open_batches(recipe, split)
+            notices += label_notices(open_batches(recipe, split))
         check_data_against(recipe.data, model.vocab_size, tokenizer.fingerprint if tokenizer else None)
     except UserError as error:
-        found.append(error)
-    return found
+        return [error], []
+    return [], notices
 
 
 def prepare_run_directory(recipe: Recipe) -> None:

@@ -14,11 +14,13 @@ from arriero.common.errors import UserError
 from arriero.observe.events import Events, goodput_line
 from arriero.observe.profile import Profile
 from arriero.parallel.mesh import Ranks
-from arriero.process import seconds_since_start, stop_wanted
+from arriero.process import seconds_since_start
 from arriero.recipe import Recipe
+from arriero.signals import Phase, set_phase, stop_wanted
 from arriero.train.garbage import collected_between_steps
 from arriero.train.reporter import Reporter, StepResult
-from arriero.train.trainer import Trainer
+from arriero.train.schedule import moved_rate
+from arriero.train.trainer import Trainer, recipe_of
 from arriero.train.watch import Comparison, Watchdog
 
 
@@ -73,7 +75,7 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, st
             if settings.check_replicas_every and trainer.done % settings.check_replicas_every == 0:
                 trainer.check_replicas()
             if settings.eval_every and (trainer.done % settings.eval_every == 0 or last):
-                reporter.validation(trainer.done, trainer.validate())
+                validate(trainer, reporter)
             stopping = result.stop and not last
             every = recipe.checkpoint.every
             if last or stopping or (every and trainer.done % every == 0):
@@ -81,6 +83,7 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, st
                 trainer.save(wait=last or stopping)
                 events.note("saved", step=trainer.done, seconds=time.perf_counter() - began)
             saved = trainer.saver.results()
+            set_phase(Phase.SAVED if (last or stopping) and saved and not saved[-1].problem else Phase.TRAINING)
             reporter.saved(saved)
     if stopping:
         reporter.say(f" stopped after step {trainer.done}; go on with: arriero pretrain --resume {recipe.out}")
@@ -93,6 +96,15 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, st
     reporter.finish()
     last_word(saved)
     return not stopping
+
+
+def validate(trainer: Trainer, reporter: Reporter) -> None:
+    """Validates, and reports it."""
+    loss = trainer.validate()
+    if trainer.validated:
+        reporter.validation(trainer.done, loss)
+    else:
+        reporter.say(f" no validation after step {trainer.done}: no label of its batches carries a loss")
 
 
 def timed_out(start: Continuation) -> bool:
@@ -113,7 +125,19 @@ def begin(trainer: Trainer, start: Continuation, reporter: Reporter) -> None:
         reporter.say(line)
     if checkpoint is not None:
         reporter.say(f" resumed from {checkpoint} after step {trainer.done}")
+        if trainer.ranks.first and (line := moved_from(checkpoint, trainer)):
+            reporter.say(f" NOTICE: {line}")
+        if trainer.position.samples != trainer.done * trainer.recipe.train.global_batch:
+            reporter.say(f" goes on with sample {trainer.position.place}, {trainer.recipe.train.global_batch} a step")
     trainer.saver.reserve(trainer.parts_to_save())
+    trainer.ranks.barrier()  # so that a signal finds all processes in one phase
+    set_phase(Phase.TRAINING)
+
+
+def moved_from(checkpoint: Path, trainer: Trainer) -> str:
+    """How the learning rate departs from the curve of the run that wrote the checkpoint; empty if it does not."""
+    then, now = recipe_of(checkpoint), trainer.recipe
+    return moved_rate(then.schedule, then.train.steps, now.schedule, now.train.steps, done=trainer.done)
 
 
 def refuse(trainer: Trainer, result: StepResult, reporter: Reporter, events: Events, start: Continuation) -> bool:
@@ -123,6 +147,11 @@ def refuse(trainer: Trainer, result: StepResult, reporter: Reporter, events: Eve
         UserError: it says to stop, or going back is of no use.
     """
     settings, step = trainer.recipe.train, result.step
+    reason = "no label" if result.unlabelled else "spike" if result.spike else "not finite"
+    events.note("skipped", step=step, reason=reason)
+    if result.unlabelled:  # nothing is wrong with the numbers: there were none
+        reporter.say(f" SKIPPED step {step}: no label of its {settings.global_batch} samples carries a loss")
+        return False
     policy = settings.on_spike if result.spike else "skip" if trainer.fp16 else settings.on_nonfinite
     what = f"step {step}: loss {result.loss:g}, gradient norm {result.grad_norm:g}"
     if result.spike:

@@ -15,13 +15,16 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Annotated, Any, Literal, TextIO
 
 import torch
+from annotated_types import Interval
 
 from arriero import __version__
 from arriero.checkpoint.save import Saved
 from arriero.common.errors import UserError
+from arriero.common.output import new_notes
+from arriero.common.ranges import range_problems
 from arriero.model.config import LlamaConfig
 from arriero.observe.figure import loss_figure
 from arriero.observe.logline import arriero_line, megatron_line, validation_line
@@ -38,9 +41,9 @@ class LogConfig:
 
     style: Literal["arriero", "megatron"] = "arriero"
     """arriero: AscendSpeed's fields and more; megatron: Megatron-LM's exact line, for scripts that read it."""
-    every: int = 1
+    every: Annotated[int, Interval(ge=1, le=1_000_000_000)] = 1
     """Steps between printed lines; metrics.jsonl has every step."""
-    peak_tflops: float = 0.0
+    peak_tflops: Annotated[float, Interval(ge=0, le=1e6)] = 0.0
     """Matmul peak of one device in TFLOP/s, for MFU; 0 takes the known value of the device, if any."""
 
     profile: str = ""
@@ -49,9 +52,7 @@ class LogConfig:
 
     def problems(self) -> list[UserError]:
         """All that is impossible about it."""
-        if self.every < 1 or self.peak_tflops < 0:
-            return [UserError("log.every must be at least 1 and log.peak_tflops not negative", "mend the value")]
-        return []
+        return range_problems(self, "log.{}".format)
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,10 @@ class StepResult:
 
     step: int
     """Steps completed, this one included."""
+    samples: int
+    """Samples that the run has read, this step's included."""
+    tokens: int
+    """Tokens likewise."""
     loss: float
     grad_norm: float
     learning_rate: float
@@ -73,6 +78,8 @@ class StepResult:
     """Tokens of context: the sequence length, or under document masks sum of squared lengths over their sum."""
     spike: bool = False
     """Whether it was left out for a loss that stands out, not for one that is not finite."""
+    unlabelled: bool = False
+    """Whether it was left out because no label of the batch carries a loss; `loss` is NaN then."""
     stop: bool = False
     """Whether some process was asked to end the run."""
 
@@ -108,7 +115,7 @@ class Reporter:
         """Prints a line, and keeps it in log.txt."""
         if self._text is not None:
             print(text, flush=True)
-            self._text.write(text + "\n")
+            self._text.writelines(f"{line}\n" for line in (text, *(f" NOTICE: {note}" for note in new_notes())))
             self._keep(self._text.flush)
 
     def _keep(self, write: Callable[[], object]) -> None:
@@ -144,8 +151,7 @@ class Reporter:
         train, seconds = self.train, max(result.seconds, 1e-9)
         self._recent.append(seconds)
         self._skipped += result.skipped
-        self._nan += not math.isfinite(result.loss)
-        samples = result.step * train.global_batch
+        self._nan += not math.isfinite(result.loss) and not result.unlabelled
         rate = train.global_batch * train.sequence_length / seconds / self.devices
         figures = throughput(
             self.model, rate, result.attended, peak_tflops=self._peak, layers=self._recomputed, keep=self._keep_results
@@ -155,8 +161,8 @@ class Reporter:
         metrics = StepMetrics(
             iteration=result.step,
             iterations=train.steps,
-            consumed_samples=samples,
-            consumed_tokens=samples * train.sequence_length,
+            consumed_samples=result.samples,
+            consumed_tokens=result.tokens,
             elapsed_ms=seconds * 1000,
             learning_rate=result.learning_rate,
             global_batch=train.global_batch,

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from arriero.agreement import flat, input_digests
-from arriero.checkpoint.layout import read_json
+from arriero.agreement import flat, input_changes
+from arriero.checkpoint.layout import DAMAGED, read_json
 from arriero.checkpoint.load import STATE
 from arriero.checkpoint.verify import verify_small
 from arriero.common.errors import UserError, nearest
+from arriero.common.untrusted import misfit
 from arriero.model.config import LlamaConfig
 from arriero.recipe import Recipe, file_settings, parse
 
@@ -42,12 +43,10 @@ def changes(recipe: Recipe, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
     found = {k: (then[k], now[k]) for k in now if k not in BY_CONTENT and then.get(k) != now[k]}
     saved, model = LlamaConfig.from_json(checkpoint).to_json(), recipe.model_config().to_json()
     found |= {f"model {k}": (saved.get(k), model[k]) for k in model if saved.get(k) != model[k]}
-    before, here = read_json(checkpoint / STATE).get("inputs", {}), input_digests(recipe)
-    for kind in ("tokenizer", "data"):
-        a, b = ([v for k, v in sorted(digests.items()) if k.startswith(kind)] for digests in (before, here))
-        if a != b:
-            found[kind] = (", ".join(a) or "none", ", ".join(b) or "none")
-    return found
+    before = read_json(checkpoint / STATE).get("inputs", {})
+    if wrong := misfit(before, {str: str}, "inputs"):
+        raise UserError(f"{checkpoint / STATE}: {wrong}", DAMAGED)
+    return found | input_changes(before, recipe)
 
 
 def check_changes(recipe: Recipe, checkpoint: Path, allowed: Sequence[str]) -> tuple[list[str], list[UserError]]:

@@ -14,12 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Annotated
 
 import torch
+from annotated_types import Interval
 
 from arriero.agreement import ranges
 from arriero.common.errors import UserError
+from arriero.common.ranges import range_problems
 from arriero.parallel.mesh import DIMENSIONS, Ranks
 
 FLOOR = 30.0
@@ -34,24 +36,18 @@ GRACE = 2.0
 class WatchConfig:
     """When a step counts as stuck, and a process as slow."""
 
-    seconds: float = 300.0
+    seconds: Annotated[float, Interval(ge=0, le=1e6)] = 300.0
     """A step that takes longer has every process write its stacks to stacks/ in the run directory; 0 turns it off."""
-    times: float = 20.0
+    times: Annotated[float, Interval(ge=0, le=1e6)] = 20.0
     """Likewise a step that takes this many times the median of the last ones, and more than 30 seconds; 0: not."""
-    every: int = 10
+    every: Annotated[int, Interval(ge=0, le=1_000_000_000)] = 10
     """Steps between two comparisons of the processes' own time; 0 for none."""
-    slow: float = 1.5
+    slow: Annotated[float, Interval(gt=1, le=1e6)] = 1.5
     """A process is called slow in the log when its own time is this many times the median's."""
 
     def problems(self) -> list[UserError]:
         """All that is impossible about it."""
-        found = []
-        for key in ("seconds", "times", "every"):
-            if getattr(self, key) < 0:
-                found.append(UserError(f"watch.{key} is {getattr(self, key)}", "give 0 to turn it off"))
-        if self.slow <= 1:
-            found.append(UserError(f"watch.slow is {self.slow}", "give a factor above 1"))
-        return found
+        return range_problems(self, "watch.{}".format)
 
 
 class Watchdog:

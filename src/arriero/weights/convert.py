@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from annotated_types import Interval
 from tyro.conf import Positional
 
 from arriero.common.errors import EXIT_OK, CheckFailed, UserError, join_problems
+from arriero.common.ranges import flag, range_problems
 from arriero.weights.dialects import ASCENDSPEED, ASCENDSPEED_FUSED, MCORE
 from arriero.weights.foreign_config import ConfigHints
 from arriero.weights.huggingface import bytes_as, plan_safetensors, write_beside
@@ -43,29 +45,29 @@ class ConvertArgs:
         Literal["auto", "hf", "run", "megatron", "ascendspeed", "torch_dist", "meta"], tyro.conf.arg(name="from")
     ] = "auto"
     """What the source is, if it is not recognised."""
-    tp: int = 1
+    tp: Annotated[int, Interval(ge=1, le=65_536)] = 1
     """Tensor-parallel degree of the files written."""
-    pp: int = 1
+    pp: Annotated[int, Interval(ge=1, le=65_536)] = 1
     """Pipeline-parallel degree of the files written."""
-    vpp: int = 1
+    vpp: Annotated[int, Interval(ge=1, le=1000)] = 1
     """Virtual stages (model chunks) of each pipeline rank."""
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     """What the weights are written as."""
-    make_vocab_size_divisible_by: int = 128
+    make_vocab_size_divisible_by: Annotated[int, Interval(ge=1, le=2**24)] = 128
     """Pad the vocabulary to a multiple of this times --tp, as Megatron does; 1 pads no further than --tp needs."""
     fused_mlp: bool = False
     """AscendSpeed only: gate and up in one matrix, for training with --mlp-layer-fusion."""
     deepspeed: bool = False
     """AscendSpeed only: the files of its DeepSpeed flavour."""
-    iteration: int = 0
+    iteration: Annotated[int, Interval(ge=0, le=1_000_000_000)] = 0
     """The iteration that the rank files claim; 0 is `release`, with which training starts at 0."""
     config: Path | None = None
     """A Hugging Face config.json, for sources that do not tell their shape."""
-    vocab_size: int | None = None
+    vocab_size: Annotated[int, Interval(ge=1, lt=2**31)] | None = None
     """The true vocabulary size, for sources that tell only the padded one."""
     tokenizer: Path | None = None
     """The tokenizer's directory, if it does not lie with the source; it also tells the true vocabulary size."""
-    max_shard_gb: float = 5.0
+    max_shard_gb: Annotated[float, Interval(gt=0, le=1e6)] = 5.0
     """Largest size of one safetensors file, in GB."""
     verify: bool = False
     """Also compute both ends' logits on random tokens and compare them; this loads the model twice."""
@@ -119,8 +121,8 @@ def run(args: ConvertArgs) -> int:
 
 
 def _check_options(args: ConvertArgs) -> None:
-    """Options that would have no effect, or contradict each other, are errors."""
-    problems = []
+    """Options that are out of range, would have no effect, or contradict each other, are errors."""
+    problems = range_problems(args, flag)
     if args.to == "hf" and (args.tp, args.pp, args.vpp) != (1, 1, 1):
         problems.append(UserError("--tp, --pp and --vpp have no effect with --to hf", "leave them out"))
     if args.to != "ascendspeed" and (args.fused_mlp or args.deepspeed):
@@ -130,10 +132,6 @@ def _check_options(args: ConvertArgs) -> None:
     if args.deepspeed and args.pp > 1:
         problems.append(
             UserError("in the DeepSpeed flavour all stages have one file name", "use --pp 1, or no --deepspeed")
-        )
-    if args.make_vocab_size_divisible_by < 1 or args.iteration < 0:
-        problems.append(
-            UserError("--make-vocab-size-divisible-by and --iteration cannot be so small", "give 1 or more")
         )
     if problems:
         raise join_problems(problems)

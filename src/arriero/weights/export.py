@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Interval
 from tyro.conf import Positional
 
-from arriero.common.errors import EXIT_OK, CheckFailed
+from arriero.common.errors import EXIT_OK, CheckFailed, join_problems
+from arriero.common.ranges import flag, range_problems
 from arriero.model.config import LlamaConfig
 from arriero.weights.huggingface import open_huggingface, write_huggingface
 from arriero.weights.progress import Progress
@@ -31,7 +33,7 @@ class ExportArgs:
     """What the weights are written as; keep is as stored, which for a run is its float32 master weights."""
     tokenizer: Path | None = None
     """The tokenizer's directory, if it does not lie with the source."""
-    max_shard_gb: float = 5.0
+    max_shard_gb: Annotated[float, Interval(gt=0, le=1e6)] = 5.0
     """Largest size of one safetensors file, in GB."""
     json: bool = False
     """Print the result as JSON."""
@@ -42,6 +44,8 @@ NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 def run(args: ExportArgs) -> int:
     """Writes, reads back, compares; returns 0, or raises CheckFailed if the directory is not what was written."""
+    if problems := range_problems(args, flag):
+        raise join_problems(problems)
     opened = open_model(args.source)
     tokenizer = args.tokenizer or opened.tokenizer
     dtype = torch_dtype(NAMES[args.dtype]) if args.dtype != "keep" else None
