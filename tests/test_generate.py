@@ -1,8 +1,10 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import sentencepiece
+import tokenizers
 import torch
 import transformers
 from hypothesis import given, settings
@@ -29,8 +31,6 @@ def tokenizer_dir(tmp_path_factory):
 
 @pytest.fixture
 def model_dir(tmp_path, tokenizer_dir):
-    from dataclasses import replace
-
     config = replace(TINY, vocab_size=300)
     save_hf(tmp_path / "m", config, random_weights(config))
     (tmp_path / "m" / "tokenizer.model").write_bytes((tokenizer_dir / "tokenizer.model").read_bytes())
@@ -118,10 +118,69 @@ def test_a_foreign_tokenizer_is_refused(tmp_path, tokenizer_dir):
         run(GenerateArgs(tmp_path, prompt="x"))
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"max_new_tokens": 0}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"temperature": -1}, {"temperature": math.nan}, {"temperature": math.inf}, {"top_p": 0}, {"top_p": 1.5},
+     {"top_p": math.nan}, {"max_new_tokens": 0}, {"max_new_tokens": 2**62}, {"seed": 2**70}, {"seed": -1}],
+)  # fmt: skip
 def test_senseless_settings_are_refused(model_dir, bad):
-    with pytest.raises(UserError, match="out of range"):
+    (key,) = bad
+    with pytest.raises(UserError, match=f"--{key.replace('_', '-')} is .*\n.*give a"):
         run(GenerateArgs(model_dir, prompt="x", **bad))
+
+
+@pytest.fixture
+def wide_dir(tmp_path, tokenizer_dir):
+    """A model of 420 rows with a tokenizer of 300 ids; the rows without text are the likeliest."""
+    config = replace(TINY, vocab_size=420, tie_word_embeddings=False)
+    weights = random_weights(config)
+    weights["lm_head.weight"][300:] *= 50
+    save_hf(tmp_path / "wide", config, weights)
+    (tmp_path / "wide" / "tokenizer.model").write_bytes((tokenizer_dir / "tokenizer.model").read_bytes())
+    return tmp_path / "wide"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5e-324, 1.0, 100.0])
+@pytest.mark.parametrize("kind", ["tokenizer.model", "tokenizer.json"])
+def test_rows_without_text_are_never_drawn(wide_dir, capsys, kind, temperature):
+    known = set(range(300))
+    if kind == "tokenizer.json":  # with a gap in its ids
+        known = {*range(100), *range(200, 300)}
+        (wide_dir / "tokenizer.model").unlink()
+        vocab = {"<s>": 1, "</s>": 2} | {f"w{i}": i for i in known - {1, 2}}
+        whole = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="w0"))
+        whole.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        whole.save(str(wide_dir / "tokenizer.json"))
+    for seed in range(3):
+        args = {"max_new_tokens": 30, "temperature": temperature, "seed": seed, "json": True}
+        assert run(GenerateArgs(wide_dir, prompt="the w3", **args)) == 0
+        assert set(json.loads(capsys.readouterr().out)["tokens"]) <= known
+
+
+def test_logits_that_are_not_finite_are_a_sentence(model_dir, tmp_path):
+    config = replace(TINY, vocab_size=300)
+    weights = random_weights(config)
+    weights["model.norm.weight"][:] = math.nan
+    save_hf(tmp_path / "nan", config, weights)
+    with pytest.raises(UserError, match="logits are not finite"):
+        run(GenerateArgs(tmp_path / "nan", prompt="x", tokenizer=model_dir))
+
+
+def test_positions_that_were_not_trained_are_told(model_dir, capsys):
+    config = json.loads((model_dir / "config.json").read_text())
+    (model_dir / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8}))
+    run(GenerateArgs(model_dir, prompt="the", max_new_tokens=4))
+    assert capsys.readouterr().err == ""
+    run(GenerateArgs(model_dir, prompt="the", max_new_tokens=30))
+    assert "exceed the model's max_position_embeddings 8" in capsys.readouterr().err
+
+
+def test_a_run_that_was_trained_with_a_larger_tokenizer_generates(tmp_path, tokenizer_dir, capsys):
+    """pretrain takes a tokenizer with more ids than the model has rows, as long as the data use none of them."""
+    config = replace(TINY, vocab_size=299)
+    save_hf(tmp_path / "m", config, random_weights(config))
+    assert run(GenerateArgs(tmp_path / "m", prompt="the llama", tokenizer=tokenizer_dir, max_new_tokens=3)) == 0
+    assert "has 300 ids, the model 299 rows" in capsys.readouterr().err
 
 
 def test_the_prompt_begins_with_bos(tokenizer_dir):

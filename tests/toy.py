@@ -61,6 +61,26 @@ def write_instructions(directory: Path, records: int = 120) -> Path:
     return prefix
 
 
+def write_few_labels(directory: Path, records: int = 120, every: int = 12) -> Path:
+    """An instruction set of which one record in so many keeps a label that carries a loss; returns its prefix.
+
+    Of the last tenth, which is the validation split, none does.
+    """
+    random = np.random.default_rng(2)
+    prefix = directory / "few"
+    fields = ("input_ids", "attention_mask", "labels")
+    writers = {f: IndexedWriter(f"{prefix}_packed_{f}_document", np.dtype(np.int32)) for f in fields}
+    for i in range(records):
+        ids = ((random.integers(0, 256) + np.arange(20)) % 256 + 3).astype(np.int32)
+        labels = ids if i % every == 0 and i < 0.9 * records else np.full(20, -100, np.int32)
+        for f, values in zip(fields, (ids, np.ones(20, np.int32), labels), strict=True):
+            writers[f].add(values)
+            writers[f].end_document()
+    for writer in writers.values():
+        writer.close()
+    return prefix
+
+
 def write_recipe(directory: Path, **top: str) -> Path:
     """A recipe of six steps over the toy data, model and data beside it."""
     data = write_data(directory / "data")

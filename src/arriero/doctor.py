@@ -25,8 +25,6 @@ from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK
 _EXTRAS = {
     "fast": "tokenises several times faster",
     "float8": "8-bit float matmuls, faster on NVIDIA GPUs from compute capability 8.9",
-    "hf": "parity checks against the reference model, exotic tokenizers",
-    "tensorboard": "curves in TensorBoard",
     "npu": "Ascend NPUs only; its version must be torch's",
 }
 _NPU_DRIVER = "/dev/davinci0"

@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
+from annotated_types import Interval
 from tyro.conf import Positional
 
 from arriero.common.device import device_type, take_device
-from arriero.common.errors import EXIT_OK, UserError
-from arriero.common.text import printable
+from arriero.common.errors import EXIT_OK, UserError, join_problems
+from arriero.common.ranges import flag, range_problems
+from arriero.common.text import printable, shown
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from arriero.data.tokenizer import Tokenizer
+    from arriero.model.config import LlamaConfig
     from arriero.model.llama import KeyValues, Llama
 
 
@@ -31,18 +35,18 @@ class GenerateArgs:
     """A run (its newest checkpoint), a checkpoint, or a Hugging Face directory."""
     prompt: str
     """The text to go on from; may be empty if the tokenizer has a BOS."""
-    max_new_tokens: int = 100
+    max_new_tokens: Annotated[int, Interval(ge=1, le=10_000_000)] = 100
     """Stop after this many tokens; the end-of-text token stops earlier."""
-    temperature: float = 0.0
+    temperature: Annotated[float, Interval(ge=0, le=100)] = 0.0
     """0 always takes the likeliest token; 1 samples from the model's own distribution, more is wilder."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0
     """Sample only from the likeliest tokens that together have this probability."""
-    seed: int = 0
+    seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
     """Seed of the sampling; the same seed gives the same text on the same machine."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto is as stored, but float32 for a float16 model on the CPU, where float16 is very slow."""
-    device: str = "auto"
-    """auto, cpu, cuda or npu."""
+    device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
+    """Where to compute; auto takes the accelerator that is there, or the CPU."""
     tokenizer: Path | None = None
     """The tokenizer's directory, if it does not lie with the model."""
     json: bool = False
@@ -51,11 +55,8 @@ class GenerateArgs:
 
 def run(args: GenerateArgs) -> int:
     """Loads, generates and prints; returns the exit code."""
-    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
-        raise UserError(
-            "--temperature, --top-p or --max-new-tokens is out of range",
-            "temperature is 0 or more, top-p in (0, 1], max-new-tokens 1 or more",
-        )
+    if problems := range_problems(args, flag):
+        raise join_problems(problems)
     import torch
 
     from arriero.data.tokenizer import load_tokenizer
@@ -69,6 +70,8 @@ def run(args: GenerateArgs) -> int:
         raise UserError(f"{opened.path}: has no tokenizer beside it", "give one with --tokenizer DIR")
     tokenizer = load_tokenizer(where)
     prompt = encode_prompt(tokenizer, args.prompt, opened.config.vocab_size)
+    for notice in notices(tokenizer, opened.config, len(prompt), args.max_new_tokens):
+        print(printable(f"note: {notice}"), file=sys.stderr)
     kind = device_type(args.device)
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     if dtype is None and kind == "cpu" and opened.reader.dtype("model.norm.weight") == torch.float16:
@@ -77,15 +80,21 @@ def run(args: GenerateArgs) -> int:
     ends = end_ids(opened, tokenizer.eos_id)
     started = time.perf_counter()
     new: list[int] = []
-    shown = ""
+    printed = ""
     for token in generate(
-        model, prompt, args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed
+        model,
+        prompt,
+        args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        never=[i for i in tokenizer.without_text(opened.config.vocab_size).tolist() if i not in ends],
     ):
         if token in ends:
             break
         new.append(token)
         if not args.json:
-            shown = _show(tokenizer.decode([*prompt, *new]), shown)
+            printed = _show(tokenizer.decode([*prompt, *new]), printed)
     finish = "length" if len(new) == args.max_new_tokens else "eos"
     text = tokenizer.decode([*prompt, *new])
     if args.json:
@@ -94,39 +103,67 @@ def run(args: GenerateArgs) -> int:
         answer = {"prompt": args.prompt, "text": text, "continuation": text[start:], "tokens": new}
         print(json.dumps({**answer, "finish": finish, "tokens_per_second": round(rate, 1)}, ensure_ascii=False))
     else:
-        sys.stdout.write(text[len(shown) :] + "\n")
+        sys.stdout.write(_visible(text[len(printed) :]) + "\n")
     return EXIT_OK
 
 
-def _show(text: str, shown: str) -> str:
+def _show(text: str, before: str) -> str:
     """Prints what is new and final: a character whose bytes are not all there yet decodes to the replacement mark."""
     ready = text.rstrip("\ufffd")
-    sys.stdout.write(ready[len(shown) :])
+    sys.stdout.write(_visible(ready[len(before) :]))
     sys.stdout.flush()
-    return ready if len(ready) > len(shown) else shown
+    return ready if len(ready) > len(before) else before
+
+
+def _visible(text: str) -> str:
+    """The text as it is, but for control characters that a terminal would obey."""
+    return printable(text) if sys.stdout.isatty() else text
+
+
+def notices(tokenizer: Tokenizer, config: LlamaConfig, prompt: int, count: int) -> list[str]:
+    """What the user should know of this tokenizer and of `count` tokens after `prompt` with this model."""
+    found = []
+    if tokenizer.vocab_size > config.vocab_size:
+        found.append(
+            f"{tokenizer.path} has {tokenizer.vocab_size} ids, the model {config.vocab_size} rows: ids from "
+            f"{config.vocab_size} on are neither read nor written"
+        )
+    positions = config.max_position_embeddings
+    if prompt + count > positions and config.rope_scaling.rope_type != "dynamic":
+        found.append(
+            f"{prompt} tokens of prompt and up to {count} new ones exceed the model's max_position_embeddings "
+            f"{positions}: text beyond it may be poor"
+        )
+    return found
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, vocab_size: int) -> list[int]:
     """BOS and the text's ids.
 
     Raises:
-        UserError: nothing to begin with, or a tokenizer with more ids than the model has rows.
+        UserError: nothing to begin with, not text, or an id that the model has no row for.
     """
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"{tokenizer.path}: has {tokenizer.vocab_size} ids, the model has {vocab_size}",
-            "name the model's own tokenizer with --tokenizer",
-        )
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--prompt is '{shown(text)}', which is not UTF-8", "give text") from None
     ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text)
     if not ids:
         raise UserError("the prompt is empty and the tokenizer has no BOS", "give --prompt some text")
+    if max(ids) >= vocab_size:
+        raise UserError(
+            f"{tokenizer.path}: has {tokenizer.vocab_size} ids, the model has {vocab_size} rows, and the prompt needs "
+            f"id {max(ids)}",
+            "name the model's own tokenizer with --tokenizer",
+        )
     return ids
 
 
 def generate(
-    model: Llama, prompt: list[int], count: int, *, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
-) -> Iterator[int]:
-    """Yields `count` token ids that follow `prompt`; the caller stops at the end-of-text id.
+    model: Llama, prompt: list[int], count: int, *, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+    never: Sequence[int] | np.ndarray = (),
+) -> Iterator[int]:  # fmt: skip
+    """Yields `count` token ids that follow `prompt`, none of `never`; the caller stops at the end-of-text id.
 
     Keys and values are cached, except under `dynamic` rotary scaling, where a longer row turns every position anew.
     """
@@ -145,7 +182,9 @@ def generate(
                 logits_V, cache = next_logits(model, tokens_1L, cache)
             else:
                 logits_V = model(tokens_1L)[0, -1]
-            ids.append(choose(logits_V.float().cpu(), temperature=temperature, top_p=top_p, generator=generator))
+            logits_V = logits_V.float().cpu()
+            logits_V[torch.as_tensor(never, dtype=torch.int64)] = -torch.inf
+            ids.append(choose(logits_V, temperature=temperature, top_p=top_p, generator=generator))
             yield ids[-1]
 
 
@@ -171,12 +210,19 @@ def next_logits(
 
 
 def choose(logits_V: torch.Tensor, *, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """The next id: the likeliest at temperature 0, else a draw from the smallest set of probability `top_p`."""
+    """The next id: the likeliest at temperature 0, else a draw from the smallest set of probability `top_p`.
+
+    Raises:
+        UserError: the logits are NaN or infinite.
+    """
     import torch
 
+    if not torch.isfinite(logits_V.max()):  # minus infinity marks ids that are never chosen
+        raise UserError("the model's logits are not finite", "try --dtype float32, or another checkpoint")
     if temperature == 0:
         return int(logits_V.argmax())
-    probabilities_V = torch.softmax(logits_V.double() / temperature, dim=-1)
+    logits_V = logits_V.double() - logits_V.max()  # so that no temperature, however low, makes them infinite
+    probabilities_V = torch.softmax(logits_V / temperature, dim=-1)
     sorted_V, ids_V = probabilities_V.sort(descending=True)
     before_V = sorted_V.cumsum(-1) - sorted_V
     sorted_V[before_V >= top_p] = 0  # the first is always kept

@@ -6,22 +6,21 @@ turns them into the frozen dataclasses that each part of the program owns. What 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
-import json
 import re
-import sys
 import tomllib
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal
 
-import tyro
+from annotated_types import Interval
 
 from arriero.checkpoint.config import CheckpointConfig
-from arriero.common.errors import UserError, join_problems, nearest
+from arriero.common.errors import UserError, nearest
+from arriero.common.ranges import PathText, path_problem, range_problems
+from arriero.common.settings import Setting, command_line_settings, field_types, parse, show_flags
+from arriero.common.text import shown
 from arriero.common.untrusted import read_text
 from arriero.data.batches import DataConfig
 from arriero.model.config import LlamaConfig
@@ -37,23 +36,28 @@ from arriero.train.schedule import ScheduleConfig
 from arriero.train.watch import WatchConfig
 from arriero.weights.huggingface import read_shape
 
-T = TypeVar("T")
-MAX_RECIPE_BYTES = 100_000
+__all__ = ["Recipe", "Setting", "bundled_directory", "command_line_settings", "field_types", "file_settings",
+           "find_bundled", "parse", "show_flags", "to_toml"]  # fmt: skip
+
+MAX_RECIPE_BYTES, MAX_DEPTH = 100_000, 50
+_DEEP_KEY = re.compile(
+    rf"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){{{MAX_DEPTH}}}"""
+)  # tomllib's time grows with the square of a key's parts
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides a run."""
 
-    model: str = ""
+    model: Annotated[str, PathText] = ""
     """A config.json, the directory that holds one, or a shape that comes with arriero; empty takes `init`'s."""
-    init: str = ""
+    init: Annotated[str, PathText] = ""
     """A Hugging Face directory whose weights the run starts from; empty draws them from the seed."""
-    tokenizer: str = ""
+    tokenizer: Annotated[str, PathText] = ""
     """Directory or file of the tokenizer that made the data; it is checked against the data and kept with the run."""
-    out: str = ""
+    out: Annotated[str, PathText] = ""
     """The run directory to write."""
-    seed: int = 1234
+    seed: Annotated[int, Interval(ge=0, lt=2**32)] = 1234
     """Decides the initial weights and the order of the data."""
     device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
     """Where to train; auto takes the accelerator that is there, or the CPU."""
@@ -88,7 +92,8 @@ class Recipe:
 
     def problems(self, processes: int) -> list[UserError]:
         """All that is wrong with the recipe on this many processes, before anything is started."""
-        found: list[UserError] = []
+        if found := range_problems(self):
+            return found
         if not self.out:
             found.append(UserError("out: not set", "name the run directory to write, such as --out runs/first"))
         found += self.layout_problems(processes)
@@ -121,110 +126,6 @@ class Recipe:
         return found + self.recompute.problems(self.parallel)
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One key with its values as words, and where it was given."""
-
-    key: str
-    words: list[str]
-    origin: str
-
-
-def parse(cls: type[T], settings: list[Setting], *, prog: str) -> T:
-    """Builds `cls` from settings, the later of two with one key winning.
-
-    Raises:
-        UserError: every unknown key with the nearest name, and every value of the wrong type.
-    """
-    known = field_types(cls)
-    problems = []
-    for setting in settings:
-        if setting.key not in known:
-            problems.append(UserError(f"{setting.origin}: unknown key {setting.key!r}", nearest(setting.key, known)))
-    last = {setting.key: setting for setting in settings if setting.key in known}
-    if not problems:
-        try:
-            return _tyro(cls, list(last.values()), prog)
-        except UserError:
-            pass  # find each culprit below
-    for setting in last.values():
-        try:
-            _tyro(cls, [setting], prog)
-        except UserError as error:
-            problems.append(error)
-    raise join_problems(problems)
-
-
-def show_flags(cls: type, prog: str) -> None:
-    """Prints every flag of a dataclass with its default and its meaning, as tyro does."""
-    try:
-        tyro.cli(cls, prog=prog, args=["--help"], config=(tyro.conf.FlagConversionOff,))
-    except SystemExit:
-        sys.stdout.flush()
-
-
-def _tyro(cls: type[T], settings: list[Setting], prog: str) -> T:
-    kinds = field_types(cls)
-    words = []
-    for s in settings:
-        values = (
-            [w.capitalize() if w in ("true", "false") else w for w in s.words] if kinds.get(s.key) is bool else s.words
-        )
-        words += [f"--{s.key}", *values]
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
-            return tyro.cli(cls, prog=prog, args=words, config=(tyro.conf.FlagConversionOff,))
-    except SystemExit:
-        said = _first_sentence(printed.getvalue())
-        where = settings[0].origin if len(settings) == 1 else prog
-        wanted = f"give {_describe(field_types(cls).get(settings[0].key))}" if len(settings) == 1 else ""
-        raise UserError(f"{where}: {said}", wanted) from None
-
-
-def _first_sentence(box: str) -> str:
-    """What tyro says between the title of its box and the help text, on one line."""
-    lines = [re.sub(r"[^\x20-\x7e]", "", line).strip() for line in box.splitlines()]
-    rules = [i for i, line in enumerate(lines) if line and not line.strip("-")] + [len(lines)]
-    start, end = (rules[0] + 1, rules[1]) if len(rules) > 2 else (1, rules[0])
-    return " ".join(line for line in lines[start:end] if line) or "cannot be read"
-
-
-def _describe(kind: Any) -> str:
-    """A type in a person's words."""
-    if getattr(kind, "__origin__", None) is Literal:
-        return "one of " + ", ".join(map(str, kind.__args__))
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    return names.get(kind, str(kind).replace("typing.", ""))
-
-
-def field_types(cls: type) -> dict[str, Any]:
-    """Every key that `cls` knows, dotted, with its type."""
-    found: dict[str, Any] = {}
-    hints = get_type_hints(cls)
-    for f in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[f.name]):
-            found |= {f"{f.name}.{key}": kind for key, kind in field_types(hints[f.name]).items()}
-        else:
-            found[f.name] = hints[f.name]
-    return found
-
-
-def command_line_settings(words: list[str]) -> list[Setting]:
-    """Reads `--key.sub value ...` and `--key.sub=value`; dashes in a key are underscores."""
-    settings: list[Setting] = []
-    for word in words:
-        if re.match(r"--[A-Za-z]", word):
-            flag, equals, value = word[2:].partition("=")
-            key = flag.replace("-", "_")
-            settings.append(Setting(key, [value] if equals else [], f"--{flag}"))
-        elif settings:
-            settings[-1].words.append(word)
-        else:
-            raise UserError(f"unexpected argument {word!r}", "give one recipe, then --key value pairs")
-    return settings
-
-
 def file_settings(path: Path) -> list[Setting]:
     """Reads a TOML recipe into settings that know their line.
 
@@ -232,16 +133,23 @@ def file_settings(path: Path) -> list[Setting]:
         UserError: no such file, or not TOML.
     """
     try:
+        if wrong := path_problem(str(path)):
+            raise UserError(f"the recipe {wrong}", "name a TOML file, or one that comes with arriero")
         if not path.is_file():
             raise UserError(f"{path}: no such recipe", "name a TOML file, or one that comes with arriero")
         text = read_text(path, "name a TOML file", MAX_RECIPE_BYTES)
-        tables = tomllib.loads(text)
+        if deep := _DEEP_KEY.search(text):
+            line = text.count("\n", 0, deep.start()) + 1
+            raise UserError(
+                f"{path}:{line}: a key of more than {MAX_DEPTH} parts", "no key of a recipe has more than two"
+            )
+        flat = _flatten(tomllib.loads(text))
     except RecursionError:
         raise UserError(f"{path}: not TOML that can be read: it is nested too deep", "mend it") from None
     except ValueError as error:  # TOMLDecodeError is one; so is a number of more digits than Python reads
         raise UserError(f"{path}: not TOML: {error}", "mend that line") from None
     lines = _key_lines(text)
-    return [Setting(key, words, f"{path}:{lines.get(key, 1)}") for key, words in _flatten(tables)]
+    return [Setting(key, words, f"{path}:{lines.get(key, 1)}") for key, words in flat]
 
 
 def _flatten(table: dict[str, Any], prefix: str = "") -> list[tuple[str, list[str]]]:
@@ -278,6 +186,8 @@ def find_bundled(folder: str, name: str, suffix: str) -> Path:
     Raises:
         UserError: neither exists.
     """
+    if wrong := path_problem(name):
+        raise UserError(f"the file {wrong}", "name a file, or one that comes with arriero")
     if Path(name).is_file() or (folder and (Path(name) / "config.json").is_file()):
         return Path(name)
     bundled = bundled_directory() / folder
@@ -285,7 +195,9 @@ def find_bundled(folder: str, name: str, suffix: str) -> Path:
     if "/" not in name and candidate.is_file():
         return candidate
     known = [path.stem for path in bundled.glob(f"*{suffix}")]
-    raise UserError(f"{name}: no such file", f"{nearest(name, known)} (these come with arriero)" if known else "")
+    raise UserError(
+        f"{shown(name)}: no such file", f"{nearest(name, known)} (these come with arriero)" if known else ""
+    )
 
 
 def bundled_directory() -> Path:
@@ -296,12 +208,11 @@ def bundled_directory() -> Path:
 
 def to_toml(value: Any) -> str:
     """A recipe as TOML text, every key written out."""
-    plain, tables = [], []
-    for f in dataclasses.fields(value):
-        item = getattr(value, f.name)
-        if dataclasses.is_dataclass(item):
-            tables.append(f"\n[{f.name}]\n{to_toml(item)}")
-        else:
-            shown = list(item) if isinstance(item, tuple) else item
-            plain.append(f"{f.name} = {json.dumps(shown, ensure_ascii=False)}\n")  # JSON's values are TOML's
-    return "".join(plain + tables)
+    import tomli_w
+
+    return tomli_w.dumps(_plain(value))
+
+
+def _plain(part: Any) -> dict[str, Any]:
+    values = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
+    return {key: _plain(v) if dataclasses.is_dataclass(v) else v for key, v in values.items()}

@@ -136,7 +136,7 @@ def unreadable(directory: Path) -> dict[str, tuple[str, bytes, str]]:
         "zstd cut short": ("a.jsonl.zst", zstd(GOOD * 5000)[:-9], "cannot be read|damaged|ends"),
         "parquet cut short": ("a.parquet", parquet.read_bytes()[:-10], "a.parquet"),
         "feather cut short": ("a.feather", feather.read_bytes()[:-10], "a.feather"),
-        "array cut short": ("a.json", b'[{"text": "x"}, {"text": "y"', "ends within the array"),
+        "array cut short": ("a.json", b'[{"text": "x"}, {"text": "y"', "ends within a value"),
         "array broken": ("a.json", b'[{"text": "x"}, {"text" "y"}, {"text": "and more after it"}]', "after record 1"),
         "no array": ("a.json", b'"x"', "neither a JSON array nor JSON lines"),
         "UTF-16": ("a.txt", "text\n".encode("utf-16"), "is UTF-16"),

@@ -8,7 +8,7 @@ import pytest
 
 from arriero.common.errors import UserError
 from arriero.data.batches import Batches, DataConfig
-from arriero.data.check import check_data_against
+from arriero.data.check import check_data_against, size_notices
 from arriero.data.indexed import IndexedWriter
 from arriero.data.tokenizer import load_tokenizer
 
@@ -143,3 +143,33 @@ def test_data_that_does_not_fit_the_model_is_refused(
     check_data_against(foreign, 63)
     with pytest.raises(UserError, match="token id 62, the model's vocabulary has 62 entries"):
         check_data_against(foreign, 62)
+
+
+def test_a_model_that_is_smaller_than_what_is_used_with_it_is_told() -> None:
+    assert size_notices(300, 64, length=64, tokenizer_size=300, tokenizer="tokenizer") == []
+    (line,) = size_notices(300, 64, length=65)
+    assert "train.sequence_length 65 is above the model's max_position_embeddings 64" in line
+    (line,) = size_notices(300, 64, length=64, tokenizer_size=301, tokenizer="a\x1bb")
+    assert "a\\x1bb has 301 entries, the model 300 rows" in line
+
+
+def test_without_weights_each_set_counts_by_its_length(tmp_path: Path) -> None:
+    a, b = make_set(tmp_path / "a", documents=90), make_set(tmp_path / "b", seed=1, first=200, documents=30)
+    batches = make(DataConfig(prefix=f"{a} {b}", split="1,0,0"), global_batch=1)
+    count = batches.samples_per_epoch
+    tokens = batches.samples(0, count).tokens
+    of_b = int((tokens >= 200).any(1).sum())
+    lengths = [one.samples_per_epoch for one in batches.sets]
+    assert abs(of_b - lengths[1]) <= 1
+    assert batches.weights == [n / count for n in lengths]
+
+
+def test_samples_do_not_depend_on_the_batch_they_are_read_in(tmp_path: Path) -> None:
+    a, b = make_set(tmp_path / "a"), make_set(tmp_path / "b", seed=1, first=200)
+    for order in ("stable", "megatron"):
+        config = DataConfig(prefix=f"0.7 {a} 0.3 {b}", split="1,0,0", order=order)
+        whole = make(config, samples=200).samples(0, 200).tokens
+        for batch in (1, 3, 8, 50):
+            other = make(config, global_batch=batch, samples=200)
+            assert np.array_equal(other.samples(17, 90).tokens, whole[17:107])
+            assert np.array_equal(other.batch(2, 0, batch).tokens, whole[2 * batch : 3 * batch])

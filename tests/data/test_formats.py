@@ -12,6 +12,7 @@ from arriero.data.batches import Batches, DataConfig
 from arriero.data.formats import BadRecordError, Template, load_template, make_format
 from arriero.data.indexed import IndexedDataset
 from arriero.data.instruct import best_fit
+from arriero.data.records import CONTENT
 from arriero.data.tokenizer import Tokenizer
 
 Prepare = Callable[..., str]
@@ -59,6 +60,79 @@ def test_a_bad_chat_says_why(record: dict[str, object], reason: str) -> None:
         chat(record)
 
 
+ASK = {"instruction": "Add.", "output": "42"}
+PAIR = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+# Records whose content beyond instruction/output or messages must not vanish: the prompt's text, or why it is refused.
+CARRIED: dict[str, tuple[dict[str, object], str]] = {
+    "input": ({**ASK, "input": "1 + 41"}, "### Human: Add.\n1 + 41\n\n### Assistant: "),
+    "input behind turns": (
+        {"instruction": "Human: a\nAssistant: b\nHuman: c\nAssistant:", "input": "d", "output": "e"},
+        "### Human: a\n\n### Assistant: b\n\n### Human: c\nd\n\n### Assistant: ",
+    ),
+    "system": ({**ASK, "system": "Be brief."}, "Be brief.\n\n### Human: Add.\n\n### Assistant: "),
+    "history": ({**ASK, "history": [["a", "b"], ["c", "d"]]},
+                "### Human: a\n\n### Assistant: b\n\n### Human: c\n\n### Assistant: d\n\n"
+                "### Human: Add.\n\n### Assistant: "),
+    "system of messages": ({"messages": PAIR, "system": "Be brief."}, "Be brief.\n\n### Human: Hi\n\n### Assistant: "),
+    "the same system twice": ({"messages": [{"role": "system", "content": "S"}, *PAIR], "system": "S"},
+                              "S\n\n### Human: Hi\n\n### Assistant: "),
+    "the other name is null": ({"messages": None, "conversations": [{"from": "human", "value": "Hi"},
+                                                                    {"from": "gpt", "value": "Yes?"}]},
+                               "### Human: Hi\n\n### Assistant: "),
+    "both names in a turn": ({"messages": [{**turn, "from": None, "value": None, "tool_calls": []} for turn in PAIR]},
+                             "### Human: Hi\n\n### Assistant: "),
+    "blanks and nulls": ({**ASK, "input": " ", "history": [], "tools": "", "system": None, "images": [None]},
+                         "### Human: Add.\n\n### Assistant: "),
+}  # fmt: skip
+REFUSED: dict[str, tuple[dict[str, object], str]] = {
+    "another system": ({"messages": [{"role": "system", "content": "S"}, *PAIR], "system": "T"}, "another system"),
+    "input without a user's turn": ({"instruction": "Human: a\nAssistant: b", "input": "c", "output": "d"}, "input is"),
+    "input beside messages": ({"messages": PAIR, "input": "x"}, "input is filled beside messages"),
+    "both lists": ({"messages": PAIR, "conversations": PAIR[:1] * 2}, "messages and conversations are both filled"),
+    "tools": ({"messages": PAIR, "tools": [{"name": "f"}]}, "tools is filled"),
+    "tools as text": ({"conversations": PAIR, "tools": "[{}]"}, "tools is filled"),
+    "images": ({**ASK, "images": ["a.png"]}, "images is filled"),
+    "history of odd length": ({**ASK, "history": [["a"]]}, "history is not a list of pairs"),
+    "history with a null": ({**ASK, "history": [["a", None]]}, "answer of history is null"),
+    "a tool's turn": ({"messages": [*PAIR, {"role": "tool", "content": "x"}]}, "unknown role 'tool'"),
+    "tool calls": ({"messages": [PAIR[0], {**PAIR[1], "tool_calls": [{"id": 1}]}]}, "tool_calls is filled"),
+    "reasoning": ({"messages": [PAIR[0], {**PAIR[1], "reasoning_content": "hm"}]}, "reasoning_content is filled"),
+    "weight": ({"messages": [PAIR[0], {**PAIR[1], "weight": 0}]}, "weight 0"),
+    "content of parts": ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content is list"),
+    "content and value": ({"messages": [{"role": "user", "content": "x", "value": "y"}]}, "both filled, and differ"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CARRIED)
+def test_a_chat_carries_all_that_a_record_holds(case: str) -> None:
+    record, prompt = CARRIED[case]
+    parts = chat(record, "last")
+    assert "".join(text for text, *_ in parts[:-1]) == prompt
+    assert parts[-1][1:] == (True, True)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_or_it_is_set_aside(case: str) -> None:
+    record, reason = REFUSED[case]
+    with pytest.raises(BadRecordError, match=reason):
+        chat(record)
+
+
+@pytest.mark.parametrize("column", [c for c in CONTENT if c != "input"])
+def test_what_an_alpaca_record_has_no_place_for(column: str) -> None:
+    for name in ("alpaca", "alpaca-sft"):
+        form = make_format(name, keys=(), template=Template(), loss_on="all")
+        with pytest.raises(BadRecordError, match=f"{column} is filled"):
+            form.documents({**ASK, column: "x"})
+        ignoring = make_format(name, keys=(), template=Template(), loss_on="all", ignored=(column,))
+        plain = form.documents(ASK)
+        assert ignoring.documents({**ASK, column: "x"}) == plain
+        assert form.columns is not None
+        assert column in form.columns  # read from a parquet file too
+    with pytest.raises(UserError, match="did you mean 'tools'"):
+        make_format("chat", keys=(), template=Template(), loss_on="all", ignored=("tool",))
+
+
 def test_no_input_leaves_no_trace() -> None:
     for name in ("stanford", "ascendspeed", "ascendspeed-instruction"):
         form = make_format("alpaca", keys=(), template=load_template(name), loss_on="all")
@@ -84,6 +158,11 @@ def test_a_users_template(tmp_path: Path) -> None:
         ('promt = "x"', "did you mean 'prompt'"),
         ('prompt = "{output}"', "asks for {output}"),
         ('prompt = "{"', "stray brace"),
+        ('prompt = "{instruction:1000000000} {input}"', "a slot with : or !"),
+        ('prompt = "{instruction!r} {input}"', "a slot with : or !"),
+        ('prompt = "Q: {instruction}"', "has no {input}"),
+        ('answer = "A"', "has no {output}"),
+        ('user = ""', "has no {content}"),
         ("prompt = 3", "must be a string"),
         ("prompt", "is not TOML"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -30,6 +31,8 @@ TRIED = {
     "documents": SOME,
     "padded answers": SOME,
 }
+UNLABELLED = ("zero-3, data 2", "tensor 2, sequence", "pipeline 2, 1F1B", "pipeline 2, DualPipeV",
+              "pipeline 2 x context 2 x tensor 2")  # fmt: skip
 LOW = ("zero-3, data 2", "tensor 2", "pipeline 2, 1F1B", "pipeline 2 x zero-3 data 2")
 
 
@@ -46,6 +49,7 @@ def runs() -> Iterator[tuple[Path, dict[str, dict[str, Any]]]]:
 def run_all(root: Path) -> dict[str, dict[str, Any]]:
     toy.write_data(root / "data")
     toy.write_instructions(root / "data")
+    few = {"data__prefix": str(toy.write_few_labels(root / "data"))}
     toy.write_config(root / "plain", num_hidden_layers=4)
     toy.write_config(root / "tied", num_hidden_layers=4, tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
     cases: dict[int, list[dict[str, Any]]] = {1: [], 2: [], 4: [], 8: []}
@@ -63,6 +67,9 @@ def run_all(root: Path) -> dict[str, dict[str, Any]]:
     cases[1].append(case(root, "one, overflow", **overflow))
     cases[2].append(case(root, "data 2; overflow", **overflow))
     cases[2].append(case(root, "pipeline 2; overflow", **overflow, **LAYOUTS["pipeline 2, 1F1B"][1]))
+    for layout in UNLABELLED:
+        cases[LAYOUTS[layout][0]].append(case(root, f"{layout}; few labels", **few, **LAYOUTS[layout][1]))
+    cases[1].append(case(root, "one, few labels", **few))
     results = launch(root, 1, cases[1])
     # Resume a checkpoint of one process under each of some layouts, and one of each in one process.
     for layout in SOME:
@@ -139,6 +146,20 @@ def test_overflow_is_skipped_alike(runs: Any) -> None:
     assert one["skipped"][0]
     for other in (results["data 2; overflow"], results["pipeline 2; overflow"]):
         assert (other["scale"], other["skipped"]) == (one["scale"], one["skipped"])
+
+
+@pytest.mark.parametrize("layout", UNLABELLED)
+def test_steps_without_a_label_are_left_out_alike(runs: Any, layout: str) -> None:
+    """A global batch in which no label carries a loss, and a validation in which none does."""
+    root, results = runs
+    one, other = results["one, few labels"], results[f"{layout}; few labels"]
+    assert 0 < sum(one["skipped"]) < 5
+    assert other["skipped"] == one["skipped"]
+    assert [math.isnan(loss) for loss in one["loss"]] == one["skipped"]
+    assert all(math.isnan(r["valid"]) for r in (one, other))
+    taken = [i for i, skipped in enumerate(one["skipped"]) if not skipped]
+    assert close([other["loss"][i] for i in taken], [one["loss"][i] for i in taken], 1e-10)
+    assert largest_difference(root, f"{layout}; few labels", "one, few labels") < 1e-10
 
 
 @pytest.mark.parametrize("layout", SOME)

@@ -23,7 +23,7 @@ from arriero.observe.events import KINDS, goodput, read_events
 from arriero.parallel.mesh import Ranks
 from arriero.recipe import Recipe, file_settings, parse
 from arriero.train import guard
-from arriero.train.guard import SkippedWindows, Spikes
+from arriero.train.guard import Spikes
 from arriero.train.loop import Continuation, train
 from arriero.train.trainer import Trainer
 
@@ -46,7 +46,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def forward_backward(self: Trainer, micro: Any, *, train: bool) -> torch.Tensor:
         loss = original(self, micro, train=train)
-        used.append(self.skipped.batch(self.done))
+        used.append(self.position.place // 8)
         return loss * math.nan if used[-1] == 4 else loss
 
     monkeypatch.setattr(Trainer, "forward_backward", forward_backward)
@@ -58,14 +58,14 @@ def test_a_rewind_leaves_out_the_window_and_a_resume_repeats_it(tmp_path: Path, 
     digest = run(recipe)
     assert poison == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]  # after batch 4 step 4 is done again, with batch 5
     checkpoints = committed(Path(recipe.out) / "checkpoints")
-    states = [json.loads((path / "state.json").read_text()).get("skipped_windows") for path in checkpoints]
-    assert states == [None, [[3, 2]], [[3, 2]]]
+    states = [json.loads((path / "state.json").read_text()).get("skipped_samples") for path in checkpoints]
+    assert states == [None, [[24, 16]], [[24, 16]]]
     lines = [json.loads(line) for line in (Path(recipe.out) / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines if line["kind"] == "step"] == list(range(1, 9))
     log = (Path(recipe.out) / "log.txt").read_text()
     assert "SKIPPED step 5: loss nan" in log
     assert "REWOUND to step 3" in log
-    assert "batches 3 to 4 are left out" in log
+    assert "samples 24 to 39 are left out" in log
     poison.clear()
     assert run(replace(recipe, out=str(tmp_path / "again")), checkpoints[1]) == digest
     assert poison == [8, 9]
@@ -89,17 +89,6 @@ def test_rewinding_needs_data_that_goes_on(tmp_path: Path) -> None:
     assert any("rewind leaves batches out" in str(problem) for problem in recipe.problems(1))
 
 
-def test_windows_add_up() -> None:
-    windows = SkippedWindows()
-    assert windows.leave_out(3, 4) == (3, 4)
-    assert [windows.batch(step) for step in range(6)] == [0, 1, 2, 5, 6, 7]
-    assert windows.leave_out(3, 3) == (5, 5)  # again from the same checkpoint
-    assert windows.leave_out(9, 10) == (12, 13)
-    assert [windows.batch(step) for step in (2, 3, 8, 9)] == [2, 6, 11, 14]
-    assert windows.leave_out(6, 9) == (9, 14)  # the newer checkpoints were damaged
-    assert [windows.batch(step) for step in (5, 6, 7)] == [8, 15, 16]
-
-
 def test_a_spike_stands_out_from_the_running_median() -> None:
     spikes = Spikes(10.0)
     for i in range(guard.FEWEST - 1):
@@ -120,7 +109,7 @@ def test_a_spike_is_handled_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def forward_backward(self: Trainer, micro: Any, *, train: bool) -> torch.Tensor:
         loss = original(self, micro, train=train)
-        return torch.full_like(loss, 1000.0) if self.skipped.batch(self.done) == 4 else loss
+        return torch.full_like(loss, 1000.0) if self.position.place == 4 * 8 else loss
 
     monkeypatch.setattr(Trainer, "forward_backward", forward_backward)
     recipe = recipe_in(tmp_path, steps=6, on_spike=policy)

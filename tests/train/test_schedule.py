@@ -10,7 +10,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arriero.train.schedule import ScheduleConfig, learning_rate
+from arriero.train.schedule import ScheduleConfig, learning_rate, moved_rate
 
 BASE = ScheduleConfig(lr=1.0, min_lr=0.1, warmup_steps=10)
 
@@ -68,3 +68,39 @@ def test_impossible_values_are_named() -> None:
     assert "both set" in str(both.problems()[0])
     assert "min_lr" in str(replace(BASE, min_lr=2.0).problems()[0])
     assert not BASE.problems()
+
+
+def test_a_longer_run_tells_how_its_rate_moves() -> None:
+    config = ScheduleConfig(lr=3e-4, min_lr=3e-5)
+    line = moved_rate(config, 6, config, 9, done=6)
+    last, following = learning_rate(config, 5, 6), learning_rate(config, 6, 9)
+    assert f"from {last:.3E} in step 6 to {following:.3E} in step 7" in line
+    assert "--schedule.decay_steps 6 --allow-change schedule.decay_steps" in line
+    assert moved_rate(config, 6, replace(config, decay_steps=6), 9, done=6) == ""
+    later = moved_rate(replace(config, shape="wsd"), 100, replace(config, shape="wsd"), 200, done=50)
+    assert "in step 91" in later or "in step 92" in later  # where the old one began to fall
+    assert "--schedule.decay_steps 100" in later
+    changed = moved_rate(config, 9, replace(config, lr=1e-3, warmup_steps=2), 9, done=4)
+    assert "--schedule.lr 0.0003 --schedule.warmup_steps 0" in changed
+
+
+SCHEDULES = st.builds(
+    ScheduleConfig, shape=st.sampled_from(["cosine", "linear", "constant", "wsd"]), lr=st.sampled_from([1e-3, 3e-4]),
+    min_lr=st.sampled_from([0.0, 1e-4]), warmup_steps=st.sampled_from([0, 3]), decay_steps=st.sampled_from([0, 7, 20]),
+)  # fmt: skip
+
+
+@given(SCHEDULES, SCHEDULES, st.integers(1, 30), st.integers(1, 30), st.integers(0, 30))
+def test_a_line_is_due_just_where_the_curve_departs_and_its_advice_mends_it(
+    then: ScheduleConfig, now: ScheduleConfig, before: int, steps: int, done: int
+) -> None:  # fmt: skip
+    done = min(done, before, steps)
+    line = moved_rate(then, before, now, steps, done=done)
+    both = range(done, max(done + 1, min(before, steps)))
+    assert bool(line) == any(learning_rate(then, i, before) != learning_rate(now, i, steps) for i in both)
+    if line:
+        words = line.partition("stays with ")[2].partition(" --allow")[0].split()
+        kinds = {"shape": str, "lr": float, "min_lr": float, "wsd_decay_fraction": float}
+        keys = [word.removeprefix("--schedule.") for word in words[::2]]
+        mended = replace(now, **{k: kinds.get(k, int)(v) for k, v in zip(keys, words[1::2], strict=True)})
+        assert moved_rate(then, before, mended, steps, done=done) == ""

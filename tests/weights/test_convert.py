@@ -252,7 +252,7 @@ def test_verify_and_json(tmp_path, capsys):
         ({"to": "megatron", "tp": 8, "pp": 8}, "2 problems"),
         ({"to": "megatron", "pp": 2, "vpp": 3}, "without --vpp"),
         ({"to": "megatron", "vpp": 2}, "more than one stage"),
-        ({"to": "megatron", "tp": 0}, "possible --tp"),
+        ({"to": "megatron", "tp": 0}, "--tp is 0"),
         ({"to": "hf", "tp": 2}, "no effect"),
         ({"to": "megatron", "deepspeed": True}, "belong to --to ascendspeed"),
         ({"to": "ascendspeed", "spec": "local"}, "--spec belongs to --to megatron"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from annotated_types import Interval
 
 from arriero.bench.peak import Peak, matmul_peak
 from arriero.bench.sweep import check_target, sweep, sweep_table, write_best
@@ -17,8 +18,9 @@ from arriero.bench.table import as_json, peak_table, result_table
 from arriero.bench.trial import run_trial, trial
 from arriero.common.device import describe, device_type, matmul_dtypes, take_device
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError, join_problems
+from arriero.common.ranges import PathText, flag, range_problems
+from arriero.common.text import printable
 from arriero.launch import LaunchConfig, Place, ProcessFailed, run_processes, started_by_another, take_place
-from arriero.parallel.compiled import compile_machine_problems
 from arriero.recipe import (
     Recipe,
     Setting,
@@ -30,35 +32,32 @@ from arriero.recipe import (
     show_flags,
 )
 from arriero.train.command import process_count
+from arriero.train.memory import memory_problems
+from arriero.train.preflight import machine_problems
 
 
 @dataclass(frozen=True)
 class BenchConfig:
     """What is measured."""
 
-    iterations: int = 10
+    iterations: Annotated[int, Interval(ge=1, le=1_000_000)] = 10
     """Steps that are timed."""
-    warmup: int = 3
+    warmup: Annotated[int, Interval(ge=1, le=1_000_000)] = 3
     """Steps before them, which fill caches."""
     peak: bool = False
     """Measure the fastest matrix multiplication of each dtype instead; takes no recipe."""
     sweep: bool = False
     """Try micro batches, recomputation and compilation, and name the best."""
-    write: str = ""
+    write: Annotated[str, PathText] = ""
     """sweep only: write the recipe with the best settings to this TOML file."""
-    memory_limit: float = 0.0
+    memory_limit: Annotated[float, Interval(ge=0, le=1e6)] = 0.0
     """GB that one process may hold, on the CPU; 0: none, and in a sweep what is available."""
     json: bool = False
     """Print JSON instead of Markdown."""
 
     def problems(self) -> list[UserError]:
         """All that is impossible about it."""
-        found = []
-        for key, least in (("iterations", 1), ("warmup", 1)):
-            if getattr(self, key) < least:
-                found.append(UserError(f"--{key} is {getattr(self, key)}", f"give a whole number from {least}"))
-        if self.memory_limit < 0:
-            found.append(UserError(f"--memory-limit is {self.memory_limit}", "give GB, or 0 for no limit"))
+        found = range_problems(self, flag)
         if self.write and not self.sweep:
             found.append(UserError("--write has no effect without --sweep", "add --sweep"))
         if self.peak and (self.sweep or self.memory_limit):
@@ -75,7 +74,7 @@ def run(words: list[str]) -> int:
     try:
         return bench_peak(config, launch, settings) if config.peak else bench(config, launch, named, settings)
     except ProcessFailed as error:
-        print(f"arriero: {error}", file=sys.stderr)
+        print(printable(f"arriero: {error}"), file=sys.stderr)
         return EXIT_CHECK_FAILED
 
 
@@ -105,7 +104,7 @@ def bench(config: BenchConfig, launch: LaunchConfig, named: str, settings: list[
     launch = take_place(launch, os.environ)
     kind = device_type(recipe.device)
     here = process_count(recipe, launch, kind)
-    check(config, recipe, here * max(1, launch.nodes), kind)
+    check(config, recipe, here * max(1, launch.nodes), kind, here)
     if config.sweep:
         if started_by_another() or launch.nodes > 1:
             raise UserError("--sweep starts its own processes, on one machine", "start it without torchrun or --nodes")
@@ -126,7 +125,7 @@ def bench(config: BenchConfig, launch: LaunchConfig, named: str, settings: list[
     return EXIT_OK
 
 
-def check(config: BenchConfig, recipe: Recipe, processes: int, kind: str) -> None:
+def check(config: BenchConfig, recipe: Recipe, processes: int, kind: str, here: int) -> None:
     """Refuses what cannot work before anything is started. Data, tokenizer and `out` may be missing.
 
     Raises:
@@ -135,10 +134,9 @@ def check(config: BenchConfig, recipe: Recipe, processes: int, kind: str) -> Non
     problems = recipe.layout_problems(processes)
     for part in (recipe.optim, recipe.schedule, recipe.log):
         problems += part.problems()
-    if recipe.optim.offload and kind == "cpu":
-        problems.append(UserError("optim.offload has no effect on the CPU", "leave it out"))
-    if recipe.train.compile:
-        problems += compile_machine_problems(kind)
+    problems += machine_problems(recipe, kind)
+    if not problems and kind == "cpu" and not config.sweep:
+        problems += memory_problems(recipe, processes, 1 if started_by_another() else here)[0]
     if config.memory_limit and kind != "cpu":
         problems.append(UserError("--memory-limit has no effect on an accelerator: its memory is the limit", "drop it"))
     if problems:
@@ -161,17 +159,16 @@ def bench_peak(config: BenchConfig, launch: LaunchConfig, settings: list[Setting
     if started_by_another() or launch.nodes > 1:
         raise UserError("--peak is about one machine", "start it without torchrun or --nodes")
     here = process_count(recipe, launch, kind) if launch.nproc_per_node else 1
-    run_processes(measure_peak, PeakJob(kind, config.json), here, launch=launch)
+    print(run_processes(measure_peak, PeakJob(kind, config.json), here, launch=launch)[0])
     return EXIT_OK
 
 
-def measure_peak(job: PeakJob) -> None:
-    """What each process does."""
+def measure_peak(job: PeakJob) -> str:
+    """What each process does; returns the text to print."""
     place = Place.from_environment()
     device = take_device(job.device_kind, place.local_rank)
     peaks: list[Peak] = [matmul_peak(device, dtype) for dtype in matmul_dtypes(job.device_kind)]
-    if place.rank == 0:
-        print(as_json(peaks) if job.json else peak_table(describe(job.device_kind), peaks))
+    return as_json(peaks) if job.json else peak_table(describe(job.device_kind), peaks)
 
 
 def print_help() -> None:

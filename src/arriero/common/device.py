@@ -206,6 +206,16 @@ def available_memory() -> float:
     return float(_proc("meminfo", "MemAvailable").removesuffix("kB") or 0) * 1024
 
 
+def machine_memory() -> float:
+    """Bytes of memory and swap that this process's machine or container has; 0 where the kernel says none."""
+    total = sum(float(_proc("meminfo", key).removesuffix("kB") or 0) * 1024 for key in ("MemTotal", "SwapTotal"))
+    limits = [total] if total else []
+    for file in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container: control groups, version 2 and 1
+        with contextlib.suppress(OSError, ValueError), open(f"/sys/fs/cgroup/{file}", encoding="utf-8") as text:
+            limits.append(float(text.read()))  # "max" is no number
+    return min(limits, default=0.0)
+
+
 def _kilobytes(key: str) -> float:
     return float(_proc("self/status", key).removesuffix("kB") or 0) * 1024
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from arriero.common.errors import UserError, nearest
-from arriero.compare.read import Curves
+from arriero.common.text import shown
+from arriero.compare.curves import Curves, meaning
 
 DEFAULT_QUANTITIES = ("lm_loss", "grad_norm")
 
@@ -63,28 +65,40 @@ class Verdict:
         return all(x.passed for x in self.agreements)
 
 
-def judge(a: Curves, b: Curves, *, quantities: tuple[str, ...] = (), max_rel: float = 0.02) -> Verdict:
+def judge(
+    a: Curves, b: Curves, *, quantities: tuple[str, ...] = (), max_rel: float = 0.02, logging_steps: int = 0
+) -> Verdict:
     """Compares `quantities` of two runs; none named means loss and gradient norm, as far as both have them.
 
+    Args:
+        a: the reference.
+        b: the run to judge.
+        quantities: arriero's names or the logs' own.
+        max_rel: the greatest relative error allowed.
+        logging_steps: steps between two lines of a log that names no step; 0 where that is not known.
+
     Raises:
-        UserError: no common iteration, a named quantity that one of them lacks, a limit that is no limit.
+        UserError: no common iteration, a named quantity that one of them lacks, a limit that is no limit, a log
+            without steps against one with steps.
     """
     if not (math.isfinite(max_rel) and max_rel >= 0):
         raise UserError(f"--max-rel {max_rel} is no limit", "give a number from 0 (bit for bit) up, such as 0.02")
-    if not a.iterations & b.iterations:
+    a, b = _numbered(a, b, logging_steps)
+    if not set(a.iterations) & set(b.iterations):
         raise UserError(
-            f"no common iterations: {a.path} has {_range(a.iterations)}, {b.path} has {_range(b.iterations)}",
+            f"no common iterations: {shown(a.path)} has {_range(a.iterations)}, "
+            f"{shown(b.path)} has {_range(b.iterations)}",
             "compare runs that log the same steps",
         )
-    notes = _notes(a, b)
-    chosen = list(dict.fromkeys(quantities or DEFAULT_QUANTITIES))
+    notes = [*a.notes, *(note for note in b.notes if note not in a.notes), *_notes(a, b)]
+    chosen = list(dict.fromkeys(meaning(name) for name in quantities) if quantities else DEFAULT_QUANTITIES)
     for quantity in list(chosen):
         for curves in (a, b):
             if curves.columns.get(quantity):
                 continue
             if quantities or quantity == "lm_loss":
-                raise UserError(f"{curves.path}: no {quantity} in it", nearest(quantity, curves.columns))
-            notes.append(f"{curves.path} has no {quantity}: not compared.")
+                raise UserError(f"{shown(curves.path)}: no {quantity} in it", nearest(quantity, curves.names[:50]))
+            notes.append(f"{shown(curves.path)} has no {quantity}: not compared.")
             if quantity in chosen:
                 chosen.remove(quantity)
     return Verdict(a, b, [_agreement(a, b, quantity, max_rel) for quantity in chosen], notes)
@@ -95,7 +109,7 @@ def _agreement(a: Curves, b: Curves, quantity: str, limit: float) -> Agreement:
     common = sorted(mine.keys() & theirs.keys())
     if not common:
         fix = "compare runs that log the same steps"
-        raise UserError(f"no common iterations of {quantity} in {a.path} and {b.path}", fix)
+        raise UserError(f"no common iterations of {quantity} in {shown(a.path)} and {shown(b.path)}", fix)
     finite = [i for i in common if math.isfinite(mine[i]) and math.isfinite(theirs[i])]
     alike = [i for i in common if not math.isfinite(mine[i]) and repr(mine[i]) == repr(theirs[i])]
     return Agreement(
@@ -116,30 +130,63 @@ def _relative(a: float, b: float) -> float:
     return abs(b - a) / abs(a) if a else math.inf
 
 
+def _numbered(a: Curves, b: Curves, logging_steps: int) -> tuple[Curves, Curves]:
+    """The two with iterations that mean the same: counted lines become steps where their distance is known."""
+    if not (a.numbered or b.numbered):
+        if logging_steps:
+            raise UserError("--logging-steps has no effect: both logs name their steps", "leave it out")
+        return a, b
+    if not logging_steps and a.numbered != b.numbered:
+        alone = a if a.numbered else b
+        fix = "give trainer_state.json instead, or the Trainer's logging_steps as --logging-steps N"
+        raise UserError(f"{shown(alone.path)}: its lines name no step, and the other log's do", fix)
+    return _spread(a, logging_steps), _spread(b, logging_steps)
+
+
+def _spread(curves: Curves, logging_steps: int) -> Curves:
+    if not curves.numbered:
+        return curves
+    if not logging_steps:
+        note = f"{shown(curves.path)}: its lines name no step; an iteration here is a line, counted from its beginning."
+        return replace(curves, notes=(*curves.notes, note))
+
+    def step(line: int) -> int:
+        if curves.first_apart:  # logging_first_step
+            return max(1, (line - 1) * logging_steps)
+        return line * logging_steps
+
+    columns = {name: {step(i): value for i, value in column.items()} for name, column in curves.columns.items()}
+    note = f"{shown(curves.path)}: its lines name no step; they are taken as every {logging_steps}th from the first."
+    steps = frozenset(step(i) for i in curves.iterations)
+    return replace(curves, columns=columns, steps=steps, notes=(*curves.notes, note))
+
+
 def _notes(a: Curves, b: Curves) -> list[str]:
     notes = []
     for one, other in ((a, b), (b, a)):
-        if alone := one.iterations - other.iterations:
-            notes.append(f"{len(alone)} of the iterations are in {one.path} alone ({_range(alone)}): not compared.")
-        skipped = one.iterations - one.columns.get("lm_loss", {}).keys()
-        if skipped:
-            notes.append(f"{one.path} has no loss at {len(skipped)} iterations ({_range(skipped)}): skipped steps.")
+        mine, path = set(one.iterations), shown(one.path)
+        if alone := mine - set(other.iterations):
+            notes.append(f"{len(alone)} of the iterations are in {path} alone ({_range(alone)}): not compared.")
+        loss = one.columns.get("lm_loss", {})
+        if loss and (skipped := mine - loss.keys()):
+            notes.append(f"{path} has no loss at {len(skipped)} iterations ({_range(skipped)}): skipped steps.")
     strides = [_stride(x.iterations) for x in (a, b)]
     if strides[0] != strides[1]:
         notes.append(
-            f"The first logs every {strides[0]} iterations, the second every {strides[1]}: Megatron, MindSpeed and "
-            "AscendSpeed print the mean loss since their previous line, so that the two are not the same quantity."
+            f"The first logs every {strides[0]} iterations, the second every {strides[1]}: Megatron, MindSpeed, "
+            "AscendSpeed and Hugging Face's Trainer print the mean loss since their previous line, so that the two are "
+            "not the same quantity."
         )
     return notes
 
 
-def _stride(iterations: set[int]) -> int:
+def _stride(iterations: Collection[int]) -> int:
     """The usual distance between logged iterations."""
     ordered = sorted(iterations)
     steps = sorted(y - x for x, y in pairwise(ordered))
     return steps[len(steps) // 2] if steps else 1
 
 
-def _range(iterations: set[int]) -> str:
+def _range(iterations: Collection[int]) -> str:
     low, high = min(iterations), max(iterations)
     return str(low) if low == high else f"{low} to {high}"

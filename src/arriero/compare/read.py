@@ -1,177 +1,97 @@
-"""Reads the curves of a run: a run directory, `metrics.jsonl`, a Megatron, MindSpeed or AscendSpeed log, or a CSV.
-
-Where an iteration appears twice, as after a resume, the later line counts.
-"""
+"""Reads the curves of a run, whatever wrote them; what a file is told from its content, see `FORMATS`."""
 
 from __future__ import annotations
 
-import csv
-import math
-import re
-from dataclasses import dataclass
+import itertools
+from collections.abc import Collection
 from pathlib import Path
 
 from arriero.common.errors import UserError
-from arriero.common.untrusted import read_bytes
-from arriero.observe.metrics import read_metrics
+from arriero.common.files import why
+from arriero.common.text import shown
+from arriero.compare.curves import Curves
+from arriero.compare.events import is_event_file, read_events
+from arriero.compare.lines import Line, opened, read_lines
+from arriero.compare.logs import read_log
+from arriero.compare.tables import header, read_json_lines, read_table, read_trainer_state
 
-MAX_BYTES = 2 << 30
-Columns = dict[str, dict[int, float]]
-
-LOG_FORMATS = (
-    "lines such as ` iteration 3/ 500 | ... | elapsed time per iteration (ms): 9.1 | ... | lm loss: 1.2E+00 |`"
+FORMATS = (
+    "a run directory or its metrics.jsonl; a console log of Megatron-LM, MindSpeed, AscendSpeed, arriero, torchtitan, "
+    "litgpt, nanoGPT or Hugging Face's Trainer; trainer_state.json; LLaMA-Factory's trainer_log.jsonl, or other JSON "
+    "lines with a step; CSV, also wandb's and TensorBoard's; TensorBoard's event files"
 )
-# One pattern for all: Megatron has a time stamp in front, AscendSpeed none, MindSpeed's FSDP2 a colon and no total,
-# and a launcher may put `[default0]:` before everything.
-_STEP = re.compile(r"\biteration:?\s+([0-9]{1,15})\s*(?:/\s*\d+\s*)?\|(.*)")
-_VALIDATION = re.compile(r"validation loss at iteration ([0-9]{1,15}) \| lm loss value: (\S+)")
-_ITERATION_NAMES = ("iteration", "iter", "step", "steps", "iterations")
-_ALIASES = {"loss": "lm_loss", "train_loss": "lm_loss", "gradient_norm": "grad_norm"}
+"""What is read, for messages."""
+_IN_A_DIRECTORY = ("metrics.jsonl", "trainer_state.json", "trainer_log.jsonl")
+_EVENTS = "events.out.tfevents."
+_SNIFFED = 100  # lines that may stand before the first of JSON
 
 
-@dataclass(frozen=True)
-class Curves:
-    """What one run measured: `columns["lm_loss"][3]` is the loss of iteration 3."""
+def read_curves(path: Path, only: Collection[str] | None = None) -> Curves:
+    """Reads whatever `path` is; memory grows with the iterations, not with the size of the file or of a line.
 
-    path: Path
-    columns: Columns
-    kind: str
-    """What the file was taken for: metrics, log or csv."""
-
-    @property
-    def iterations(self) -> set[int]:
-        """Every iteration that has at least one training value."""
-        return {i for name, column in self.columns.items() if name != "validation_loss" for i in column}
-
-
-def read_curves(path: Path) -> Curves:
-    """Reads whatever `path` is; the kind is told from the suffix, else from the first line.
+    Args:
+        path: a file or directory that FORMATS names.
+        only: the quantities to keep, under arriero's names; None keeps all.
 
     Raises:
         UserError: no such file, nothing to compare in it, or a value that is no number, named by file and line.
     """
-    if path.is_dir():
-        file = path / "metrics.jsonl"
-        if not file.exists():
-            raise UserError(f"{path}: no metrics.jsonl in it", "name a run directory, a metrics file, a log or a CSV")
-        path = file
-    raw = read_bytes(path, "check the path and its permissions", MAX_BYTES)
-    text = raw.decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n")
     try:
-        kind = _kind(path, text)
-        read = {"metrics": _read_metrics, "csv": _read_csv, "log": _read_log}[kind]
-        curves = Curves(path, read(path, text), kind)
-    except csv.Error as error:
-        raise UserError(f"{path}: {error}", "repair the file") from None
+        files = _files(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{shown(path)}: {why(error)}", "check the path") from None
+    curves = read_events(path, files, only) if len(files) > 1 else _read_file(files[0], only)
     if not curves.iterations:
-        fix = {
-            "metrics": "train at least one step",
-            "csv": "add rows below the header",
-            "log": f"expected {LOG_FORMATS}",
-        }
-        raise UserError(f"{path}: no training step in it (read as {kind})", fix[kind])
+        raise UserError(f"{shown(path)}: no training step in it (read as {curves.kind})", f"what is read: {FORMATS}")
     return curves
 
 
-def _kind(path: Path, text: str) -> str:
-    if path.suffix == ".jsonl":
-        return "metrics"
-    if path.suffix in (".csv", ".tsv"):
+def _files(path: Path) -> list[Path]:
+    """The file itself, or what a directory holds: a run's metrics, a Trainer's state, or all its event files."""
+    if not path.is_dir():
+        return [path]
+    for name in _IN_A_DIRECTORY:
+        if (path / name).exists():
+            return [path / name]
+    events = sorted(file for file in path.iterdir() if file.name.startswith(_EVENTS))
+    if not events:
+        raise UserError(
+            f"{shown(path)}: no {', '.join(_IN_A_DIRECTORY)} or {_EVENTS}* in it", f"what is read: {FORMATS}"
+        )
+    return events
+
+
+def _read_file(path: Path, only: Collection[str] | None) -> Curves:
+    with opened(path) as file:
+        head = file.read(12)
+        if is_event_file(head):
+            return read_events(path, [path], only)
+        if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            fix = f"iconv -f UTF-16 -t UTF-8 {shown(path)} > utf8.log"
+            raise UserError(f"{shown(path)}: is UTF-16, as PowerShell writes it", fix)
+        file.seek(0)
+        lines = read_lines(file)
+        before = list(itertools.islice(lines, _SNIFFED))
+        kind = _kind(path, before)
+        if kind == "state":
+            return read_trainer_state(path, only)
+        reader = {"json": read_json_lines, "csv": read_table, "log": read_log}[kind]
+        return reader(path, itertools.chain(before, lines), only)
+
+
+def _kind(path: Path, lines: list[Line]) -> str:
+    """What a text is: json (lines), state (one JSON document), csv or log.
+
+    A log may begin with a JSON object of its settings, so JSON is what has two such lines, or the suffix.
+    """
+    texts = [line.text.strip() for line in lines if line.text.strip()]
+    first = texts[0] if texts else ""
+    objects = [text.startswith("{") and text.endswith("}") and text[1:2] in ('"', "}", " ") for text in texts[:2]]
+    history = first[:1] in ("{", "[") and any('"log_history"' in text for text in texts)
+    if path.suffix == ".jsonl" or (objects and all(objects) and not history):
+        return "json"
+    if history or path.suffix == ".json":
+        return "state"
+    if path.suffix in (".csv", ".tsv") or (header(first) and "|" not in first):
         return "csv"
-    first = text.lstrip().partition("\n")[0]
-    if first.startswith("{"):
-        return "metrics"
-    return "csv" if _header(first) and "|" not in first else "log"
-
-
-def _read_metrics(path: Path, text: str) -> Columns:
-    columns: Columns = {}
-    for record in read_metrics(path):
-        validation = record.get("kind") == "validation"
-        for key, value in record.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and key != "iteration":
-                if validation and key != "lm_loss":
-                    continue
-                columns.setdefault("validation_loss" if validation else key, {})[record["iteration"]] = float(value)
-    return columns
-
-
-def _read_log(path: Path, text: str) -> Columns:
-    """Takes every `key: value |` of the step lines, under the key with underscores (`grad norm` is grad_norm)."""
-    columns: Columns = {}
-    lines = text.split("\n")
-    if not lines[-1].endswith("|"):
-        lines.pop()  # empty, or cut off by a kill, and then so may be its last number
-    for number, line in enumerate(lines, 1):
-        if found := _VALIDATION.search(line):
-            where = f"{path}, line {number}"
-            columns.setdefault("validation_loss", {})[int(found[1])] = _number(found[2], where, "lm loss value")
-        elif (found := _STEP.search(line)) and "elapsed time per iteration" in line:
-            for key, value in _step_fields(found[2], f"{path}, line {number}").items():
-                columns.setdefault(key, {})[int(found[1])] = value
-    return columns
-
-
-def _step_fields(text: str, where: str) -> dict[str, float]:
-    """The numbers of one step line; a loss that is missing though the step was not skipped was not a number."""
-    fields: dict[str, float] = {}
-    for field in text.split("|"):
-        key, colon, value = field.partition(":")
-        key = re.sub(r"\W+", "_", key.strip()).strip("_").lower()
-        if not colon or not key:
-            continue
-        if key in ("lm_loss", "grad_norm"):
-            fields[key] = _number(value, where, key.replace("_", " "))
-            continue
-        try:
-            fields[key] = float(value)
-        except ValueError:
-            continue  # a duration, a percentage: nothing that is compared
-    if "lm_loss" not in fields and not fields.get("number_of_skipped_iterations"):
-        fields["lm_loss"] = (
-            math.nan
-        )  # Megatron and AscendSpeed print a loss only if it is above zero, so a NaN vanishes
-    return fields
-
-
-def _read_csv(path: Path, text: str) -> Columns:
-    lines = text.split("\n")
-    names = _header(lines[0])
-    if names is None:
-        fix = "begin with a header such as: iteration,lm_loss,grad_norm"
-        raise UserError(f"{path}, line 1: no column named iteration", fix)
-    at = next(i for i, name in enumerate(names) if name in _ITERATION_NAMES)
-    columns: Columns = {_ALIASES.get(name, name): {} for i, name in enumerate(names) if i != at}
-    for number, row in enumerate(csv.reader(lines[1:], delimiter=_delimiter(lines[0])), 2):
-        where = f"{path}, line {number}"
-        if not row:
-            continue
-        if len(row) != len(names):
-            raise UserError(
-                f"{where}: {len(row)} values under {len(names)} columns", "give each column a value, or none: ,,"
-            )
-        iteration = _number(row[at], where, names[at])
-        if not abs(iteration) < 1e15 or iteration != int(iteration):
-            raise UserError(f"{where}: iteration is {row[at].strip()!r}", "give a whole number")
-        for i, name in enumerate(names):
-            if i != at and row[i].strip():
-                columns[_ALIASES.get(name, name)][int(iteration)] = _number(row[i], where, name)
-    return columns
-
-
-def _header(line: str) -> list[str] | None:
-    """The column names in lower case with underscores, or None where none of them is the iteration."""
-    row = next(csv.reader([line], delimiter=_delimiter(line)), [])
-    names = [re.sub(r"\W+", "_", name.strip().lstrip("\ufeff").lower()) for name in row]
-    return names if any(name in _ITERATION_NAMES for name in names) else None
-
-
-def _delimiter(header: str) -> str:
-    return "\t" if "\t" in header else ";" if ";" in header else ","
-
-
-def _number(text: str, where: str, name: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise UserError(f"{where}: {name} is {text.strip()!r}", "give a number; nan and inf are numbers here") from None
+    return "log"

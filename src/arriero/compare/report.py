@@ -5,11 +5,15 @@ from __future__ import annotations
 import base64
 import html
 import math
-import os
+import re
 import shlex
+import warnings
 from pathlib import Path
 from typing import Any
 
+from arriero.common.errors import UserError
+from arriero.common.files import make_directory, why, write_atomic
+from arriero.common.text import shown
 from arriero.compare.judge import Agreement, Verdict
 from arriero.observe.figure import BLUE, INK, ORANGE, RED, new_figure, save_figure
 
@@ -49,17 +53,48 @@ def as_json(verdict: Verdict) -> dict[str, Any]:
         "passed": verdict.passed,
         "a": str(verdict.a.path),
         "b": str(verdict.b.path),
+        "read_as": {"a": verdict.a.kind, "b": verdict.b.kind},
         "quantities": {x.quantity: _as_json(x) for x in verdict.agreements},
         "notes": verdict.notes,
     }
 
 
 def write_report(verdict: Verdict, directory: Path) -> None:
-    """Writes the figure, the Markdown and the HTML page (one file, the figure inside) to `directory`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    save_figure(_figure(verdict), directory / FIGURE)
-    _write(directory / MARKDOWN, _markdown(verdict))
-    _write(directory / HTML, _html(verdict, (directory / FIGURE).read_bytes()))
+    """Writes the figure, the Markdown and the HTML page (one file, the figure inside) to `directory`.
+
+    Raises:
+        UserError: the directory or a file in it cannot be written.
+    """
+    fix = "name a directory that can be written with --out"
+    make_directory(directory, fix)
+    try:
+        _draw(verdict, directory / FIGURE)
+        write_atomic(directory / MARKDOWN, _markdown(verdict))
+        write_atomic(directory / HTML, _html(verdict, (directory / FIGURE).read_bytes()))
+    except OSError as error:
+        raise UserError(f"{shown(directory)}: the report cannot be written ({why(error)})", fix) from None
+
+
+_PLAIN = re.compile(r"[A-Za-z/](?:[A-Za-z0-9 ./,:%()+-]|(?<=[A-Za-z0-9])_(?=[A-Za-z0-9]))*")
+
+
+def markdown(text: object) -> str:
+    """Foreign text inside Markdown, on one line; punctuation is put behind a backslash where any could be markup."""
+    line = shown(text, 2000)
+    if _PLAIN.fullmatch(line) and "www." not in line and "://" not in line:
+        return line
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", line)
+
+
+def shell(path: Path) -> str:
+    """A path as one word of a command for bash: `$'...'` where it holds characters that are not shown as they are."""
+    text = str(path)
+    if text.startswith("-"):
+        text = f"./{text}"
+    if shown(text, most=len(text)) == text:
+        return shlex.quote(text)
+    raw = text.encode("utf-8", "surrogateescape")
+    return "$'" + "".join(chr(b) if 32 <= b < 127 and b not in b"\\'" else f"\\x{b:02x}" for b in raw) + "'"
 
 
 def _statistics(x: Agreement) -> dict[str, str]:
@@ -83,10 +118,10 @@ def _as_json(x: Agreement) -> dict[str, Any]:
         "passed": x.passed,
         "max_rel_limit": x.limit,
         "steps": len(x.iterations),
-        "mean_absolute": None if empty else _mean(x.absolute),
-        "max_absolute": None if empty else max(x.absolute),
-        "mean_relative": None if empty or math.isinf(_mean(x.relative)) else _mean(x.relative),
-        "max_relative": None if empty or math.isinf(max(x.relative)) else max(x.relative),
+        "mean_absolute": None if empty else _finite(_mean(x.absolute)),
+        "max_absolute": None if empty else _finite(max(x.absolute)),
+        "mean_relative": None if empty else _finite(_mean(x.relative)),
+        "max_relative": None if empty else _finite(max(x.relative)),
         "max_relative_at": None if empty or not max(x.relative) else x.iterations[x.worst(1)[0]],
         "finite_in_one_only": x.one_sided,
         "non_finite_in_both": x.both_non_finite,
@@ -94,7 +129,14 @@ def _as_json(x: Agreement) -> dict[str, Any]:
 
 
 def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values)
+    try:
+        return math.fsum(values) / len(values)
+    except OverflowError:
+        return math.inf
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _drawn(values: list[float]) -> list[float]:
@@ -102,21 +144,34 @@ def _drawn(values: list[float]) -> list[float]:
     return [value if abs(value) < 1e100 else math.nan for value in values]
 
 
+def _draw(verdict: Verdict, path: Path) -> None:
+    import matplotlib
+
+    with matplotlib.rc_context({"agg.path.chunksize": 10_000}), warnings.catch_warnings():  # long curves in pieces
+        warnings.simplefilter("ignore")  # characters that the font lacks, numbers that no axis can hold
+        save_figure(_figure(verdict), path)
+
+
+def _label(text: str) -> str:
+    """Text for a figure: no formula between dollar signs, no control characters, not wider than the picture."""
+    return shown(text, 60).replace("\\", "/").replace("$", r"\$")
+
+
 def _figure(verdict: Verdict) -> Any:
     """A row for each quantity: the two curves at the left, the relative error and its limit at the right."""
     figure, axes = new_figure(rows=len(verdict.agreements), columns=2, width=11, height=3.4 * len(verdict.agreements))
-    a, b = _labels(verdict)
+    a, b = map(_label, _labels(verdict))
     for i, x in enumerate(verdict.agreements):
         left, right = axes[2 * i], axes[2 * i + 1]
         dot = "." if len(x.iterations) <= 50 else None
         left.plot(x.iterations, _drawn(x.a), color=BLUE, linewidth=2.4, alpha=0.55, label=f"A: {a}", marker=dot)
         left.plot(x.iterations, _drawn(x.b), color=ORANGE, linewidth=1.1, label=f"B: {b}", marker=dot)
-        left.set_ylabel(x.quantity)
-        shown = [(i, e) for i, e in zip(x.iterations, x.relative, strict=True) if 0 < e < math.inf]
-        if shown:
+        left.set_ylabel(_label(x.quantity))
+        drawn = [(i, e) for i, e in zip(x.iterations, x.relative, strict=True) if 1e-100 < e < 1e100]
+        if drawn:
             equal = x.relative.count(0.0)  # a logarithmic axis has no place for them
             label = f"{equal} equal steps are not drawn" if equal else None
-            right.semilogy(*zip(*shown, strict=True), color=INK, linewidth=0.9, marker=dot, label=label)
+            right.semilogy(*zip(*drawn, strict=True), color=INK, linewidth=0.9, marker=dot, label=label)
         else:
             text = "identical at every step" if x.passed else "no step to compare"
             right.text(0.5, 0.5, text, ha="center", va="center", transform=right.transAxes, fontsize=11, color=INK)
@@ -151,24 +206,24 @@ def _markdown(verdict: Verdict) -> str:
     lines = [
         f"# Comparison: {'pass' if verdict.passed else 'FAIL'}",
         "",
-        f"- A (reference): `{verdict.a.path}`",
-        f"- B: `{verdict.b.path}`",
+        f"- A (reference): {markdown(verdict.a.path)}, read as {markdown(verdict.a.kind)}",
+        f"- B: {markdown(verdict.b.path)}, read as {markdown(verdict.b.kind)}",
         "",
-        "| " + " | ".join(header) + " |",
+        "| " + " | ".join(map(markdown, header)) + " |",
         "| --- |" + " ---: |" * (len(header) - 1),
         *("| " + " | ".join(cell.strip() for cell in row) + " |" for row in body),
         "",
-        *(f"- {sentence}" for sentence in sentences(verdict)),
+        *(f"- {markdown(sentence)}" for sentence in sentences(verdict)),
         "",
         f"![A and B, and their relative error]({FIGURE})",
         "",
     ]
     for x in verdict.agreements:
-        lines += [f"## {x.quantity}: the steps furthest apart", "", "| iteration | A | B | relative error |"]
+        lines += [f"## {markdown(x.quantity)}: the steps furthest apart", "", "| iteration | A | B | relative error |"]
         lines += ["| ---: | ---: | ---: | ---: |"]
         lines += [f"| {x.iterations[i]} | {x.a[i]:.8g} | {x.b[i]:.8g} | {x.relative[i]:.3g} |" for i in x.worst(5)]
         lines += [""]
-    again = " ".join(shlex.quote(str(p)) for p in (verdict.a.path, verdict.b.path))
+    again = f"{shell(verdict.a.path)} {shell(verdict.b.path)}"
     limit = verdict.agreements[0].limit
     named = " ".join(x.quantity for x in verdict.agreements)
     lines += [
@@ -187,7 +242,7 @@ def _html(verdict: Verdict, png: bytes) -> str:
     titles = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     notes = "".join(f"<li>{html.escape(sentence)}</li>\n" for sentence in sentences(verdict))
     word = "pass" if verdict.passed else "FAIL"
-    a, b = (html.escape(str(curves.path)) for curves in (verdict.a, verdict.b))
+    a, b = (f"<code>{html.escape(shown(c.path))}</code>, read as {html.escape(c.kind)}" for c in (verdict.a, verdict.b))
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Comparison: {word}</title>
@@ -196,16 +251,10 @@ body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem aut
 td, th {{ padding: .2rem 1rem; text-align: right; }} td:first-child {{ text-align: left; }} img {{ max-width: 100%; }}
 </style>
 <h1>Comparison: {word}</h1>
-<p>A (reference): <code>{a}</code><br>B: <code>{b}</code></p>
+<p>A (reference): {a}<br>B: {b}</p>
 <table><tr>{titles}</tr>
 {cells}</table>
 <ul>{notes}</ul>
 <img alt="A and B, and their relative error" src="data:image/png;base64,{base64.b64encode(png).decode()}">
 </html>
 """
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)

@@ -1,22 +1,23 @@
-"""Batches as a pure function of (seed, step): no iterator state, so resuming and re-dividing the work cost nothing.
+"""Samples as a pure function of (seed, number): no iterator state, so resuming and re-dividing the work cost nothing.
 
 batches = Batches(DataConfig(prefix="runs/alpaca_text_document"), sequence_length=2048, global_batch=512, seed=1234)
-batch = batches.batch(step=7, first=0, count=4)      # rows 0 to 3 of the global batch of step 7
+batch = batches.samples(3584, 4)      # samples 3584 to 3587 of the run: rows 0 to 3 of step 7, from 0
 """
 
 from __future__ import annotations
 
-import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from arriero.common.errors import UserError
-from arriero.data.indexed import IndexedDataset, idx_path
-from arriero.data.instruct import INSTRUCTION_FIELDS, InstructionSet
-from arriero.data.order import MegatronOrder, StableOrder, blend_megatron, blend_stable, choose_documents
+from arriero.common.text import shown
+from arriero.data.indexed import IndexedDataset, OutsideVocabulary
+from arriero.data.instruct import INSTRUCTION_FIELDS, InstructionSet, TooLong
+from arriero.data.order import MegatronBlend, MegatronOrder, StableOrder, blend_stable, choose_documents
+from arriero.data.prefix import Blend, exists, is_instruction, near, parse_prefix
 
 SPLITS = ("train", "valid", "test")
 
@@ -26,8 +27,9 @@ class DataConfig:
     """What a run reads, and in which order."""
 
     prefix: str = ""
-    """Data set that `arriero prepare` wrote (its path without .bin), or a weighted blend: "0.7 A_text_document 0.3
-    B_text_document". An instruction set is named by the part before _packed."""
+    """Data set that `arriero prepare` wrote (its path without .bin), or a blend: "0.7 A_text_document 0.3
+    B_text_document"; without weights each set counts by its length. A name with blanks stands in quotes. An instruction
+    set is named by the part before _packed."""
     split: str = "969,30,1"
     """Shares of train, validation and test documents; any positive scale."""
     split_by: Literal["order", "hash"] = "order"
@@ -37,6 +39,9 @@ class DataConfig:
     length of the run."""
     packing: Literal["auto", "pad", "best-fit"] = "auto"
     """Instruction sets only. pad: one record a sample; best-fit: several. auto: pad, and nothing for plain text."""
+    too_long: TooLong = "cut"
+    """Instruction sets only: records longer than train.sequence_length. cut: at its end, which may lose the answer;
+    drop: leave them out; error: do not start. How many, and what is lost, is printed before the first step."""
     attention: Literal["window", "document"] = "window"
     """window: attention reaches over all of a packed sample; document: within each document, with positions that start
     at 0 in each."""
@@ -52,53 +57,20 @@ class DataConfig:
         return found
 
     def _find(self) -> None:
-        for _, prefix in parse_prefix(self.prefix):
-            instruction = is_instruction(prefix)
-            if not instruction and not idx_path(prefix).is_file():
-                raise UserError(f"data.prefix: no data set at {prefix} ({idx_path(prefix)} is missing)", _near(prefix))
+        for prefix in parse_prefix(self.prefix).prefixes:
+            instruction, name = is_instruction(prefix), shown(prefix)
+            if not instruction and not exists(prefix):
+                raise UserError(f"data.prefix: no data set at {name} ({name}.idx is missing)", near(prefix))
             if instruction and self.order == "megatron":
                 raise UserError(
-                    f'data.order = "megatron" is for plain text; {prefix} is an instruction set', 'use "stable"'
+                    f'data.order = "megatron" is for plain text; {name} is an instruction set', 'use "stable"'
                 )
             if not instruction and self.packing != "auto":
+                raise UserError(f'data.packing = "{self.packing}" has no effect on plain text ({name})', "leave it out")
+            if not instruction and self.too_long != "cut":
                 raise UserError(
-                    f'data.packing = "{self.packing}" has no effect on plain text ({prefix})', "leave it out"
+                    f'data.too_long = "{self.too_long}" has no effect on plain text ({name})', "leave it out"
                 )
-
-
-def _near(prefix: str) -> str:
-    """A fix that lists the data sets which begin alike."""
-    here = Path(prefix)
-    found = (
-        sorted(p.name.removesuffix(".idx") for p in here.parent.glob(f"{here.name[:3]}*.idx"))
-        if here.parent.is_dir()
-        else []
-    )
-    return f"there is: {', '.join(found[:5])}" if found else "give the prefix that `arriero prepare` printed"
-
-
-def is_instruction(prefix: str) -> bool:
-    """Whether PREFIX names an instruction set: the three files PREFIX_packed_*_document."""
-    return idx_path(f"{prefix}_packed_{INSTRUCTION_FIELDS[0]}_document").is_file()
-
-
-def parse_prefix(text: str) -> list[tuple[float, str]]:
-    """Reads "A" or "0.7 A 0.3 B" to (weight, prefix), weights summing to 1. Raises UserError."""
-    fix = 'write one prefix, or weights and prefixes in turn: "0.7 A 0.3 B"'
-    if not text.strip():
-        raise UserError("data.prefix is empty", fix)
-    if idx_path(text).is_file() or is_instruction(text):
-        return [(1.0, text)]
-    try:
-        words = shlex.split(text)
-        if len(words) == 1:
-            return [(1.0, words[0])]
-        weights = [float(w) for w in words[::2]]
-    except ValueError as error:
-        raise UserError(f"data.prefix {text!r} is no blend", fix) from error
-    if len(words) % 2 or not all(0 < w < float("inf") for w in weights):
-        raise UserError(f"data.prefix {text!r}: every prefix needs a weight above 0", fix)
-    return [(w / sum(weights), p) for w, p in zip(weights, words[1::2], strict=True)]
 
 
 def parse_split(text: str) -> tuple[float, ...]:
@@ -108,7 +80,7 @@ def parse_split(text: str) -> tuple[float, ...]:
     except ValueError as error:
         raise UserError(f"data.split {text!r} is not three numbers", 'write train,valid,test as "969,30,1"') from error
     shares += [0.0] * (3 - len(shares))
-    if len(shares) > 3 or not all(0 <= s < float("inf") for s in shares) or sum(shares) <= 0:
+    if len(shares) > 3 or not all(0 <= s < float("inf") for s in shares) or not 0 < sum(shares) < float("inf"):
         raise UserError(
             f"data.split {text!r} needs up to three shares, none negative", 'write train,valid,test as "969,30,1"'
         )
@@ -142,6 +114,13 @@ class _TextSet:
 
     def __post_init__(self) -> None:
         self.samples_per_epoch = self.order.samples_per_epoch
+
+    def check_ids(self, samples: np.ndarray, vocab_size: int) -> None:
+        """Raises OutsideVocabulary for the first id of these samples that is not in 0 to vocab_size - 1."""
+        for windows, _, within in self.order.groups(samples):
+            begin, end, _ = windows.pieces(within, self.data.sizes, self.data.starts)
+            for a, b in zip(begin.tolist(), end.tolist(), strict=True):
+                self.data.check_ids(vocab_size, first=a, end=b)
 
     def fill(self, samples: np.ndarray, rows: np.ndarray, buffer: np.ndarray, out: Batch) -> None:
         """Writes the samples' windows into the given rows of `buffer`, and what follows from them into `out`."""
@@ -185,6 +164,7 @@ class Batches:
         seed: of the order.
         split: train, valid or test.
         samples: rows that the whole run will draw from this split; only `order = "megatron"` needs it.
+        vocab_size: of the model; ids outside it are refused when they are read. None: not looked at.
 
     Raises:
         UserError: a data set is missing, damaged, or too short for one sample.
@@ -199,35 +179,44 @@ class Batches:
         seed: int,
         split: str = "train",
         samples: int | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         self.config, self.sequence_length, self.global_batch = config, sequence_length, global_batch
+        self.vocab_size, self.split = vocab_size, split
+        if config.order == "megatron" and samples is None:
+            raise UserError('data.order = "megatron" needs the number of samples of the run', 'use order = "stable"')
         blend = parse_prefix(config.prefix)
-        self.weights = [weight for weight, _ in blend]
-        self._blend: tuple[np.ndarray, np.ndarray] | None = None
-        shares = parse_split(config.split)
-        wanted = samples
-        if config.order == "megatron":
-            if samples is None:
-                raise UserError(
-                    'data.order = "megatron" needs the number of samples of the run', 'use order = "stable"'
-                )
-            if len(blend) > 1:
-                self._blend = blend_megatron(samples, self.weights)
-        self.sets = []
-        for weight, prefix in blend:
-            if len(blend) > 1 and samples is not None:
-                # Megatron draws half a percent more from each set of a blend than its share, rounding up twice.
-                wanted = int(np.ceil(np.ceil(samples * weight) * 1.005))
+        several = len(blend.prefixes) > 1
+        self.blend: MegatronBlend | None = None
+        """Megatron's, which a lone set with a weight is as well."""
+        if config.order == "megatron" and samples and (several or blend.weights is not None):
+            self.blend = MegatronBlend(blend.weights, samples)
+        shares, self.sets = parse_split(config.split), []
+        for number, prefix in enumerate(blend.prefixes):
+            wanted = self._wanted(blend, number, samples)
             one = self._open(prefix, shares, SPLITS.index(split), seed, wanted)
-            if one.samples_per_epoch == 0:
+            if one.samples_per_epoch == 0 and wanted is None:
                 raise UserError(
-                    f"{prefix}: the {split} split (data.split = {config.split!r}) is shorter than one sample of "
+                    f"{shown(prefix)}: the {split} split (data.split = {config.split!r}) is shorter than one sample of "
                     f"{sequence_length} tokens",
                     "give it a larger share, prepare more text, or shorten the sequence",
                 )
             self.sets.append(one)
         # Of a blend: the pass over its sets taken together.
         self.samples_per_epoch = sum(s.samples_per_epoch for s in self.sets)
+        lengths = [s.samples_per_epoch for s in self.sets]
+        weights = blend.weights or lengths
+        self.weights = [weight / sum(weights) for weight in weights]
+        if self.blend is not None and several:
+            self.blend.share_out(lengths)
+
+    def _wanted(self, blend: Blend, number: int, samples: int | None) -> int | None:
+        """How many samples Megatron's order of one set is made for; None for one pass over it."""
+        if self.config.order != "megatron":
+            return None
+        if self.blend is None:
+            return samples
+        return None if blend.weights is None else self.blend.drawn[number]
 
     def _open(
         self, prefix: str, shares: tuple[float, ...], which: int, seed: int, samples: int | None
@@ -238,24 +227,39 @@ class Batches:
             documents = choose_documents(count, shares, which, by=config.split_by)
             by_document = config.attention == "document"
             return InstructionSet(
-                prefix, documents, length=length, seed=seed, pack=config.packing == "best-fit", by_document=by_document
-            )
+                prefix, documents, length=length, seed=seed, pack=config.packing == "best-fit", by_document=by_document,
+                too_long=config.too_long,
+            )  # fmt: skip
         data = IndexedDataset(prefix)
         documents = choose_documents(len(data), shares, which, by=config.split_by)
         order: StableOrder | MegatronOrder
-        if config.order == "megatron" and len(documents):
-            order = MegatronOrder(data.sizes, documents, length=length, seed=seed, samples=samples or 0)
+        if config.order == "megatron":
+            if int(data.sizes[documents].sum(dtype=np.int64)) < 2:  # Megatron's helper ends the process on it
+                fix = "prepare more text, or give this split a larger share"
+                raise UserError(f"{shown(prefix)}: the {self.split} split has no two tokens to draw samples from", fix)
+            order = MegatronOrder(data.sizes, documents, length=length, seed=seed, samples=samples)
         else:
             order = StableOrder(data.sizes, documents, length=length, seed=seed)
+        if config.attention == "document" and len(documents) and data.sizes[documents].max() < 2:
+            problem = f"{shown(prefix)}: no document of the {self.split} split has two tokens, so that none has a label"
+            raise UserError(problem, 'use data.attention = "window"')
         return _TextSet(data, order, length, config.attention == "document")
+
+    def notices(self) -> list[str]:
+        """What a user must know of these samples before the first step: records that are too long, and what is lost."""
+        return [note for one in self.sets if isinstance(one, InstructionSet) and (note := one.notice())]
 
     def epoch_of(self, step: int) -> int:
         """The epoch in which the batch of a step starts."""
-        return step * self.global_batch // self.samples_per_epoch
+        return step * self.global_batch // max(1, self.samples_per_epoch)
 
     def batch(self, step: int, first: int, count: int) -> Batch:
-        """Rows [first, first + count) of the global batch of `step` (from 0)."""
-        samples = step * self.global_batch + np.arange(first, first + count, dtype=np.int64)
+        """Rows [first, first + count) of the global batch of `step` (from 0), every step having the same batch."""
+        return self.samples(step * self.global_batch + first, count)
+
+    def samples(self, first: int, count: int) -> Batch:
+        """Samples [first, first + count) of the run's order, each a function of its number and the seed alone."""
+        samples = np.arange(first, first + count, dtype=np.int64)
         shape = (count, self.sequence_length)
         marked = self.config.attention == "document"
         buffer = np.empty((count, self.sequence_length + 1), np.int64)
@@ -266,15 +270,45 @@ class Batches:
             np.empty(shape, np.int64) if marked else None,
             np.empty(shape, np.int64) if marked else None,
         )
+        for one, rows, within in self._shared_out(samples):
+            one.fill(within, rows, buffer, out)
+        if self.vocab_size is not None:
+            self._check_ids(samples, [buffer] if plain else [out.tokens, out.labels], np.uint64(self.vocab_size))
+        return out
+
+    def _shared_out(self, samples: np.ndarray) -> Iterator[tuple[_TextSet | InstructionSet, np.ndarray, np.ndarray]]:
+        """For each set that has some of the samples: the set, their rows, and their numbers within the set."""
         if len(self.sets) == 1:
-            self.sets[0].fill(samples, np.arange(count), buffer, out)
-            return out
-        if self._blend is not None:
-            which, within = (column[samples % len(self._blend[0])] for column in self._blend)
-        else:
-            which, within = blend_stable(samples, self.weights)
+            yield self.sets[0], np.arange(len(samples)), samples
+            return
+        which, within = self.blend.of(samples) if self.blend is not None else blend_stable(samples, self.weights)
         for i, one in enumerate(self.sets):
             rows = np.flatnonzero(which == i)
             if len(rows):
-                one.fill(np.asarray(within[rows], np.int64), rows, buffer, out)
-        return out
+                yield one, rows, np.asarray(within[rows], np.int64)
+
+    def _check_ids(self, samples: np.ndarray, read: list[np.ndarray], vocab_size: np.uint64) -> None:
+        """Refuses ids that the model has no row for: they are looked at as they are read, not in a pass of their own.
+
+        Raises:
+            UserError: names the file and the place in it.
+        """
+        assert self.vocab_size is not None
+        for ids in read:
+            # Seen as unsigned, a negative id is above every vocabulary; -100 stands where no loss falls.
+            outside = ids.view(np.uint64) >= vocab_size
+            if ids is not read[0]:
+                outside &= ids != -100
+            if outside.any():
+                chosen = samples[np.flatnonzero(outside.any(1))]
+                raise self._outside(chosen)
+
+    def _outside(self, samples: np.ndarray) -> UserError:
+        """The error for samples that hold an id outside the vocabulary."""
+        assert self.vocab_size is not None
+        for one, _, within in self._shared_out(samples):
+            try:
+                one.check_ids(within, self.vocab_size)
+            except OutsideVocabulary as error:
+                return error
+        return UserError(f"data.prefix: samples {samples.tolist()[:8]} changed while they were read", "read them again")

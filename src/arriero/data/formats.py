@@ -6,18 +6,19 @@ from the parts, never from searching the text.
 
 from __future__ import annotations
 
-import re
+import os
 import string
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from arriero.common.errors import UserError, nearest
+from arriero.common.text import shown
 from arriero.common.untrusted import read_text
-
-Record = dict[str, Any]
+from arriero.data import chat
+from arriero.data.records import CONTENT, BadRecordError, Record, filled, optional, refuse_content
 
 
 class Part(NamedTuple):
@@ -29,10 +30,6 @@ class Part(NamedTuple):
 
 
 Document = list[Part]
-
-
-class BadRecordError(ValueError):
-    """A record that cannot be used; the message says why."""
 
 
 _INPUT = "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -104,9 +101,9 @@ def load_template(name: str) -> Template:
     if name in TEMPLATES:
         return TEMPLATES[name]
     path = Path(name)
-    if not path.is_file():
+    if not os.path.isfile(name):  # False for names that no file can have
         raise UserError(
-            f"unknown template {name!r}; {nearest(name, TEMPLATES)}", "give one of these names, or a TOML file"
+            f"unknown template {shown(name)!r}; {nearest(name, TEMPLATES)}", "give one of these names, or a TOML file"
         )
     try:
         found = tomllib.loads(read_text(path, "give a template's TOML file", 1_000_000))
@@ -125,84 +122,41 @@ def load_template(name: str) -> Template:
 
 
 def _check_slots(path: Path, key: str, value: str) -> None:
+    """Raises UserError unless a field has its slots, each as a plain {name}: text without its slot would be lost."""
     try:
-        slots = {slot for _, slot, _, _ in string.Formatter().parse(value) if slot is not None}
+        found = [one for one in string.Formatter().parse(value) if one[1] is not None]
     except ValueError as error:
         raise UserError(
             f"{path}: {key} has a stray brace ({error})", "write {{ and }} for braces that are text"
         ) from error
+    slots = {slot for _, slot, _, _ in found if slot is not None}
     if extra := slots - _SLOTS[key]:
         raise UserError(
             f"{path}: {key} asks for {{{sorted(extra)[0]}}}", f"it may use {sorted(_SLOTS[key]) or 'no slot at all'}"
         )
+    if any(form or conversion for _, _, form, conversion in found):
+        raise UserError(f"{path}: {key} has a slot with : or !", f"write it plainly: {{{sorted(slots)[0]}}}")
+    if (lacking := _SLOTS[key] - slots) and (value or key != "system"):  # `system = ""` is for models without one
+        lost = sorted(lacking)[0]
+        raise UserError(f"{path}: {key} has no {{{lost}}}: what stands there in a record would be lost", "put it in")
 
 
-def _text(record: Record, key: str) -> str:
-    """A column's string. Raises BadRecordError when it is not there, null or not a string."""
-    if key not in record:
-        raise BadRecordError(f"no column {key!r} (columns: {', '.join(map(str, list(record)[:8])) or 'none'})")
-    value = record[key]
-    if value is None:
-        raise BadRecordError(f"{key} is null")
-    if not isinstance(value, str):
-        raise BadRecordError(f"{key} is {type(value).__name__}, not a string")
-    return value
+ALPACA = ("instruction", "input", "output")
+IGNORABLE = (*CONTENT, "weight")
 
 
-def _filled(record: Record, key: str) -> str:
-    value = _text(record, key)
-    if not value or value.isspace():
-        raise BadRecordError(f"{key} is {'blank' if value else 'empty'}")
-    return value
-
-
-def _alpaca(record: Record, template: Template) -> tuple[str, str]:
+def _alpaca(record: Record, template: Template, ignored: Sequence[str]) -> tuple[str, str]:
     """Prompt and answer of an instruction/input/output record; the input may be missing, null or blank."""
-    instruction, output = _filled(record, "instruction"), _filled(record, "output")
-    extra = record.get("input")
-    if extra is not None and not isinstance(extra, str):
-        raise BadRecordError(f"input is {type(extra).__name__}, not a string")
-    if extra and not extra.isspace():
+    record = {key: value for key, value in record.items() if key not in ignored}
+    refuse_content(record, ALPACA, "an Alpaca record (--format chat has one for system and history)")
+    instruction, output = filled(record, "instruction"), filled(record, "output")
+    if extra := optional(record, "input"):
         return template.prompt.format(instruction=instruction, input=extra), template.answer.format(output=output)
     return template.prompt_no_input.format(instruction=instruction), template.answer.format(output=output)
 
 
-_ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-}
-_TURN = re.compile(r"(?:^|\n)\s*(Human|Assistant|User|Bot):", re.IGNORECASE)
-
-
-def _turns(record: Record) -> list[tuple[str, str]]:
-    """(role, text) of a chat: `messages`, `conversations`, or Human:/Assistant: turns in instruction and output."""
-    listed = record.get("messages", record.get("conversations"))
-    if listed is None:
-        pieces = _TURN.split(_filled(record, "instruction"))
-        if pieces[0].strip():
-            pieces = ["", "human", pieces[0].strip(), *pieces[1:]]
-        # A trailing empty "Assistant:" only announces the output.
-        turns = [(_ROLES[r.lower()], t.strip()) for r, t in zip(pieces[1::2], pieces[2::2], strict=True) if t.strip()]
-        return [*turns, ("assistant", _filled(record, "output"))]
-    if not isinstance(listed, list) or not listed:
-        raise BadRecordError("messages is not a list of turns")
-    turns = []
-    for turn in listed:
-        if not isinstance(turn, dict):
-            raise BadRecordError("a turn is not an object")
-        role = _text(turn, "role" if "role" in turn else "from")
-        if role not in _ROLES:
-            raise BadRecordError(f"unknown role {role!r} (known: {', '.join(_ROLES)})")
-        turns.append((_ROLES[role], _filled(turn, "content" if "content" in turn else "value")))
-    return turns
-
-
-def _chat(record: Record, template: Template, loss_on: str) -> Document:
-    turns = _turns(record)
+def _chat(record: Record, template: Template, loss_on: str, ignored: Sequence[str]) -> Document:
+    turns = chat.turns_of(record, ignored)
     answers = [i for i, (role, _) in enumerate(turns) if role == "assistant"]
     if not answers:
         raise BadRecordError("no answer of the assistant")
@@ -239,20 +193,37 @@ class Format:
 FORMATS = ("text", "alpaca", "alpaca-sft", "chat")
 
 
-def make_format(name: str, *, keys: Sequence[str], template: Template, loss_on: str) -> Format:
-    """Binds a format's options. Raises UserError for an unknown name."""
-    alpaca = ("instruction", "input", "output")
+def make_format(
+    name: str, *, keys: Sequence[str], template: Template, loss_on: str, ignored: Sequence[str] = ()
+) -> Format:
+    """Binds a format's options.
+
+    Args:
+        name: one of FORMATS.
+        keys: the columns of format text.
+        template: of the other formats.
+        loss_on: chats: all answers, or the last.
+        ignored: columns of records.CONTENT that may be left out though they are filled.
+
+    Raises:
+        UserError: an unknown name, of the format or of an ignored column.
+    """
+    for one in ignored:
+        if one not in IGNORABLE:
+            raise UserError(f"--ignore {one}: {nearest(one, IGNORABLE)}", "other columns are not read anyway")
+    alpaca = tuple(dict.fromkeys(ALPACA + CONTENT))  # CONTENT is read to be refused where it is filled
     if name == "text":
-        return Format(tuple(keys), False, tuple(keys), lambda record: [[Part(_filled(record, key))] for key in keys])
+        return Format(tuple(keys), False, tuple(keys), lambda record: [[Part(filled(record, key))] for key in keys])
     if name == "alpaca":
-        return Format(("text",), False, alpaca, lambda record: [[Part("".join(_alpaca(record, template)))]])
+        return Format(("text",), False, alpaca, lambda record: [[Part("".join(_alpaca(record, template, ignored)))]])
     if name == "alpaca-sft":
 
         def split(record: Record) -> list[Document]:
-            prompt, answer = _alpaca(record, template)
+            prompt, answer = _alpaca(record, template, ignored)
             return [[Part(prompt, learn=False), Part(answer, end=True)]]
 
         return Format(("packed",), True, alpaca, split)
     if name == "chat":
-        return Format(("packed",), True, None, lambda record: [_chat(record, template, loss_on)])
+        columns = tuple(dict.fromkeys(chat.COLUMNS + CONTENT))
+        return Format(("packed",), True, columns, lambda record: [_chat(record, template, loss_on, ignored)])
     raise UserError(f"unknown format {name!r}; {nearest(name, FORMATS)}", "see docs/prepare.md for the four formats")

@@ -23,12 +23,16 @@ from pathlib import Path
 import numpy as np
 
 from arriero.common.errors import UserError
+from arriero.common.files import why
+from arriero.common.text import shown
+from arriero.data.output import create
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # 34 bytes
 # Codes 6 and 7 are float64 and float32, exchanged between Megatron's eras; token ids are never floats.
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+AGAIN = "prepare the data set again"
 _CHUNK = 1 << 20  # entries of the index copied at a time
 
 
@@ -47,6 +51,10 @@ def idx_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.idx")
 
 
+class OutsideVocabulary(UserError):  # noqa: N818 - a kind of UserError
+    """A token id that the model has no row for."""
+
+
 class IndexedDataset:
     """Reads PREFIX.bin and PREFIX.idx through memory maps, whoever wrote them.
 
@@ -61,60 +69,113 @@ class IndexedDataset:
     """
 
     def __init__(self, prefix: str | Path) -> None:
-        self.prefix = str(prefix)
+        self.prefix, self._name = str(prefix), shown(prefix)
         idx, data = idx_path(prefix), bin_path(prefix)
         for path in (idx, data):
-            if not path.is_file():
-                raise UserError(
-                    f"no data set at {prefix}: {path} is missing", "give the prefix that `arriero prepare` printed"
-                )
-        size = idx.stat().st_size
+            if not os.path.isfile(path):  # a directory or a pipe is no data set, and an impossible name none either
+                fix = "give the prefix that `arriero prepare` printed"
+                raise UserError(f"no data set at {self._name}: {shown(path)} is missing", fix)
+        try:
+            length = data.stat().st_size
+            self._read_index(idx)
+            # A memory map of nothing is an error; an empty array is what a set without tokens has.
+            whole = length // self.dtype.itemsize
+            self.tokens = (
+                np.asarray(np.memmap(data, self.dtype, "r", shape=(whole,))) if whole else np.empty(0, self.dtype)
+            )
+        except OSError as error:
+            raise UserError(f"{self._name}: cannot be read ({why(error)})", "look at the files' permissions") from None
+        self._check(length)
+        self.starts = self.pointers // self.dtype.itemsize
+
+    def _read_index(self, idx: Path) -> None:
+        """Maps the index, once its header fits its length."""
+        size, name = idx.stat().st_size, f"{self._name}.idx"
         if size < _HEADER.size:
-            raise UserError(f"{idx} is {size} bytes long: not an index", "prepare the data set again")
+            raise UserError(f"{name} is {size} bytes long: not an index", AGAIN)
         with idx.open("rb") as file:
             magic, version, code, sequences, boundaries = _HEADER.unpack(file.read(_HEADER.size))
         if magic != MAGIC or version != 1:
-            raise UserError(f"{idx} is not a Megatron index of version 1", "prepare the data set again")
+            raise UserError(f"{name} is not a Megatron index of version 1", AGAIN)
         if code not in DTYPES:
-            raise UserError(f"{idx}: dtype code {code} holds no token ids", f"known codes: {sorted(DTYPES)}")
+            raise UserError(f"{name}: dtype code {code} holds no token ids", f"known codes: {sorted(DTYPES)}")
         need = _HEADER.size + 12 * sequences + 8 * boundaries
         if size not in (need, need + sequences):  # one byte a sequence more in multimodal sets: not read
-            raise UserError(f"{idx} is {size} bytes long, its header asks for {need}", "prepare the data set again")
+            raise UserError(f"{name} is {size} bytes long, its header asks for {need}", AGAIN)
         self.dtype = np.dtype(DTYPES[code]).newbyteorder("<")
         raw = np.memmap(idx, mode="r", dtype=np.uint8)
         at = _HEADER.size
         self.sizes = np.frombuffer(raw, "<i4", sequences, at)
         self.pointers = np.frombuffer(raw, "<i8", sequences, at + 4 * sequences)
         self.documents = np.frombuffer(raw, "<i8", boundaries, at + 12 * sequences)
-        length = data.stat().st_size
-        # A memory map of nothing is an error; an empty array is what a set without tokens has.
-        self.tokens = (
-            np.asarray(np.memmap(data, self.dtype, "r")) if length >= self.dtype.itemsize else np.empty(0, self.dtype)
-        )
-        self._check(length)
-        self.starts = self.pointers // self.dtype.itemsize
 
     def _check(self, length: int) -> None:
-        """Every sequence lies inside .bin: one pass over the index, without the tokens."""
-        idx, data, width = idx_path(self.prefix), bin_path(self.prefix), self.dtype.itemsize
+        """Every sequence lies inside .bin, and they do not overlap: one pass over the index, without the tokens.
+
+        Raises:
+            UserError: names the sequence, or the document.
+        """
+        width, tokens = self.dtype.itemsize, 0
         for first in range(0, len(self.sizes), _CHUNK):
             sizes = self.sizes[first : first + _CHUNK].astype(np.int64)
             pointers = self.pointers[first : first + _CHUNK]
-            bad = np.flatnonzero(
-                (sizes < 0) | (pointers < 0) | (pointers % width != 0) | (pointers + sizes * width > length)
-            )
-            if len(bad):
-                i = int(bad[0])
+            # A sum of pointer and size could overflow; `length - size` cannot.
+            bad = (sizes < 0) | (pointers < 0) | (pointers % width != 0) | (pointers > length - sizes * width)
+            if bad.any():
+                i = int(np.flatnonzero(bad)[0])
                 raise UserError(
-                    f"{idx}: sequence {first + i} has {int(sizes[i])} tokens from byte {int(pointers[i])}, "
-                    f"but {data} has {length} bytes",
+                    f"{self._name}.idx: sequence {first + i} has {int(sizes[i])} tokens from byte {int(pointers[i])}, "
+                    f"but {self._name}.bin has {length} bytes",
                     "one of the two files is cut short or belongs to another set: prepare it again",
                 )
-        docs = self.documents
-        if len(docs) == 0 or docs[0] != 0 or docs[-1] != len(self.sizes) or bool((np.diff(docs) < 0).any()):
-            raise UserError(
-                f"{idx}: the document boundaries do not run from 0 to {len(self.sizes)}", "prepare the data set again"
-            )
+            tokens += int(sizes.sum())
+        if tokens * width > length:  # an index of some KB must not become an order of some GB
+            said = f"its sequences have {tokens} tokens together, {self._name}.bin has {length // width}: they overlap"
+            raise UserError(f"{self._name}.idx: {said}", AGAIN)
+        docs, last = self.documents, len(self.sizes)
+        if len(docs) == 0 or docs[0] != 0 or docs[-1] != last or not self._rises(docs):
+            raise UserError(f"{self._name}.idx: the document boundaries do not run from 0 to {last}", AGAIN)
+
+    @staticmethod
+    def _rises(docs: np.ndarray) -> bool:
+        """Whether no boundary lies before the one ahead of it; compared, for a difference could overflow."""
+        return not any(
+            bool((docs[i + 1 : i + 1 + _CHUNK] < docs[i : i + _CHUNK][: len(docs) - i - 1]).any())
+            for i in range(0, len(docs) - 1, _CHUNK)
+        )
+
+    def check_ids(
+        self, vocab_size: int | None, *, first: int = 0, end: int | None = None, ignored: int | None = None,
+        whose: str = "the model's",
+    ) -> None:  # fmt: skip
+        """Looks for ids that are not in 0 to vocab_size - 1, about 1 GB/s.
+
+        Args:
+            vocab_size: rows of the model; None where it is not known: then ids below 0 alone are looked for.
+            first, end: the part of `tokens` to look at; all of it by default.
+            ignored: a value that is none and may stand there, such as the label of a token that carries no loss.
+            whose: vocabulary it is, for the message.
+
+        Raises:
+            OutsideVocabulary: for the first one; names the file and the place in it.
+        """
+        stop = len(self.tokens) if end is None else end
+        most = 1 << 62 if vocab_size is None else vocab_size
+        entries = "ids count from 0" if vocab_size is None else f"{whose} vocabulary has {vocab_size} entries"
+        for at in range(first, stop, _CHUNK):
+            part = self.tokens[at : min(at + _CHUNK, stop)]
+            if int(part.max()) < most and (self.dtype.kind == "u" or int(part.min()) >= 0):
+                continue
+            outside = (part < 0) | (part >= most)
+            if ignored is not None:
+                outside &= part != ignored
+            if outside.any():
+                i = int(np.flatnonzero(outside)[0])
+                place = f"token {at + i}, at byte {(at + i) * self.dtype.itemsize}"
+                raise OutsideVocabulary(
+                    f"{self._name}.bin holds token id {int(part[i])}, {entries} ({place})",
+                    "prepare the text with the model's own tokenizer",
+                )
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -137,9 +198,9 @@ class IndexedWriter:
         self._hash = hashlib.sha256()
         Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
         self._parts = {n: Path(f"{self.prefix}.{n}.partial") for n in ("bin", "idx", "sizes", "documents")}
-        self._bin = self._parts["bin"].open("wb")
-        self._sizes = self._parts["sizes"].open("wb")
-        self._docs = self._parts["documents"].open("wb")
+        self._bin = create(self._parts["bin"])
+        self._sizes = create(self._parts["sizes"])
+        self._docs = create(self._parts["documents"])
         self._docs.write(struct.pack("<q", 0))
 
     def add(self, ids: np.ndarray | list[int]) -> None:
@@ -188,7 +249,7 @@ class IndexedWriter:
 
     def _write_index(self) -> str:
         digest = hashlib.sha256()
-        with self._parts["idx"].open("wb") as out:
+        with create(self._parts["idx"]) as out:
 
             def put(raw: bytes) -> None:
                 out.write(raw)

@@ -10,26 +10,29 @@ from typing import Any
 import numpy as np
 
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError
-from arriero.data.batches import is_instruction
-from arriero.data.indexed import IndexedDataset, bin_path, idx_path
-from arriero.data.instruct import INSTRUCTION_FIELDS
+from arriero.common.files import make_directory
+from arriero.common.text import printable, shown
+from arriero.data.check import check_part
+from arriero.data.indexed import AGAIN, IndexedDataset, bin_path, idx_path
 from arriero.data.manifest import manifest_of, manifest_path, read_manifest, verify
+from arriero.data.prefix import indexed_sets, is_file, is_instruction
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
 
 _SHOWN = 3  # documents that are decoded
 _LONG = 400  # characters of a stretch that are shown
 _BINS = 24
+_MOST = 4096  # tokens of a document that are looked at to show it
 
 
 def _prefixes(path: Path) -> list[str]:
     """The data sets that a path names: one set (with or without .idx or .bin), or all that one `prepare` wrote."""
     prefix = str(path.with_suffix("")) if path.suffix in (".idx", ".bin") else str(path)
-    if idx_path(prefix).is_file() or (bin_path(prefix).is_file() and path.suffix == ".bin"):
+    if is_file(idx_path(prefix)) or (path.suffix == ".bin" and is_file(bin_path(prefix))):
         return [prefix]
-    manifest = read_manifest(prefix) if manifest_path(prefix).is_file() else None
+    manifest = read_manifest(prefix) if is_file(manifest_path(prefix)) else None
     if manifest is not None:
         return [f"{prefix}_{name}" for name in manifest["outputs"]]
-    return [f"{prefix}_packed_{name}_document" for name in INSTRUCTION_FIELDS] if is_instruction(prefix) else []
+    return list(indexed_sets(prefix).values()) if is_instruction(prefix) else []
 
 
 def recognises(path: Path) -> bool:
@@ -51,17 +54,17 @@ def inspect(path: Path, *, json: bool = False, verify: bool = False, figure: Pat
     """
     prefixes = _prefixes(Path(path))
     if not prefixes:
-        raise UserError(f"no data set at {path}", "give the prefix that `arriero prepare` printed")
+        raise UserError(f"no data set at {shown(path)}", "give the prefix that `arriero prepare` printed")
     reports = [_report(prefix, deep=verify) for prefix in prefixes]
     if figure is not None and (whole := [r for r in reports if "lengths" in r]):
         _draw(IndexedDataset(whole[0]["prefix"]).sizes, whole[0]["prefix"], figure)
     if json:
-        print(jsonlib.dumps(reports if len(reports) > 1 else reports[0], indent=1, ensure_ascii=False))
+        print(jsonlib.dumps(reports if len(reports) > 1 else reports[0], indent=1))
     else:
         for report in reports:
             _print(report)
         if figure is not None:
-            print(f"figure     {figure}")
+            print(f"figure     {shown(figure)}")
     return EXIT_CHECK_FAILED if any(report["wrong"] for report in reports) else EXIT_OK
 
 
@@ -88,7 +91,8 @@ def _report(prefix: str, *, deep: bool) -> dict[str, Any]:
         report["lengths"]["mean"] = float(sizes.mean())
         counts = np.bincount(np.log2(np.maximum(sizes, 1)).astype(int))
         report["histogram"] = {str(2**power): int(n) for power, n in enumerate(counts)}
-    tokenizer = None
+    tokenizer: Tokenizer | None = None
+    vocab_size: int | None = None
     if found is not None:
         name, manifest = found
         report["manifest"] = str(manifest_path(prefix.removesuffix(f"_{name}")))
@@ -97,19 +101,24 @@ def _report(prefix: str, *, deep: bool) -> dict[str, Any]:
         if report["tokens"] and len(manifest["outputs"]) == 1:
             report["bytes_per_token"] = manifest["text_bytes"] / report["tokens"]
         report["wrong"] += _check(prefix, manifest["outputs"].get(name), report, deep=deep)
-        tokenizer = _its_tokenizer(manifest["tokenizer"])
+        tokenizer, vocab_size = _its_tokenizer(manifest["tokenizer"]), manifest["tokenizer"]["vocab_size"]
     elif deep:
-        report["wrong"].append(f"{prefix} has no manifest to verify against")
-    report["first"] = [_show(data, i, prefix, tokenizer) for i in range(min(_SHOWN, len(data)))]
+        report["wrong"].append(f"{shown(prefix)} has no manifest to verify against")
+    try:
+        ignored = -100 if prefix.endswith("_packed_labels_document") else None
+        check_part(data, vocab_size, whole=deep, ignored=ignored, whose="its tokenizer's")
+        report["first"] = [_show(data, i, prefix, tokenizer) for i in range(min(_SHOWN, len(data)))]
+    except UserError as error:
+        report["wrong"].append(error.problem)
     report["verified"] = deep
     return report
 
 
 def _check(prefix: str, entry: dict[str, Any] | None, report: dict[str, Any], *, deep: bool) -> list[str]:
     if entry is None:
-        return [f"the manifest does not list {prefix}"]
+        return [f"the manifest does not list {shown(prefix)}"]
     wrong = [
-        f"{prefix}: {report[key]:,} {key}, the manifest says {entry[key]:,}"
+        f"{shown(prefix)}: {report[key]:,} {key}, the manifest says {entry[key]:,}"
         for key in ("documents", "sequences", "tokens", "bin_bytes")
         if report[key] != entry[key]
     ]
@@ -126,14 +135,19 @@ def _its_tokenizer(made_by: dict[str, Any]) -> Tokenizer | None:
 
 
 def _show(data: IndexedDataset, i: int, prefix: str, tokenizer: Tokenizer | None) -> list[list[str]]:
-    """A document as stretches: ("loss" or "no loss", text). Special ids are shown in their written form."""
-    ids = data[i]
+    """The begin of a document as stretches: ("loss" or "no loss", text). Special ids are shown in their written form.
+
+    Raises:
+        UserError: the three files of an instruction set do not belong together.
+    """
+    ids = data[i][:_MOST]
     learned = np.ones(len(ids), bool)
     stem = prefix.rpartition("_packed_")[0]
     if stem and is_instruction(stem):
-        labels = IndexedDataset(f"{stem}_packed_labels_document")
-        learned = labels[i] != -100
-        ids = IndexedDataset(f"{stem}_packed_input_ids_document")[i]
+        labels, inputs = (IndexedDataset(f"{stem}_packed_{name}_document") for name in ("labels", "input_ids"))
+        if not np.array_equal(labels.sizes, inputs.sizes):
+            raise UserError(f"{shown(stem)}: the three packed files have different lengths", AGAIN)
+        learned, ids = labels[i][:_MOST] != -100, inputs[i][:_MOST]
     edges = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
     return [
         ["loss" if learned[a] else "no loss", _text(ids[a:b], tokenizer)] for a, b in itertools.pairwise(edges) if b > a
@@ -145,18 +159,19 @@ def _text(ids: np.ndarray, tokenizer: Tokenizer | None) -> str:
         return " ".join(map(str, ids[:40].tolist())) + (" ..." if len(ids) > 40 else "")
     special = {i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None}
     out, run = "", list[int]()
-    for token in [*ids[:4096].tolist(), None]:
-        if token is not None and token not in special:
+    for token in [*ids.tolist(), None]:
+        known = token is not None and 0 <= token < tokenizer.vocab_size
+        if known and token not in special:
             run.append(token)
             continue
         out += tokenizer.decode(run) if run else ""
         run = []
-        out += f"⟦{tokenizer.piece(token)}⟧" if token is not None else ""
+        out += f"⟦{tokenizer.piece(token) if known else token}⟧" if token is not None else ""
     return out if len(out) <= _LONG else f"{out[: _LONG // 2]} ... {out[-_LONG // 2 :]}"
 
 
 def _print(report: dict[str, Any]) -> None:
-    print(f"data set   {report['prefix']}")
+    print(f"data set   {shown(report['prefix'])}")
     if "tokens" in report:
         counts = f"{report['documents']:,} documents, {report['tokens']:,} tokens"
         print(f"holds      {counts}, {report['dtype']}, {report['bin_bytes']:,} bytes")
@@ -169,9 +184,8 @@ def _print(report: dict[str, Any]) -> None:
                 print(f"  {start:>9}+ {n:>10,} {'#' * max(1, round(40 * n / most))}")
     if report.get("tokenizer"):
         made_by = report["tokenizer"]
-        print(
-            f"tokenizer  {made_by['path']}, {made_by['vocab_size']:,} entries, largest id used {report['largest_id']:,}"
-        )
+        entries, largest = made_by["vocab_size"], report["largest_id"]
+        print(f"tokenizer  {shown(made_by['path'])}, {entries:,} entries, largest id used {largest:,}")
     if "bytes_per_token" in report:
         print(f"text       {report['text_bytes']:,} bytes, {report['bytes_per_token']:.2f} bytes a token")
     if "records" in report:
@@ -182,14 +196,14 @@ def _print(report: dict[str, Any]) -> None:
         for kind, text in stretches:
             print(f"  {kind:>7}  {text!r}")
     for problem in report["wrong"]:
-        print(f"WRONG      {problem}")
+        print(printable(f"WRONG      {problem}"))
     if not report["wrong"]:
         how = "index and payload fit; no manifest (another program wrote it)"
         if report["manifest"]:
             how = (
                 "both files equal the manifest's SHA-256" if report["verified"] else "counts fit; --verify reads it all"
             )
-        print(f"whole      {how}")
+        print(printable(f"whole      {how}"))
 
 
 def _draw(sizes: np.ndarray, prefix: str, figure: Path) -> None:
@@ -208,6 +222,11 @@ def _draw(sizes: np.ndarray, prefix: str, figure: Path) -> None:
     axes.set_title(f"{Path(prefix).name}: {len(sizes):,} documents, {int(sizes.sum(dtype=np.int64)):,} tokens")
     axes.axvline(float(np.median(sizes)), color="#c44536", label=f"median {np.median(sizes):,.0f}")
     axes.legend()
-    figure.parent.mkdir(parents=True, exist_ok=True)
-    plot.savefig(figure, dpi=120)
-    pyplot.close(plot)
+    fix = "name a .png, .svg or .pdf where it can be written"
+    make_directory(figure.parent, fix)
+    try:
+        plot.savefig(figure, dpi=120)
+    except (OSError, ValueError) as error:  # ValueError: a kind of figure that matplotlib does not draw
+        raise UserError(f"--figure {shown(figure)}: {shown(error)}", fix) from None
+    finally:
+        pyplot.close(plot)

@@ -6,16 +6,16 @@ It is renamed into place last, after every .bin and .idx: a set without it is fo
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from arriero.common.errors import UserError
 from arriero.common.untrusted import plain_name, read_json
-from arriero.data.indexed import IndexedDataset, bin_path, idx_path
+from arriero.data.indexed import bin_path, idx_path
+from arriero.data.output import create
 
 VERSION = 1
 _OUTPUT = {
@@ -46,7 +46,7 @@ def write_manifest(out: str, manifest: dict[str, Any]) -> None:
     """Writes and renames the manifest, flushed to disk."""
     path = manifest_path(out)
     scratch = path.with_name(path.name + ".partial")
-    with scratch.open("w", encoding="utf-8") as file:
+    with io.TextIOWrapper(create(scratch), encoding="utf-8") as file:
         json.dump({"version": VERSION, **manifest}, file, indent=1, ensure_ascii=False)
         file.write("\n")
         file.flush()
@@ -57,7 +57,7 @@ def write_manifest(out: str, manifest: dict[str, Any]) -> None:
 def read_manifest(out: str) -> dict[str, Any] | None:
     """The manifest of `prepare --out PREFIX`, or None. Raises UserError for a damaged one."""
     path = manifest_path(out)
-    if not path.is_file():
+    if not os.path.isfile(path):
         return None
     fix = "prepare the data set again with --overwrite"
     found: dict[str, Any] = read_json(path, fix, FORM)
@@ -77,6 +77,8 @@ def manifest_of(prefix: str) -> tuple[str, dict[str, Any]] | None:
     path = Path(prefix)
     words = path.name.split("_")
     for n in range(len(words), 0, -1):
+        if not any(words[:n]):
+            break  # the name begins with an underscore: what is in front of it is no name
         out = str(path.with_name("_".join(words[:n])))
         found = read_manifest(out)
         name = "_".join(words[n:])
@@ -94,10 +96,3 @@ def verify(prefix: str, entry: dict[str, Any]) -> list[str]:
         elif sha256_file(path) != entry[key]:
             wrong.append(f"{path}: SHA-256 differs from the manifest")
     return wrong
-
-
-def largest_id(prefix: str) -> int:
-    """Largest token id of a data set, by reading all of it (about 1 GB/s); -1 for an empty one."""
-    tokens = IndexedDataset(prefix).tokens
-    step = 1 << 24
-    return max((int(np.max(tokens[i : i + step])) for i in range(0, len(tokens), step)), default=-1)

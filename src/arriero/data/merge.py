@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Any
 
 import numpy as np
 
 import arriero
 from arriero.common.errors import EXIT_OK, UserError
-from arriero.data.indexed import IndexedDataset, IndexedWriter
+from arriero.common.text import shown
+from arriero.data.indexed import IndexedDataset, IndexedWriter, idx_path
 from arriero.data.manifest import RECORDS, manifest_path, read_manifest, verify, write_manifest
 
 _STEP = 1 << 22  # tokens copied at a time
@@ -22,7 +23,7 @@ def _open_all(prefixes: list[str]) -> list[dict[str, Any]]:
         found = read_manifest(prefix)
         if found is None:
             raise UserError(
-                f"{manifest_path(prefix)} is missing: {prefix} is not a finished set",
+                f"{shown(manifest_path(prefix))} is missing: {shown(prefix)} is not a finished set",
                 "give what --out was, not the name of a .bin",
             )
         for name, entry in found["outputs"].items():
@@ -56,11 +57,12 @@ def merge(prefixes: list[str], out: str, *, overwrite: bool) -> int:
     """Joins the sets that `prepare --out PREFIX` wrote into one. Raises UserError."""
     if len(prefixes) < 2:
         raise UserError("--merge needs two or more prefixes", "give what --out was for each of them")
-    if (manifest_path(out).exists() or any(Path(out).parent.glob(f"{Path(out).name}_*.idx"))) and not overwrite:
-        raise UserError(f"{out} exists", "give --overwrite to replace it, or another --out")
-    if out in prefixes:
-        raise UserError(f"{out} is both an input and the output of --merge", "choose another --out")
     manifests = _open_all(prefixes)
+    if any(os.path.realpath(out) == os.path.realpath(prefix) for prefix in prefixes):
+        raise UserError(f"{shown(out)} is both an input and the output of --merge", "choose another --out")
+    ours = [manifest_path(out), *(idx_path(f"{out}_{name}") for name in manifests[0]["outputs"])]
+    if any(map(os.path.lexists, ours)) and not overwrite:
+        raise UserError(f"{shown(out)} exists", "give --overwrite to replace it, or another --out")
     outputs: dict[str, Any] = {}
     writers = []
     try:

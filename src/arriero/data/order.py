@@ -8,12 +8,12 @@ Every random draw is numpy's frozen `RandomState`: the same seed gives the same 
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-from arriero.common.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -112,17 +112,18 @@ class MegatronOrder:
     Source: Megatron-LM, `megatron/core/datasets/gpt_dataset.py`; checked against megatron-core 0.16.1.
 
     Args:
+        sizes, documents: tokens of every document, and the documents to read; at least two tokens together.
         samples: samples that the run draws from this set; the epochs that they need are shuffled together, unless the
-            last one is used for less than 80%: it is then shuffled on its own.
+            last one is used for less than 80%: it is then shuffled on its own. None for exactly one epoch.
     """
 
-    def __init__(self, sizes: np.ndarray, documents: np.ndarray, *, length: int, seed: int, samples: int) -> None:
+    def __init__(
+        self, sizes: np.ndarray, documents: np.ndarray, *, length: int, seed: int, samples: int | None
+    ) -> None:  # fmt: skip
         per_epoch = int(sizes[documents].sum(dtype=np.int64))
-        if per_epoch == 0:
-            raise UserError("no tokens to draw samples from", "prepare more text, or give this split a larger share")
-        epochs = max(1, -(-(samples * length + 1) // per_epoch))
+        epochs = 1 if samples is None else max(1, -(-(samples * length + 1) // per_epoch))
         before = ((epochs - 1) * per_epoch - 1) // length  # samples of all epochs but the last
-        separate = epochs > 1 and samples - before < int(0.80 * ((per_epoch - 1) // length))
+        separate = epochs > 1 and (samples or 0) - before < int(0.80 * ((per_epoch - 1) // length))
         random = np.random.RandomState(seed)
 
         def shuffled(n: int) -> np.ndarray:
@@ -164,10 +165,11 @@ def choose_documents(count: int, split: tuple[float, ...], which: int, *, by: st
         by: "order" cuts the file into contiguous ranges, as Megatron does; "hash" draws each document by a hash of its
             number, so that a part is a fair sample and documents appended later move no earlier one.
     """
-    edges = np.cumsum([0.0, *split]) / sum(split)
-    if by == "order":
-        low, high = (round(float(edges[which + k]) * count) for k in (0, 1))
+    if by == "order":  # shares are normalised, then added up: in another order a boundary may be rounded otherwise
+        ends = np.cumsum([0.0, *normalised(split)])
+        low, high = (round(float(ends[which + k]) * float(count)) for k in (0, 1))
         return np.arange(low, high, dtype=np.int32)
+    edges = np.cumsum([0.0, *split]) / sum(split)
     # splitmix64 (Steele, Lea, Flood 2014) of the document number, as a fraction of 2^64.
     x = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -197,6 +199,47 @@ def blend_stable(samples: np.ndarray, weights: list[float]) -> tuple[np.ndarray,
         within[left[~taken]] -= before[~taken]
         left, remaining = left[~taken], remaining - weight
     return which, within
+
+
+def normalised(weights: Sequence[float]) -> list[float]:
+    """Weights that sum to 1, to the bit as Megatron-LM's `normalize` makes them."""
+    array = np.array(weights, np.float64)
+    found: list[float] = (array / np.sum(array)).tolist()
+    return found
+
+
+class MegatronBlend:
+    """The blend of Megatron-LM's BlendedMegatronDatasetBuilder and BlendedDataset, bit for bit.
+
+    Source: Megatron-LM, `megatron/core/datasets/blended_megatron_dataset_builder.py` and `blended_dataset.py`.
+
+    Args:
+        weights: one a set, in any scale; None: each set counts by its length, and is passed over once.
+        samples: samples that the run draws in all.
+
+    Attributes:
+        drawn: with weights, samples that the order of each set is made for: half a percent more than its share.
+        samples: as given.
+        total: samples that the blend has, after which it starts over; without weights at most one pass.
+    """
+
+    def __init__(self, weights: Sequence[float] | None, samples: int) -> None:
+        self._weights, self.samples = (None if weights is None else normalised(weights)), samples
+        shares = [math.ceil(samples * weight) for weight in self._weights or []]
+        self.drawn = [math.ceil(share * (1 + 0.005)) for share in shares]
+        self.total = sum(shares)
+        self._which = self._within = np.empty(0, np.int64)
+
+    def share_out(self, lengths: Sequence[int]) -> None:
+        """Decides for every sample which set it comes from; `lengths` are the sets' samples in one pass."""
+        if self._weights is None:
+            self._weights, self.total = [float(n) for n in lengths], min(self.samples, sum(lengths))
+        # A second time: the first quotients need not sum to 1, and a last bit decides between sets that are level.
+        self._which, self._within = blend_megatron(self.total, normalised(self._weights))
+
+    def of(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Set number and sample number within the set of each of these samples; past the end they start over."""
+        return self._which[samples % self.total], self._within[samples % self.total]
 
 
 def blend_megatron(count: int, weights: list[float]) -> tuple[np.ndarray, np.ndarray]:

@@ -59,6 +59,7 @@ class Prefetch(Generic[T]):
             self._ready.put((kind, value))  # whoever asks again is told again
             raise StopIteration
         if isinstance(value, BaseException):
+            self._ready.put((kind, value))
             raise value
         return value  # type: ignore[return-value]
 

@@ -9,15 +9,20 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
+from annotated_types import Interval
 
 from arriero.common.errors import EXIT_OK, UserError, join_problems
-from arriero.data.formats import FORMATS, Format, load_template, make_format
+from arriero.common.files import open_regular
+from arriero.common.ranges import PathText
+from arriero.common.text import printable, shown
+from arriero.data.formats import FORMATS, Format, Template, load_template, make_format
 from arriero.data.indexed import bin_path, idx_path
 from arriero.data.inputs import find_inputs
 from arriero.data.manifest import manifest_path, read_manifest
+from arriero.data.output import check_output, make_place, written
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
 from arriero.data.writing import Job, SourceHashes, output_names, sample_texts, write
 
@@ -26,10 +31,10 @@ from arriero.data.writing import Job, SourceHashes, output_names, sample_texts, 
 class PrepareArgs:
     """Tokenise text into a data set."""
 
-    inputs: tyro.conf.Positional[tuple[str, ...]]
+    inputs: tyro.conf.Positional[tuple[Annotated[str, PathText], ...]]
     """Files, directories or quoted globs of one kind: parquet, json, jsonl, csv, txt, arrow, feather (also .gz and
     .zst). With --merge: the data sets to join."""
-    out: str
+    out: Annotated[str, PathText]
     """Path that the written names begin with: OUT_text_document.bin, .idx and OUT.manifest.json."""
     tokenizer: Path | None = None
     """Directory with tokenizer.model or tokenizer.json, or such a file."""
@@ -42,26 +47,29 @@ class PrepareArgs:
     """stanford (the default), ascendspeed, ascendspeed-instruction, vicuna, or a TOML file."""
     loss_on: Literal["all", "last"] = "all"
     """Chats: learn every answer, or only the last."""
+    ignore: tuple[str, ...] = ()
+    """Columns of alpaca and chat records (or keys of a chat's turns), such as tools, that are left out though they are
+    filled. Without it such records are set aside, since what they say would be lost."""
     per: Literal["line", "paragraph", "file"] = "line"
     """Text files: what one document is."""
     bos: bool = True
     """Put BOS before every document."""
     eos: bool = True
     """Put EOS after every document (after every answer, in chats)."""
-    workers: int = 0
+    workers: Annotated[int, Interval(ge=0, le=4096)] = 0
     """Threads that tokenise; 0 means one for each core. The output does not depend on it."""
     engine: Literal["auto", "reference", "fast"] = "auto"
     """reference: sentencepiece or tokenizers; fast: gigatoken, after a check on your own text; auto: fast if it is
     installed and passes the check."""
     strict: bool = False
     """Stop at the first record that cannot be used."""
-    max_bad: float = 0.01
+    max_bad: Annotated[float, Interval(ge=0, le=1)] = 0.01
     """Largest share of records that may be quarantined (empty ones do not count); above it nothing is written."""
     overwrite: bool = False
     """Replace what an earlier run with other inputs wrote under this name."""
     merge: bool = False
     """Join finished data sets (their prefixes are the inputs) instead of tokenising."""
-    log_interval: int = 0
+    log_interval: Annotated[int, Interval(ge=0, le=1_000_000_000)] = 0
     """Print a plain progress line every so many documents instead of a bar."""
 
 
@@ -70,7 +78,10 @@ def run(args: PrepareArgs) -> int:
     if args.merge:
         from arriero.data.merge import merge
 
-        return merge(list(args.inputs), args.out, overwrite=args.overwrite)
+        with written(args.out):
+            check_output(args.out, ())
+            make_place(args.out)
+            return merge(list(args.inputs), args.out, overwrite=args.overwrite)
     kind, files, form, tokenizer = _check(args)
     bos, eos = tokenizer.bos_id if args.bos else None, tokenizer.eos_id if args.eos else None
     job = Job(
@@ -90,10 +101,11 @@ def run(args: PrepareArgs) -> int:
         options={**dataclasses.asdict(args), "tokenizer": str(args.tokenizer)},
     )
     for notice in tokenizer.notices:
-        print(f"note: {notice}")
-    print(f"tokenizer  {tokenizer.path} ({tokenizer.vocab_size} entries)")
+        print(f"note: {printable(notice)}")
+    print(f"tokenizer  {shown(tokenizer.path)} ({tokenizer.vocab_size} entries)")
     print(f"documents  {_policy(tokenizer, bos, eos)}; a literal <s> in the text stays text")
-    with _only_writer(args.out):
+    make_place(args.out)
+    with written(args.out), _only_writer(args.out):
         hashes = SourceHashes(files)
         earlier = read_manifest(args.out)
         if earlier is not None and not args.overwrite:
@@ -126,8 +138,13 @@ def _check(args: PrepareArgs) -> tuple[str, list[Path], Format, Tokenizer]:
         problems.append(error)
     try:
         form = make_format(
-            args.format, keys=args.keys, template=load_template(args.template or "stanford"), loss_on=args.loss_on
-        )
+            args.format, keys=args.keys, template=_template(args), loss_on=args.loss_on,
+            ignored=args.ignore,
+        )  # fmt: skip
+    except UserError as error:
+        problems.append(error)
+    try:
+        check_output(args.out, output_names(form) if form else ())
     except UserError as error:
         problems.append(error)
     problems += _idle_options(args, kind)
@@ -138,11 +155,16 @@ def _check(args: PrepareArgs) -> tuple[str, list[Path], Format, Tokenizer]:
     return kind, files, form, tokenizer
 
 
+def _template(args: PrepareArgs) -> Template:
+    return load_template("stanford" if args.template is None else args.template)
+
+
 def _idle_options(args: PrepareArgs, kind: str) -> list[UserError]:
     """Options that would have no effect, or no sensible one."""
     idle = [
         ("--keys", args.keys != ("text",) and args.format != "text", f"format {args.format} has its own columns"),
         ("--template", args.template is not None and args.format == "text", "format text has no template"),
+        ("--ignore", bool(args.ignore) and args.format == "text", "format text reads the columns of --keys alone"),
         ("--loss-on", args.loss_on != "all" and args.format != "chat", "it is for format chat"),
         ("--per", args.per != "line" and kind not in ("", "text"), f"the inputs are {kind}, not text files"),
     ]
@@ -177,7 +199,7 @@ def _engine(args: PrepareArgs, job: Job) -> Tokenizer:
     fast, reason = fast_or_reason(job.tokenizer, sample_texts(job.files, job.kind, job.form, per=job.per))
     if fast is None and args.engine == "fast":
         raise UserError(f"--engine fast: {reason}", "pip install 'arriero[fast]', or use --engine auto")
-    print(f"engine     {(fast or job.tokenizer).engine}: {reason}")
+    print(f"engine     {(fast or job.tokenizer).engine}: {printable(reason)}")
     return fast or job.tokenizer
 
 
@@ -185,12 +207,13 @@ def _engine(args: PrepareArgs, job: Job) -> Tokenizer:
 def _only_writer(out: str) -> Iterator[None]:
     """Holds OUT.lock: two runs cannot write the same names at once. The lock dies with its process."""
     path = Path(f"{out}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with open(open_regular(path, os.O_RDWR | os.O_CREAT), "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"another process is preparing {out}", "wait for it, or choose another --out") from error
+            raise UserError(
+                f"another process is preparing {shown(out)}", "wait for it, or choose another --out"
+            ) from error
         try:
             yield
         finally:
@@ -199,7 +222,7 @@ def _only_writer(out: str) -> Iterator[None]:
 
 def _request(args: PrepareArgs, tokenizer: Tokenizer, form: Format) -> dict[str, Any]:
     """Everything that decides the output, apart from the sources. Neither workers nor engine do."""
-    template = dataclasses.asdict(load_template(args.template or "stanford")) if args.format != "text" else None
+    template = dataclasses.asdict(_template(args)) if args.format != "text" else None
     return {
         "format": args.format,
         "keys": list(form.names),
@@ -209,7 +232,7 @@ def _request(args: PrepareArgs, tokenizer: Tokenizer, form: Format) -> dict[str,
         "bos": args.bos,
         "eos": args.eos,
         "tokenizer": tokenizer.file_sha256,
-    }
+    } | ({"ignore": sorted(args.ignore)} if args.ignore else {})
 
 
 def _reuse(out: str, earlier: dict[str, Any], request: dict[str, Any], hashes: list[str]) -> None:
@@ -228,7 +251,7 @@ def _reuse(out: str, earlier: dict[str, Any], request: dict[str, Any], hashes: l
                 "give --overwrite to write it anew",
             )
         print(
-            f"reused     {out}_{name}: same inputs and options, {entry['documents']:,} documents, "
+            f"reused     {shown(out)}_{shown(name)}: same inputs and options, {entry['documents']:,} documents, "
             f"{entry['tokens']:,} tokens"
         )
 

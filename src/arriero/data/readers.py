@@ -10,24 +10,15 @@ import codecs
 import csv
 import gzip
 import io
-import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from arriero.common.errors import UserError
-from arriero.data.inputs import BLOCK, MAX_RECORD_BYTES, Meter, no_meter, open_input, seekable
-
-
-class Bad(NamedTuple):
-    """A record that could not be read."""
-
-    reason: str
-    raw: str
-
-
-Numbered = Iterator[tuple[int, dict[str, Any] | Bad]]
+from arriero.data.columns import read_columns
+from arriero.data.inputs import MAX_RECORD_BYTES, Meter, no_meter, open_input
+from arriero.data.json_stream import Bad, Numbered, json_records, parse_line
 
 
 def _lines(path: Path, meter: Meter) -> Iterator[tuple[int, bytes]]:
@@ -83,71 +74,14 @@ def _text(path: Path, per: str, meter: Meter) -> Numbered:
     yield from give()
 
 
-def _parse(raw: bytes | str) -> dict[str, Any] | Bad:
-    try:
-        record = json.loads(raw)
-    except UnicodeDecodeError as error:
-        return Bad(
-            f"invalid UTF-8 ({error.reason} at byte {error.start})", _show(raw if isinstance(raw, bytes) else b"")
-        )
-    except (ValueError, RecursionError) as error:
-        return Bad(f"broken JSON ({error})", _show(raw if isinstance(raw, bytes) else raw.encode(errors="replace")))
-    return record if isinstance(record, dict) else Bad(f"not an object but {type(record).__name__}", str(record)[:2000])
-
-
 def _jsonl(path: Path, meter: Meter) -> Numbered:
     for number, line in _lines(path, meter):
         if line.strip():
-            yield number, _parse(line)
+            yield number, parse_line(line)
 
 
 def _json(path: Path, meter: Meter) -> Numbered:
-    """A JSON array of records, read piece by piece; a file whose first character is { is taken for JSON lines."""
-    decoder = json.JSONDecoder()
-    with open_input(path, meter) as raw:
-        file = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
-        buffer, number, want = file.read(BLOCK).lstrip(), 0, BLOCK
-        if buffer.startswith("{"):
-            file.detach()
-            yield from _jsonl(path, meter)
-            return
-        if not buffer.startswith("["):
-            raise UserError(f"{path} is neither a JSON array nor JSON lines", "the first character must be [ or {")
-        buffer, more = buffer[1:], True
-        while True:
-            buffer = buffer.lstrip(" \t\r\n,")
-            if buffer.startswith("]"):
-                return
-            try:
-                record, end = decoder.raw_decode(buffer)
-                # A record is whole only if something follows it: `12` may be the start of `123`.
-                if end == len(buffer) and more:
-                    raise json.JSONDecodeError("needs more", buffer, end)
-            except RecursionError as error:
-                raise UserError(f"{path}: record {number + 1} is nested too deep", "repair the file") from error
-            except json.JSONDecodeError as error:
-                # Text that merely ends too early is completed; the step doubles: one huge record costs linear time.
-                if not more or (
-                    len(buffer) - error.pos > 16 and not error.msg.startswith(("Unterminated", "Invalid \\u"))
-                ):
-                    what = "ends within the array" if not more else f"broken JSON after record {number} ({error.msg})"
-                    raise UserError(
-                        f"{path}: {what}", "repair the file; nothing after this place can be read"
-                    ) from error
-                piece = file.read(want)
-                more, want = bool(piece), want * 2
-                buffer += piece
-                if len(buffer) > MAX_RECORD_BYTES:
-                    large = f"{path}: record {number + 1} is larger than {MAX_RECORD_BYTES:,} bytes"
-                    raise UserError(large, "cut it") from None
-                continue
-            buffer, number, want = buffer[end:], number + 1, BLOCK
-            yield (
-                number,
-                record
-                if isinstance(record, dict)
-                else Bad(f"not an object but {type(record).__name__}", str(record)[:2000]),
-            )
+    return _jsonl(path, meter) if (found := json_records(path, meter)) is None else found
 
 
 def _csv(path: Path, meter: Meter) -> Numbered:
@@ -180,64 +114,6 @@ def _piece(file: io.TextIOWrapper, path: Path) -> str:
     return line
 
 
-def _rows(table: Any, first: int) -> Numbered:
-    """Records of an arrow record batch; strings that are not UTF-8 spoil their own record only."""
-    try:
-        for i, record in enumerate(table.to_pylist()):
-            yield first + i, record
-    except UnicodeDecodeError:
-        for i in range(table.num_rows):
-            try:
-                yield first + i, table.slice(i, 1).to_pylist()[0]
-            except UnicodeDecodeError as error:
-                yield first + i, Bad(f"invalid UTF-8 ({error.reason} at byte {error.start})", "")
-
-
-def _parquet(path: Path, columns: tuple[str, ...] | None, meter: Meter) -> Numbered:
-    import pyarrow.parquet
-
-    with seekable(path) as source, pyarrow.parquet.ParquetFile(source, pre_buffer=False, buffer_size=BLOCK) as file:
-        known = file.schema_arrow.names
-        number, total = 1, max(1, file.metadata.num_rows)
-        meter(lambda: number / total)
-        wanted = [c for c in columns if c in known] if columns is not None else None
-        for batch in file.iter_batches(batch_size=512, columns=wanted, use_threads=False):
-            yield from _rows(batch, number)
-            number += batch.num_rows
-
-
-def _validate(batch: Any) -> None:
-    """Checks every offset and length of a batch of mapped memory: arrow believes them, and would read beyond its file.
-
-    Raises:
-        ValueError: one leads outside. Strings that are not UTF-8 are let through: they spoil their own record only.
-    """
-    import pyarrow
-
-    raw = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
-    for column in batch.columns:
-        (column.view(raw[column.type]) if column.type in raw else column).validate(full=True)
-
-
-def _arrow(path: Path, columns: tuple[str, ...] | None, meter: Meter) -> Numbered:
-    """Arrow's file format (also feather version 2) and its stream format."""
-    import pyarrow.ipc
-
-    with seekable(path) as source, pyarrow.memory_map(source) as mapped:
-        head = mapped.read(6)
-        mapped.seek(0)
-        reader = pyarrow.ipc.open_file(mapped) if head == b"ARROW1" else pyarrow.ipc.open_stream(mapped)
-        batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if head == b"ARROW1" else reader
-        number, size = 1, max(1, mapped.size())
-        meter(lambda: 1.0 if mapped.closed else mapped.tell() / size)
-        for whole in batches:
-            _validate(whole)
-            batch = whole.select([c for c in columns if c in whole.schema.names]) if columns is not None else whole
-            for at in range(0, batch.num_rows, 512):
-                yield from _rows(batch.slice(at, 512), number + at)
-            number += whole.num_rows
-
-
 def read_records(
     path: Path,
     kind: str,
@@ -267,10 +143,8 @@ def read_records(
             yield from _json(path, meter)
         elif kind == "csv":
             yield from _csv(path, meter)
-        elif kind == "parquet":
-            yield from _parquet(path, columns, meter)
         else:
-            yield from _arrow(path, columns, meter)
+            yield from read_columns(path, kind, columns, meter)
     except UserError:
         raise
     except csv.Error as error:

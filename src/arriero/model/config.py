@@ -6,18 +6,21 @@ top, files of transformers 5 keep both in `rope_parameters`: both are read, and 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Interval
 
 from arriero.common.errors import UserError, join_problems
-from arriero.common.text import shown
+from arriero.common.ranges import field_ranges, range_problems, value_problem, wanted
 from arriero.common.untrusted import inside, misfit, read_json
 from arriero.model.config_keys import ROPE_KEYS, family, other_keys, rope_settings
 
 FIX = "restore the file from where the model came from"
 
-MOST_LAYERS = 10_000
+MOST_LAYERS = 1000
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _OPTIONAL = {
@@ -28,17 +31,6 @@ _OPTIONAL = {
 }  # fmt: skip
 """What else is read from config.json, null allowed."""
 READ = frozenset({*_SIZES, *_OPTIONAL})
-_RANGES: dict[str, tuple[float, float]] = {
-    "vocab_size": (1, 2**28), "hidden_size": (1, 2**20), "intermediate_size": (1, 2**23), "head_dim": (1, 2**16),
-    "num_hidden_layers": (1, MOST_LAYERS), "num_attention_heads": (1, 2**16), "num_key_value_heads": (1, 2**16),
-    "max_position_embeddings": (1, 2**31), "rms_norm_eps": (1e-30, 1), "rope_theta": (1e-3, 1e30),
-    "initializer_range": (0, 1),
-}  # fmt: skip
-_ROPE_RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor"), (1e-6, 1e6)),
-    "original_max_position_embeddings": (1, 2**31),
-}
-"""Smallest and largest value of each number; a number beyond them trains to NaN, or is an attack on the memory."""
 
 
 @dataclass(frozen=True)
@@ -47,39 +39,42 @@ class RopeScaling:
 
     rope_type: str = "default"
     """One of default, linear, dynamic, llama3."""
-    factor: float = 1.0
+    factor: Annotated[float, Interval(ge=1, le=1e6)] = 1.0
     """How many times longer than the original the context is."""
-    low_freq_factor: float = 1.0
+    low_freq_factor: Annotated[float, Interval(ge=1e-6, le=1e6)] = 1.0
     """llama3 only: wavelengths longer than original / low_freq_factor are divided by `factor`."""
-    high_freq_factor: float = 4.0
+    high_freq_factor: Annotated[float, Interval(ge=1e-6, le=1e6)] = 4.0
     """llama3 only: wavelengths shorter than original / high_freq_factor are kept."""
-    original_max_position_embeddings: int | None = None
+    original_max_position_embeddings: Annotated[int, Interval(ge=1, lt=2**31)] | None = None
     """llama3 only: context length before stretching, in tokens."""
+
+
+TokenId = Annotated[int, Interval(ge=-1, lt=2**31)]
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
     """The shape of a `LlamaForCausalLM`, under Hugging Face's names."""
 
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 32
-    head_dim: int = 128
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
+    vocab_size: Annotated[int, Interval(ge=1, lt=2**31)] = 32000
+    hidden_size: Annotated[int, Interval(ge=1, le=2**20)] = 4096
+    intermediate_size: Annotated[int, Interval(ge=1, le=2**24)] = 11008
+    num_hidden_layers: Annotated[int, Interval(ge=1, le=MOST_LAYERS)] = 32
+    num_attention_heads: Annotated[int, Interval(ge=1, le=65_536)] = 32
+    num_key_value_heads: Annotated[int, Interval(ge=1, le=65_536)] = 32
+    head_dim: Annotated[int, Interval(ge=1, le=65_536)] = 128
+    rms_norm_eps: Annotated[float, Interval(ge=1e-30, le=1)] = 1e-6
+    rope_theta: Annotated[float, Interval(ge=1, le=1e15)] = 10000.0
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
-    max_position_embeddings: int = 2048
+    max_position_embeddings: Annotated[int, Interval(ge=1, lt=2**31)] = 2048
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
-    initializer_range: float = 0.02
-    bos_token_id: int | None = 1
-    eos_token_id: int | tuple[int, ...] | None = 2
+    initializer_range: Annotated[float, Interval(ge=0, le=10)] = 0.02
+    bos_token_id: TokenId | None = 1
+    eos_token_id: TokenId | tuple[TokenId, ...] | None = 2
     """Ends of a text; Llama 3.1 Instruct has several."""
-    pad_token_id: int | None = None
+    pad_token_id: TokenId | None = None
     """Kept for other programs: batches here have no padding."""
     notices: tuple[str, ...] = field(default=(), compare=False, repr=False)
     """What of the file is not taken into account, one sentence each; the caller prints them."""
@@ -107,20 +102,24 @@ class LlamaConfig:
     def from_dict(cls, raw: dict[str, Any], *, where: str = "config") -> LlamaConfig:
         """Builds the shape from the decoded `config.json`; `where` names the source in errors."""
         problems, notices = family(raw, where)
+        ranges = field_ranges(cls)
         for key, form in (*dict.fromkeys(_SIZES, int).items(), *_OPTIONAL.items()):
-            if wrong := misfit(raw.get(key), form if key in _SIZES else (form, None), key):
-                problems.append(UserError(f"{where}: {wrong}", f"give {key} as in LLaMA's config.json"))
-        if any(misfit(raw.get(key), int) for key in _SIZES) or problems:
+            if key not in _SIZES and (wrong := misfit(raw.get(key), (form, None), key)):
+                problems.append(UserError(f"{where}: {wrong}", FIX))
+            elif key in ranges and (key in _SIZES or raw.get(key) is not None):
+                value = tuple(raw[key]) if isinstance(raw.get(key), list) else raw.get(key)
+                if wrong := value_problem(value, ranges[key]):
+                    problems.append(UserError(f"{where}: {key} {wrong}", f"give {key} as {wanted(ranges[key])}"))
+        if problems:
             raise join_problems(problems)
-        heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
-        head_dim: int | None = raw.get("head_dim")
+        heads, hidden, head_dim = raw["num_attention_heads"], raw["hidden_size"], raw.get("head_dim")
         if head_dim is None:
-            head_dim = hidden // max(1, heads)
-            if heads > 0 and hidden % heads:
+            head_dim = hidden // heads
+            if hidden % heads:
                 fix = "give head_dim, or a hidden_size that divides"
                 problems.append(UserError(f"{where}: hidden_size {hidden} does not divide into {heads} heads", fix))
         rope, kind, wrong_rope, more = rope_settings(raw, where)
-        wrong_keys, ignored = other_keys(raw, READ, where=where, head_dim=head_dim or 1)
+        wrong_keys, ignored = other_keys(raw, READ, where=where, head_dim=max(1, head_dim))
         problems += [*wrong_rope, *wrong_keys]
         for key in ("rope_theta", *ROPE_KEYS[kind]):
             whole = key == "original_max_position_embeddings"
@@ -152,15 +151,7 @@ class LlamaConfig:
 
     def problems(self, where: str = "config") -> list[UserError]:
         """All that is impossible about this shape, each with its fix."""
-        found = []
-        numbers = {key: (getattr(self, key), bounds) for key, bounds in _RANGES.items()}
-        for key in ROPE_KEYS[self.rope_scaling.rope_type]:
-            numbers[f"rope_scaling.{key}"] = getattr(self.rope_scaling, key), _ROPE_RANGES[key]
-        for key, (value, (low, high)) in numbers.items():
-            if value is None or not low <= value <= high:  # nor NaN
-                fix = f"give {key} as a number from {low:,} to {high:,}"
-                found.append(UserError(f"{where}: {key} is {shown(value, 40)}", fix))
-        if found:
+        if found := range_problems(self, f"{where}: {{}}".format):
             return found
         if self.num_attention_heads % self.num_key_value_heads:
             found.append(
@@ -172,13 +163,12 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             found.append(UserError(f"{where}: head_dim {self.head_dim} is odd", "rotary embedding needs pairs"))
-        if self.rope_scaling.rope_type == "dynamic" and self.head_dim == 2:
-            found.append(UserError(f"{where}: head_dim 2 with dynamic rope_scaling", "use another rope_scaling"))
-        if self.rope_scaling.rope_type == "llama3" and not (
-            self.rope_scaling.low_freq_factor < self.rope_scaling.high_freq_factor
-        ):
-            fix = "make high_freq_factor larger than low_freq_factor"
-            found.append(UserError(f"{where}: high_freq_factor is not above low_freq_factor", fix))
+        scaling = self.rope_scaling
+        if scaling.rope_type == "dynamic" and self.head_dim == 2:  # its exponent is head_dim / (head_dim - 2)
+            found.append(UserError(f"{where}: head_dim 2 with dynamic rope_scaling", "use a head_dim of 4 or more"))
+        if scaling.rope_type == "llama3" and scaling.low_freq_factor >= scaling.high_freq_factor:
+            fix = "use those of the original config.json, such as 1 and 4"
+            found.append(UserError(f"{where}: rope_scaling's low_freq_factor is not below its high_freq_factor", fix))
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -247,10 +237,6 @@ def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 def count_parameters(config: LlamaConfig) -> int:
     """Number of parameters; 6,738,415,616 for LLaMA-7B with 32,000 tokens."""
-    total = 0
-    for shape in parameter_shapes(config).values():
-        size = 1
-        for n in shape:
-            size *= n
-        total += size
-    return total
+    layer = sum(math.prod(shape) for shape in layer_shapes(config).values())
+    embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    return embeddings + config.num_hidden_layers * layer + config.hidden_size

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Interval, Len
 
 from arriero.common.errors import UserError
+from arriero.common.ranges import range_problems
 from arriero.model.config import LlamaConfig
 
 Schedule = Literal[
@@ -21,27 +25,27 @@ ZERO_BUBBLE = ("InterleavedZeroBubble", *V_SHAPED)  # the backward pass is split
 class ParallelConfig:
     """How the model is spread over the processes. The data-parallel degree is what remains of their number."""
 
-    tensor_parallel: int = 1
+    tensor_parallel: Annotated[int, Interval(ge=1, le=65_536)] = 1
     """Processes that share each matrix; it must divide the heads, the key-value heads and the feed-forward width."""
     sequence_parallel: bool = False
     """Tensor-parallel processes also share the positions between the matrices: less memory, the same traffic."""
-    pipeline_parallel: int = 1
+    pipeline_parallel: Annotated[int, Interval(ge=1, le=65_536)] = 1
     """Groups of processes that hold consecutive layers; micro-batches flow through them."""
     pipeline_schedule: Schedule = "1F1B"
     """The order of forward and backward passes. 1F1B and GPipe have one stage a rank; Interleaved1F1B, LoopedBFS and
     InterleavedZeroBubble `virtual_stages`; ZBVZeroBubble and DualPipeV two."""
-    virtual_stages: int = 1
+    virtual_stages: Annotated[int, Interval(ge=1, le=1000)] = 1
     """Stages that each pipeline rank holds, for the schedules that interleave."""
-    pipeline_layers: tuple[int, ...] = ()
+    pipeline_layers: Annotated[tuple[Annotated[int, Interval(ge=1, le=1000)], ...], Len(0, 1000)] = ()
     """Layers of each stage in order; empty divides them as evenly as possible, more to the earlier stages."""
-    context_parallel: int = 1
+    context_parallel: Annotated[int, Interval(ge=1, le=65_536)] = 1
     """Processes that share each sequence's positions."""
     context_method: Literal["all-gather", "ulysses"] = "all-gather"
     """all-gather: keys and values are gathered, positions balanced in a zigzag; ulysses: heads are exchanged for
     positions, so the degree must divide the key-value heads of a tensor-parallel rank."""
     zero_stage: Literal[1, 2, 3] = 2
     """What data-parallel ranks share: 1 optimizer state, 2 gradients too, 3 parameters too. One rank shares nothing."""
-    zero_group: int = 0
+    zero_group: Annotated[int, Interval(ge=0, le=65_536)] = 0
     """Data-parallel ranks that share one copy (hybrid sharding); 0 means all of them."""
 
     @property
@@ -63,13 +67,7 @@ class ParallelConfig:
         self, model: LlamaConfig, processes: int, *, sequence_length: int, micro_batches: int
     ) -> list[UserError]:
         """All that is impossible about this layout of `model` on `processes`, with `micro_batches` a step and rank."""
-        degrees = ("tensor_parallel", "pipeline_parallel", "context_parallel", "virtual_stages")
-        found = [
-            UserError(f"parallel.{key} is {getattr(self, key)}", "give a whole number from 1")
-            for key in degrees
-            if getattr(self, key) < 1
-        ]
-        if found:
+        if found := range_problems(self, "parallel.{}".format):
             return found
         found = _tensor_problems(self, model) + _pipeline_problems(self, model, processes, micro_batches)
         found += _context_problems(self, model, sequence_length)
@@ -83,9 +81,15 @@ class ParallelConfig:
             found.append(UserError(f"{processes} processes do not divide into groups of {unit} ({parts})", fix))
         elif self.zero_group < 0 or (self.zero_group and (processes // unit) % self.zero_group):
             data = processes // unit
-            fix = f"use one of {', '.join(str(n) for n in range(1, data + 1) if data % n == 0)}, or 0 for all"
+            fix = f"use one of {', '.join(map(str, divisors(data)))}, or 0 for all"
             found.append(UserError(f"parallel.zero_group {self.zero_group} does not divide {data} data ranks", fix))
         return found
+
+
+def divisors(number: int) -> list[int]:
+    """All whole numbers that divide it, ascending."""
+    low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return low + [number // n for n in reversed(low) if n * n != number]
 
 
 def _tensor_problems(config: ParallelConfig, model: LlamaConfig) -> list[UserError]:
@@ -94,7 +98,7 @@ def _tensor_problems(config: ParallelConfig, model: LlamaConfig) -> list[UserErr
         "key-value heads": model.num_key_value_heads,
         "feed-forward columns": model.intermediate_size,
     }
-    possible = [n for n in range(1, model.num_key_value_heads + 1) if not any(w % n for w in widths.values())]
+    possible = divisors(math.gcd(*widths.values()))
     fix = f"use one of {', '.join(map(str, possible))}"
     found = [
         UserError(f"parallel.tensor_parallel {config.tensor_parallel} does not divide the {width} {what}", fix)

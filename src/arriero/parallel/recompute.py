@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Interval, Len
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -38,7 +39,7 @@ class RecomputeConfig:
     mode: Literal["none", "selective", "full", "first"] = "none"
     """none; full: every layer; first: the first layers of each stage, see first_layers; selective: in every layer all
     but the operators in `keep`."""
-    first_layers: tuple[int, ...] = ()
+    first_layers: Annotated[tuple[Annotated[int, Interval(ge=0, le=1000)], ...], Len(0, 1000)] = ()
     """first only: recomputed layers of each stage in order, such as 3 2 1 0; one number holds for every stage."""
     keep: tuple[Literal["matmul", "attention"], ...] = ("matmul", "attention")
     """selective only: operators whose results are kept."""

@@ -13,12 +13,15 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
+from annotated_types import Interval
 from rich.console import Console
 from rich.table import Table
 
 from arriero.common.errors import EXIT_OK, CheckFailed, UserError
+from arriero.common.ranges import PathText
 from arriero.torture.outcome import EVERY, STEPS, Outcome
 from arriero.torture.rack import KINDS, Rack, Tally
 
@@ -27,15 +30,15 @@ from arriero.torture.rack import KINDS, Rack, Tally
 class TortureArgs:
     """Kill a small run again and again; exit code 0 if its final SHA-256 never changed, 1 if it did."""
 
-    recipe: tyro.conf.Positional[str] = ""
+    recipe: tyro.conf.Positional[Annotated[str, PathText]] = ""
     """Whose model and layout to use, at reduced width; by default a small model on 2 x tensor and 2 x data parallel."""
-    processes: int = 0
+    processes: Annotated[int, Interval(ge=0, le=4096)] = 0
     """Processes of a run; 0 takes as many as the layout's model-parallel ranks, twice."""
-    kills: int = 20
+    kills: Annotated[int, Interval(ge=1, le=1_000_000)] = 20
     """How many times something is killed."""
-    seed: int = 0
+    seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
     """Decides what is killed, and when."""
-    out: str = ""
+    out: Annotated[str, PathText] = ""
     """Where to leave the runs; by default they are removed."""
     json: bool = False
     """Print the result as JSON."""
@@ -43,8 +46,6 @@ class TortureArgs:
 
 def run(args: TortureArgs) -> int:
     """Runs the torture and prints what came of it."""
-    if args.kills < 1:
-        raise UserError(f"--kills is {args.kills}", "give a whole number from 1")
     root = Path(args.out or tempfile.mkdtemp(prefix="arriero-torture-"))
     if args.out and root.exists() and any(root.iterdir()):
         raise UserError(f"{root}: is not empty", "name a directory that is new")

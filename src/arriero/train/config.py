@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Interval
 
 from arriero.common.errors import UserError
+from arriero.common.ranges import range_problems
 from arriero.parallel.float8 import Float8Recipe
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
@@ -15,13 +18,13 @@ DType = Literal["float32", "bfloat16", "float16", "float64"]
 class TrainConfig:
     """How long, how much at a time, in which precision."""
 
-    steps: int = 1000
+    steps: Annotated[int, Interval(ge=1, le=1_000_000_000)] = 1000
     """Optimizer steps of the whole run. Raising it on resume changes no earlier sample."""
-    sequence_length: int = 2048
+    sequence_length: Annotated[int, Interval(ge=1, le=2**24)] = 2048
     """Tokens of a sample."""
-    global_batch: int = 64
+    global_batch: Annotated[int, Interval(ge=1, le=2**20)] = 64
     """Samples a step, over all processes and micro-batches."""
-    micro_batch: int = 8
+    micro_batch: Annotated[int, Interval(ge=1, le=2**20)] = 8
     """Samples in one forward pass of one data-parallel rank; the rest of the batch is accumulated."""
     dtype: DType = "bfloat16"
     """float32; bfloat16 or float16: parameters in flight, over float32 masters, float16 with a dynamic loss scale;
@@ -34,40 +37,31 @@ class TrainConfig:
     then take longer, by 10 s to a minute; all layers share the result, and a later start finds it in torch's cache. It
     pays on a GPU; on a CPU arriero's own operators are faster: arriero bench --sweep says how much. The numbers agree
     with those of a run without it to rounding, as a changed layout's do."""
-    grad_clip: float = 1.0
+    grad_clip: Annotated[float, Interval(ge=0, le=1e6)] = 1.0
     """The gradient's global L2 norm is cut down to this; 0 clips nothing."""
     on_nonfinite: Literal["skip", "stop", "rewind"] = "skip"
     """A non-finite loss or gradient: skip that update on all processes; save and stop the run; or go back to the last
     checkpoint and leave out the batches since. float16 always skips: its loss scale needs overflows."""
     on_spike: Literal["ignore", "skip", "stop", "rewind"] = "ignore"
     """Likewise a loss that stands out from the last 100."""
-    spike_factor: float = 10.0
+    spike_factor: Annotated[float, Interval(gt=0, le=1e6)] = 10.0
     """A loss stands out above the running median by so many robust standard deviations."""
-    check_replicas_every: int = 100
+    check_replicas_every: Annotated[int, Interval(ge=0, le=1_000_000_000)] = 100
     """Steps between two comparisons of what several processes hold alike; a difference stops the run. 0: none."""
-    initial_loss_scale: float = 65536.0
+    initial_loss_scale: Annotated[float, Interval(ge=1, le=2**32)] = 65536.0
     """float16 only: the first loss scale."""
-    loss_scale_window: int = 1000
+    loss_scale_window: Annotated[int, Interval(ge=1, le=1_000_000_000)] = 1000
     """float16 only: clean steps before the scale doubles."""
-    loss_scale_hysteresis: int = 2
+    loss_scale_hysteresis: Annotated[int, Interval(ge=1, le=1_000_000)] = 2
     """float16 only: overflows before the scale halves."""
-    eval_every: int = 0
+    eval_every: Annotated[int, Interval(ge=0, le=1_000_000_000)] = 0
     """Steps between validations; 0 for none. The last step is always validated when this is set."""
-    eval_batches: int = 10
+    eval_batches: Annotated[int, Interval(ge=1, le=1_000_000)] = 10
     """Global batches of the validation split that one validation reads, always the same ones."""
 
     def problems(self, data_parallel: int) -> list[UserError]:
         """All that is impossible, `data_parallel` ranks given."""
-        found = []
-        for key in ("steps", "sequence_length", "global_batch", "micro_batch", "eval_batches", "loss_scale_window"):
-            if getattr(self, key) < 1:
-                found.append(UserError(f"train.{key} is {getattr(self, key)}", "give a whole number from 1"))
-        if self.spike_factor <= 0:
-            found.append(UserError(f"train.spike_factor is {self.spike_factor}", "give a number above 0"))
-        for key in ("grad_clip", "eval_every", "check_replicas_every"):
-            if getattr(self, key) < 0:
-                found.append(UserError(f"train.{key} is {getattr(self, key)}", "give 0 to turn it off"))
-        if found:
+        if found := range_problems(self, "train.{}".format):
             return found
         unit = self.micro_batch * data_parallel
         if self.global_batch % unit:

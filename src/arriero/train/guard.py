@@ -41,25 +41,6 @@ class Spikes:
         self.recent = [*self.recent[1 - WINDOW :], loss]
 
 
-@dataclass
-class SkippedWindows:
-    """Which global batch a step reads, once rewinds have left out some: (step, count) means that from this step on
-    (steps counted from 0) the batches lie `count` further."""
-
-    windows: list[tuple[int, int]] = field(default_factory=list)
-
-    def batch(self, step: int) -> int:
-        """The number of the batch that `step` reads."""
-        return step + sum(count for at, count in self.windows if at <= step)
-
-    def leave_out(self, first: int, last: int) -> tuple[int, int]:
-        """Leaves out the batches that the steps `first` to `last` have read; returns the numbers of first and last."""
-        window = self.batch(first), self.batch(last)
-        kept = [(at, count) for at, count in self.windows if at <= first]
-        self.windows = [*kept, (first, window[1] - window[0] + 1)]
-        return window
-
-
 @dataclass(frozen=True)
 class Replicated:
     """One tensor of this process, and the mesh dimensions over which every process holds the same."""

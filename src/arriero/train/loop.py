@@ -11,14 +11,17 @@ from arriero.checkpoint.load import newest_that_verifies
 from arriero.checkpoint.save import Saved, last_word
 from arriero.common.device import device_name, float8_units
 from arriero.common.errors import UserError
+from arriero.common.text import shown
 from arriero.observe.events import Events, goodput_line
 from arriero.observe.profile import Profile
 from arriero.parallel.mesh import Ranks
-from arriero.process import seconds_since_start, stop_wanted
+from arriero.process import seconds_since_start
 from arriero.recipe import Recipe
+from arriero.signals import Phase, set_phase, stop_wanted
 from arriero.train.garbage import collected_between_steps
 from arriero.train.reporter import Reporter, StepResult
-from arriero.train.trainer import Trainer
+from arriero.train.schedule import moved_rate
+from arriero.train.trainer import Trainer, recipe_of
 from arriero.train.watch import Comparison, Watchdog
 
 
@@ -50,7 +53,7 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, st
         recomputed=recipe.recompute.layers(recipe.parallel, trainer.config.num_hidden_layers),
     )  # fmt: skip
     profile = Profile(recipe.log.profile, out / "profile", ranks.rank)
-    events = Events(out, first=ranks.first, since_start=seconds_since_start())
+    events = Events(out, first=ranks.first, since_start=seconds_since_start(), trouble=reporter.trouble)
     watchdog = Watchdog(out, ranks, recipe.watch, reporter.say)
     begin(trainer, start, reporter)
     comparison = Comparison(ranks, recipe.watch, trainer.device)
@@ -73,7 +76,7 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, st
             if settings.check_replicas_every and trainer.done % settings.check_replicas_every == 0:
                 trainer.check_replicas()
             if settings.eval_every and (trainer.done % settings.eval_every == 0 or last):
-                reporter.validation(trainer.done, trainer.validate())
+                validate(trainer, reporter)
             stopping = result.stop and not last
             every = recipe.checkpoint.every
             if last or stopping or (every and trainer.done % every == 0):
@@ -81,9 +84,10 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, st
                 trainer.save(wait=last or stopping)
                 events.note("saved", step=trainer.done, seconds=time.perf_counter() - began)
             saved = trainer.saver.results()
+            set_phase(Phase.SAVED if (last or stopping) and saved and not saved[-1].problem else Phase.TRAINING)
             reporter.saved(saved)
     if stopping:
-        reporter.say(f" stopped after step {trainer.done}; go on with: arriero pretrain --resume {recipe.out}")
+        reporter.say(f" stopped after step {trainer.done}; go on with: arriero pretrain --resume {shown(recipe.out)}")
     if told := profile.finish():
         reporter.say(told)
     watchdog.close()
@@ -95,6 +99,15 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, st
     return not stopping
 
 
+def validate(trainer: Trainer, reporter: Reporter) -> None:
+    """Validates, and reports it."""
+    loss = trainer.validate()
+    if trainer.validated:
+        reporter.validation(trainer.done, loss)
+    else:
+        reporter.say(f" no validation after step {trainer.done}: no label of its batches carries a loss")
+
+
 def timed_out(start: Continuation) -> bool:
     """Whether the time that `--stop-after` gives is over."""
     return bool(start.stop_after) and seconds_since_start() > start.stop_after
@@ -104,7 +117,9 @@ def begin(trainer: Trainer, start: Continuation, reporter: Reporter) -> None:
     """Loads the first checkpoint that is whole, or draws the weights, and tells which."""
     checkpoint = None
     if start.checkpoints:
-        checkpoint = newest_that_verifies(list(start.checkpoints), trainer.ranks, say=reporter.say)
+        checkpoint = newest_that_verifies(
+            list(start.checkpoints), trainer.ranks, say=reporter.say, model=trainer.config
+        )
     trainer.start(checkpoint)
     reporter.resume_after(trainer.done)
     if trainer.recipe.train.float8 != "none" and not float8_units(trainer.kind):
@@ -112,8 +127,25 @@ def begin(trainer: Trainer, start: Continuation, reporter: Reporter) -> None:
     for line in (*start.notices, *(f" note: {notice}" for notice in trainer.config.notices)):
         reporter.say(line)
     if checkpoint is not None:
-        reporter.say(f" resumed from {checkpoint} after step {trainer.done}")
+        reporter.say(f" resumed from {shown(checkpoint)} after step {trainer.done}")
+        if trainer.done >= trainer.recipe.train.steps:
+            told = f"step {trainer.done} of train.steps {trainer.recipe.train.steps}"
+            reporter.say(f" the run is complete: {told}; give a larger --train.steps to go on")
+        if trainer.position.samples != trainer.done * trainer.recipe.train.global_batch:
+            reporter.say(f" goes on with sample {trainer.position.place}, {trainer.recipe.train.global_batch} a step")
+        if trainer.ranks.first and (line := moved_from(checkpoint, trainer)):
+            reporter.say(f" NOTICE: {line}")
+        if line := trainer.order_notice():
+            reporter.say(f" NOTICE: {line}")
     trainer.saver.reserve(trainer.parts_to_save())
+    trainer.ranks.barrier()  # so that a signal finds all processes in one phase
+    set_phase(Phase.TRAINING)
+
+
+def moved_from(checkpoint: Path, trainer: Trainer) -> str:
+    """How the learning rate departs from the curve of the run that wrote the checkpoint; empty if it does not."""
+    then, now = recipe_of(checkpoint), trainer.recipe
+    return moved_rate(then.schedule, then.train.steps, now.schedule, now.train.steps, done=trainer.done)
 
 
 def refuse(trainer: Trainer, result: StepResult, reporter: Reporter, events: Events, start: Continuation) -> bool:
@@ -123,6 +155,11 @@ def refuse(trainer: Trainer, result: StepResult, reporter: Reporter, events: Eve
         UserError: it says to stop, or going back is of no use.
     """
     settings, step = trainer.recipe.train, result.step
+    reason = "no label" if result.unlabelled else "spike" if result.spike else "not finite"
+    events.note("skipped", step=step, reason=reason)
+    if result.unlabelled:  # nothing is wrong with the numbers: there were none
+        reporter.say(f" SKIPPED step {step}: no label of its {settings.global_batch} samples carries a loss")
+        return False
     policy = settings.on_spike if result.spike else "skip" if trainer.fp16 else settings.on_nonfinite
     what = f"step {step}: loss {result.loss:g}, gradient norm {result.grad_norm:g}"
     if result.spike:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from arriero.common.device import fused_update_divides
 from arriero.common.errors import UserError
+from arriero.common.ranges import range_problems
 from arriero.model.llama import Llama
 from arriero.parallel.mesh import Ranks
 from arriero.parallel.shards import Shard, local, local_gradient, shards
@@ -25,23 +28,18 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class OptimConfig:
     """AdamW's constants."""
 
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Interval(ge=0, lt=1)], Annotated[float, Interval(ge=0, lt=1)]] = (0.9, 0.95)
     """Decay of the first and the second moment."""
-    eps: float = 1e-8
+    eps: Annotated[float, Interval(ge=1e-30, le=1)] = 1e-8
     """Added to the root of the second moment."""
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, Interval(ge=0, le=10)] = 0.1
     """Decoupled decay of matrices; norms and biases are exempt."""
     offload: bool = False
     """Keep moments and masters in the CPU's memory and update there: slower, and room for a larger model."""
 
     def problems(self) -> list[UserError]:
         """All that is impossible about it."""
-        found = []
-        if not all(0 <= beta < 1 for beta in self.betas):
-            found.append(UserError(f"optim.betas is {self.betas}", "give two numbers from 0 to below 1"))
-        if self.eps <= 0 or self.weight_decay < 0:
-            found.append(UserError("optim.eps must be positive and optim.weight_decay not negative", "mend the value"))
-        return found
+        return range_problems(self, "optim.{}".format)
 
 
 class Optimizer:

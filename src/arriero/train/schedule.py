@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Annotated, Literal
+
+from annotated_types import Interval
 
 from arriero.common.errors import UserError
+from arriero.common.ranges import range_problems
 
 
 @dataclass(frozen=True)
@@ -15,31 +18,27 @@ class ScheduleConfig:
 
     shape: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """After warm-up: cosine or linear down to min_lr; constant; wsd: constant, then linear over the last part."""
-    lr: float = 3e-4
+    lr: Annotated[float, Interval(ge=0, le=10)] = 3e-4
     """The highest learning rate."""
-    min_lr: float = 3e-5
+    min_lr: Annotated[float, Interval(ge=0, le=10)] = 3e-5
     """The lowest, after the decay."""
-    warmup_steps: int = 0
+    warmup_steps: Annotated[int, Interval(ge=0, le=1_000_000_000)] = 0
     """Steps of linear warm-up from 0; excludes warmup_fraction."""
-    warmup_fraction: float = 0.0
+    warmup_fraction: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Warm-up as a part of decay_steps, 0 to 1; excludes warmup_steps."""
-    decay_steps: int = 0
+    decay_steps: Annotated[int, Interval(ge=0, le=1_000_000_000)] = 0
     """The step at which min_lr is reached; 0 means the last step of the run."""
-    wsd_decay_fraction: float = 0.1
+    wsd_decay_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.1
     """wsd only: the part of decay_steps that the final decay takes."""
 
     def problems(self) -> list[UserError]:
         """All that is impossible about it."""
-        found = []
+        found = range_problems(self, "schedule.{}".format)
         if self.warmup_steps and self.warmup_fraction:
             found.append(UserError("schedule.warmup_steps and schedule.warmup_fraction are both set", "keep one"))
-        if self.warmup_steps < 0 or self.decay_steps < 0 or not 0 <= self.warmup_fraction < 1:
-            found.append(UserError("schedule: negative steps, or a fraction outside 0 to 1", "mend the value"))
-        if not 0 <= self.min_lr <= self.lr or not math.isfinite(self.lr):
+        if self.min_lr > self.lr:
             fix = "give 0 <= min_lr <= lr"
             found.append(UserError(f"schedule.min_lr {self.min_lr} and schedule.lr {self.lr} do not fit", fix))
-        if not 0 < self.wsd_decay_fraction <= 1:
-            found.append(UserError(f"schedule.wsd_decay_fraction is {self.wsd_decay_fraction}", "give a part, 0 to 1"))
         return found
 
 
@@ -62,3 +61,30 @@ def learning_rate(config: ScheduleConfig, step: int, steps: int) -> float:
     progress = min(1.0, (step - start) / (end - start)) if end > start else 1.0
     left = 1 - progress if config.shape != "cosine" else 0.5 * (1 + math.cos(math.pi * progress))
     return config.min_lr + (config.lr - config.min_lr) * left
+
+
+def moved_rate(then: ScheduleConfig, before: int, now: ScheduleConfig, steps: int, *, done: int) -> str:
+    """One line on how the learning rate of a resumed run departs from the curve that the run had; empty if it does not.
+
+    Args:
+        then, before: the schedule and the number of steps of the run that wrote the checkpoint.
+        now, steps: those of the run that goes on.
+        done: steps completed.
+    """
+    last = max(done + 1, min(before, steps))
+    sampled = sorted({*range(done, last, max(1, (last - done) // 1000)), last - 1})
+    at = next((i for i in sampled if learning_rate(now, i, steps) != learning_rate(then, i, before)), None)
+    if at is None:
+        return ""
+    changed = [f.name for f in fields(then) if getattr(then, f.name) != getattr(now, f.name)]
+    ends = ""
+    if not then.decay_steps and not now.decay_steps and before != steps:
+        changed.append("decay_steps")
+        ends = f"; the decay ends with step {steps}, and ended with step {before}"
+    old, new = learning_rate(then, at, before), learning_rate(now, at, steps)
+    moves = f"to {new:.3E} in step {at + 1}, where it would have been {old:.3E}"
+    if at == done and done:
+        moves = f"from {learning_rate(then, done - 1, before):.3E} in step {done} {moves}"
+    keep = " ".join(f"--schedule.{name} {getattr(then, name) or before * (name == 'decay_steps')}" for name in changed)
+    allow = " --allow-change schedule.decay_steps" if "decay_steps" in changed and not then.decay_steps else ""
+    return f"the learning rate moves {moves}{ends}; the old curve stays with {keep}{allow}"

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 
 from arriero import __version__
 from arriero.agreement import input_digests
-from arriero.checkpoint.layout import step_directory
+from arriero.checkpoint.layout import DAMAGED, STATE, step_directory
 from arriero.checkpoint.load import CheckpointReader, load_state, newest_that_verifies
 from arriero.checkpoint.parts import Part
 from arriero.checkpoint.save import Saver
@@ -34,27 +34,37 @@ from arriero.parallel.microbatch import MicroBatch, micro_batch
 from arriero.parallel.pipeline import Pipeline, sum_tied_gradients
 from arriero.parallel.shards import local, shards
 from arriero.parallel.zero import cut_again, sum_gradients_now, watch_collectives
-from arriero.recipe import Recipe, to_toml
-from arriero.train.guard import MOST_REWINDS, Replicated, SkippedWindows, Spikes, check_replicas
+from arriero.recipe import Recipe, file_settings, parse, to_toml
+from arriero.train.guard import MOST_REWINDS, Replicated, Spikes, check_replicas
 from arriero.train.optim import MOMENTS, Optimizer
+from arriero.train.position import Position, position_of
 from arriero.train.precision import LossScale, forward_in, store_dtype
 from arriero.train.reporter import StepResult
 from arriero.train.schedule import learning_rate
 from arriero.weights.huggingface import open_huggingface
 
 
-def open_batches(recipe: Recipe, split: str) -> Batches:
+def open_batches(
+    recipe: Recipe, split: str, position: Position | None = None, *, vocab_size: int | None = None
+) -> Batches:
     """The batches of one split; the validation split is read from its start at every validation.
 
-    The number of samples matters to `data.order = "megatron"` alone, and is Megatron's.
+    The number of samples matters to `data.order = "megatron"` alone, and is Megatron's: what a run of this recipe draws
+    in all, or what the order was made for when the run that is at `position` began. With `vocab_size` ids that the
+    model has no row for are refused as they are read.
     """
-    train = recipe.train
+    train, at = recipe.train, position or Position()
     validations = train.steps // train.eval_every + 1 if train.eval_every else 1
-    count = train.steps if split == "train" else validations * train.eval_batches
+    count = (train.steps if split == "train" else validations * train.eval_batches) * train.global_batch
     return Batches(
         recipe.data, sequence_length=train.sequence_length, global_batch=train.global_batch, seed=recipe.seed,
-        split=split, samples=count * train.global_batch,
+        split=split, samples=at.ordered if at.ordered and split == "train" else count, vocab_size=vocab_size,
     )  # fmt: skip
+
+
+def recipe_of(checkpoint: Path) -> Recipe:
+    """The recipe of the run that wrote a checkpoint. Raises UserError where it cannot be read."""
+    return parse(Recipe, file_settings(checkpoint / "recipe.toml"), prog="arriero pretrain")
 
 
 STATE_FORM = {
@@ -95,19 +105,30 @@ class Trainer:
         self.fp16 = self.compute == torch.float16
         scale = train.initial_loss_scale if self.fp16 else 1.0
         self.scale = LossScale(scale, train.loss_scale_window, train.loss_scale_hysteresis)
-        self.done = 0
-        """Steps completed."""
+        self.position = self._beginning()
+        """What was read so far: steps, samples, tokens."""
         self.updates = 0
         """Steps whose update was not skipped."""
-        self.batches = open_batches(recipe, "train")
-        self.skipped = SkippedWindows()
-        """The batches that rewinds have left out."""
+        self.batches = self._open("train")
         self.spikes = Spikes(train.spike_factor)
         self.rewinds = 0
         self.saver = Saver(Path(recipe.out) / "checkpoints", recipe.checkpoint, ranks)
         self.attended = 0.0
         """Sum of squared document lengths over their sum, of the last batch: how far attention reached."""
+        self.validated = 0
+        """Batches of the last validation that had a label."""
+        self.labels = 1
+        """Labels of the last global batch that carry a loss."""
         self._feed: Prefetch[list[MicroBatch]] | None = None
+
+    @property
+    def done(self) -> int:
+        """Steps completed."""
+        return self.position.step
+
+    def _beginning(self) -> Position:
+        train = self.recipe.train
+        return Position(ordered=train.steps * train.global_batch if self.recipe.data.order == "megatron" else 0)
 
     def start(self, checkpoint: Path | None) -> None:
         """Takes weights and state from a checkpoint, or weights from `init`, or draws them."""
@@ -121,34 +142,62 @@ class Trainer:
         load_weights(self.parts, reader, self.ranks)
         held = self.optimizer.shards.items()
         moments = {m: {path: reader.read(f"{m}.{s.name}", s.index) for path, s in held} for m in MOMENTS}
-        self.done, self.updates = state["step"], state["updates"]
+        where = str(checkpoint / STATE)
+        self._go_to(position_of(state, recipe=lambda: recipe_of(checkpoint), where=where, fix=DAMAGED))
+        self.updates = state["updates"]
         self.optimizer.start(moments, self.updates)
         self.scale = LossScale(**state["loss_scale"])
-        self.skipped = SkippedWindows([(at, count) for at, count in state.get("skipped_windows", [])])
         self.spikes.recent = state.get("recent_losses", [])
+
+    def _open(self, split: str) -> Batches:
+        return open_batches(self.recipe, split, self.position, vocab_size=self.config.vocab_size)
+
+    @cached_property
+    def _validation(self) -> Batches:
+        return self._open("valid")
+
+    def _go_to(self, position: Position) -> None:
+        """The next step is the one after `position`."""
+        planned = self._beginning().ordered
+        self.position = replace(position, ordered=(position.ordered or planned) if planned else 0)
+        if self.position.ordered != planned:  # the run began with another length: its order stays
+            self.batches = self._open("train")
+
+    def order_notice(self) -> str:
+        """What is to be known of the order where the run has become longer than it was when it began; often empty."""
+        train, made_for = self.recipe.train, self.position.ordered
+        wanted = self.position.samples + (train.steps - self.done) * train.global_batch
+        if not made_for or wanted <= made_for:
+            return ""
+        return (
+            f"data.order megatron: the order stays as it was made for {made_for} samples when the run began; the run "
+            f"now reads {wanted}, and starts the order over where it ends (Megatron-LM would make another order, and "
+            "read some samples again and others never)"
+        )
 
     def rewind(self, checkpoints: list[Path], *, say: Callable[[str], None]) -> None:
         """Goes back to the newest of these checkpoints that is whole, or to the start of the run where there are none,
-        and leaves out the batches that were read since.
+        and leaves out the samples that were read since.
 
         Raises:
             UserError: none is whole, or this was done too often.
         """
-        bad, skipped = self.done - 1, self.skipped
+        end, skipped = self.position.place, self.position.skipped
         self.rewinds += 1
         if self.rewinds > MOST_REWINDS:
             raise UserError(f"rewound {MOST_REWINDS} times: it is not the data", "lower the rate, or look at the model")
-        checkpoint = newest_that_verifies(checkpoints, self.ranks, say=say) if checkpoints else None
+        verified = partial(newest_that_verifies, say=say, model=self.config)
+        checkpoint = verified(checkpoints, self.ranks) if checkpoints else None
         if self._feed is not None:
             self._feed.close()
             self._feed = None
         if checkpoint is None:
-            self.done = self.updates = 0
+            self.position, self.updates = self._beginning(), 0
             self.spikes.recent = []
         self.start(checkpoint)
-        self.skipped = skipped
-        first, last = self.skipped.leave_out(self.done, bad)
-        say(f" REWOUND to step {self.done} ({checkpoint or 'the start'}); batches {first} to {last} are left out now")
+        self.position.skipped = skipped
+        first, last = skipped.leave_out(self.position.samples, end)
+        say(f" REWOUND to step {self.done} ({checkpoint or 'the start'}); samples {first} to {last} are left out now")
 
     @cached_property
     def _inputs(self) -> dict[str, str]:
@@ -170,18 +219,18 @@ class Trainer:
     def save(self, *, wait: bool = True) -> Path:
         """Writes a checkpoint of the present step, or has it written while training goes on.
 
-        Nothing else decides what follows: batches and their order are functions of (seed, step), the learning rate of
-        the step, and no random number is drawn after the initial weights.
+        Nothing else decides what follows: samples and their order are functions of the seed, a batch of the position,
+        the learning rate of the step, and no random number is drawn after the initial weights.
         """
         with self.clock.whole("checkpoint"):
             return self._save(wait=wait)
 
     def _save(self, *, wait: bool) -> Path:
-        kept = {"skipped_windows": self.skipped.windows, "recent_losses": self.spikes.recent}
+        kept = {"recent_losses": self.spikes.recent}
         texts = {"config.json": json.dumps(self.config.to_json(), indent=1), "recipe.toml": to_toml(self.recipe)}
         state = {
             "updates": self.updates, "loss_scale": asdict(self.scale), "seed": self.recipe.seed,
-            "consumed_samples": self.done * self.recipe.train.global_batch, "inputs": self._inputs,
+            "inputs": self._inputs, **self.position.to_state(),
             "versions": {"arriero": __version__, "torch": torch.__version__}, "processes": self.ranks.world,
             **{key: value for key, value in kept.items() if value},
         }  # fmt: skip
@@ -190,14 +239,14 @@ class Trainer:
             self.saver.wait()
         return step_directory(self.saver.root, self.done)
 
-    def micro_batches(self, batches: Batches, step: int) -> list[MicroBatch]:
-        """This rank's samples of global batch `step`, cut into micro-batches."""
+    def micro_batches(self, batches: Batches, place: int) -> list[MicroBatch]:
+        """This rank's samples of the global batch that begins at sample `place`, cut into micro-batches."""
         train = self.recipe.train
         share = train.global_batch // self.ranks.data
-        first = self.ranks.data_rank * share
+        first = place + self.ranks.data_rank * share
         return [
             micro_batch(
-                *batches.batch(step, start, train.micro_batch), config=self.recipe.parallel, ranks=self.ranks,
+                *batches.samples(start, train.micro_batch), config=self.recipe.parallel, ranks=self.ranks,
                 device=self.device,
             )
             for start in range(first, first + share, train.micro_batch)
@@ -206,8 +255,8 @@ class Trainer:
     def next_batch(self) -> list[MicroBatch]:
         """The micro-batches of the coming step, made ahead on another thread."""
         if self._feed is None:
-            steps = range(self.done, self.recipe.train.steps)
-            self._feed = Prefetch(lambda step: self.micro_batches(self.batches, self.skipped.batch(step)), steps)
+            places = self.position.places(self.recipe.train.steps, self.recipe.train.global_batch)
+            self._feed = Prefetch(partial(self.micro_batches, self.batches), places)
         return next(self._feed)
 
     def close(self) -> None:
@@ -217,13 +266,19 @@ class Trainer:
 
     def forward_backward(self, micro: list[MicroBatch], *, train: bool) -> torch.Tensor:
         """The mean loss over the global batch, a float64 scalar on the device; with `train`, its gradient is left in
-        the parameters."""
+        the parameters.
+
+        Where no label carries a loss there is no mean: it is NaN, on all processes, and nothing is computed.
+        """
         counts = torch.tensor([sum(m.valid for m in micro), sum(m.squares for m in micro)], dtype=torch.float64)
         valid, squares = self.ranks.sum(counts, *BATCH).tolist()
+        self.labels = int(valid)
         tokens = self.recipe.train.global_batch * self.recipe.train.sequence_length
         self.attended = squares / self.ranks.context / tokens
-        weight = self.scale.scale / valid
         self.clock.mark("communication")
+        if not self.labels:
+            return torch.full((), math.nan, dtype=torch.float64, device=self.device)
+        weight = self.scale.scale / valid
         if self.pipeline is not None:
             total = self.pipeline.run(micro, weight=weight, train=train)
         else:
@@ -258,27 +313,32 @@ class Trainer:
         micro = self.next_batch()
         self.clock.mark("data_wait")
         mean = self.forward_backward(micro, train=True)
-        self.optimizer.take_gradients()
         scale = self.scale.scale
-        # The one wait for the device in a step: whether it is accepted hangs on these two.
-        loss, norm = torch.stack((mean, self.optimizer.gradient_norm().to(mean.device) / scale)).tolist()
-        finite, accepted, stopping = self._judge(loss, norm, stop=stop())
+        if self.labels:
+            self.optimizer.take_gradients()
+            # The one wait for the device in a step: whether it is accepted hangs on these two.
+            loss, norm = torch.stack((mean, self.optimizer.gradient_norm().to(mean.device) / scale)).tolist()
+            finite, accepted, stopping = self._judge(loss, norm, stop=stop())
+        else:
+            loss, norm, finite, accepted = math.nan, 0.0, True, False
+            (stopping,) = self.ranks.any(stop())
         rate = learning_rate(self.recipe.schedule, self.done, train.steps)
         if accepted:
             clip = min(1.0, train.grad_clip / (norm + 1e-6)) if train.grad_clip else 1.0
             self.optimizer.step(lr=rate, divisor=scale / clip)
             self.updates += 1
         self.optimizer.clear()
-        if self.fp16:
+        if self.fp16 and self.labels:
             self.scale.update(finite=finite)
-        self.done += 1
+        self.position.advance(train.global_batch, train.sequence_length)
         self.clock.mark("optimizer")
         if shown:
             synchronize(self.kind)  # the marks' times can be read once all of them have passed
         return StepResult(
-            step=self.done, loss=loss, grad_norm=norm, learning_rate=rate, loss_scale=scale, skipped=not accepted,
-            spike=finite and not accepted, stop=stopping, seconds=time.perf_counter() - began, phases=self.clock.take(),
-            attended=self.attended,
+            step=self.done, samples=self.position.samples, tokens=self.position.tokens, loss=loss, grad_norm=norm,
+            learning_rate=rate, loss_scale=scale, skipped=not accepted, stop=stopping,
+            spike=finite and not accepted and self.labels > 0, unlabelled=not self.labels,
+            seconds=time.perf_counter() - began, phases=self.clock.take(), attended=self.attended,
         )  # fmt: skip
 
     def _judge(self, loss: float, norm: float, *, stop: bool) -> tuple[bool, bool, bool]:
@@ -306,13 +366,20 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """The mean loss over the first batches of the validation split, the same ones every time."""
+        """The mean loss over the first batches of the validation split, the same ones every time.
+
+        Batches without a label that carries a loss are left out of it; NaN if no batch has one.
+        """
         with self.clock.whole("validation"):
             return self._validate()
 
     def _validate(self) -> float:
-        batches, count = open_batches(self.recipe, "valid"), self.recipe.train.eval_batches
-        losses = [self.forward_backward(self.micro_batches(batches, i), train=False).item() for i in range(count)]
+        batches, train = self._validation, self.recipe.train
+        places, losses = range(0, train.eval_batches * train.global_batch, train.global_batch), []
+        for place in places:
+            loss = self.forward_backward(self.micro_batches(batches, place), train=False)
+            losses += [loss.item()] if self.labels else []
         for part in self.parts:
             cut_again(part)
-        return sum(losses) / count
+        self.validated = len(losses)
+        return sum(losses) / len(losses) if losses else math.nan

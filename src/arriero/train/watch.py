@@ -14,12 +14,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Annotated
 
 import torch
+from annotated_types import Interval
 
 from arriero.agreement import ranges
 from arriero.common.errors import UserError
+from arriero.common.files import make_directory, open_regular
+from arriero.common.ranges import range_problems
+from arriero.common.text import shown
 from arriero.parallel.mesh import DIMENSIONS, Ranks
 
 FLOOR = 30.0
@@ -34,24 +38,18 @@ GRACE = 2.0
 class WatchConfig:
     """When a step counts as stuck, and a process as slow."""
 
-    seconds: float = 300.0
+    seconds: Annotated[float, Interval(ge=0, le=1e6)] = 300.0
     """A step that takes longer has every process write its stacks to stacks/ in the run directory; 0 turns it off."""
-    times: float = 20.0
+    times: Annotated[float, Interval(ge=0, le=1e6)] = 20.0
     """Likewise a step that takes this many times the median of the last ones, and more than 30 seconds; 0: not."""
-    every: int = 10
+    every: Annotated[int, Interval(ge=0, le=1_000_000_000)] = 10
     """Steps between two comparisons of the processes' own time; 0 for none."""
-    slow: float = 1.5
+    slow: Annotated[float, Interval(gt=1, le=1e6)] = 1.5
     """A process is called slow in the log when its own time is this many times the median's."""
 
     def problems(self) -> list[UserError]:
         """All that is impossible about it."""
-        found = []
-        for key in ("seconds", "times", "every"):
-            if getattr(self, key) < 0:
-                found.append(UserError(f"watch.{key} is {getattr(self, key)}", "give 0 to turn it off"))
-        if self.slow <= 1:
-            found.append(UserError(f"watch.slow is {self.slow}", "give a factor above 1"))
-        return found
+        return range_problems(self, "watch.{}".format)
 
 
 class Watchdog:
@@ -142,12 +140,15 @@ class Watchdog:
     def _open(self, head: str) -> IO[str] | None:
         """This process's file, new, with its first line; None where it cannot be written."""
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            file = (self._folder / f"rank-{self._rank:05d}.txt").open("w", encoding="utf-8")
+            make_directory(self._folder, "", follow=False)
+            path = self._folder / f"rank-{self._rank:05d}.txt"
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+            file = path.open("x", encoding="utf-8")  # new, and so neither a link nor a pipe
             file.write(f"{head}\nprocess {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n\n")
             file.flush()
             return file
-        except OSError:
+        except (OSError, UserError):
             return None
 
     def _told(self) -> list[str]:
@@ -155,8 +156,10 @@ class Watchdog:
         at: dict[str, list[int]] = {}
         for rank in range(self._world):
             head = ""
-            with contextlib.suppress(OSError), (self._folder / f"rank-{rank:05d}.txt").open(encoding="utf-8") as file:
-                head = file.readline().strip()
+            with contextlib.suppress(OSError):
+                handle = open_regular(self._folder / f"rank-{rank:05d}.txt")
+                with open(handle, encoding="utf-8", errors="replace") as file:
+                    head = shown(file.readline(1000).strip())
             ours = head.startswith(f"step {self._step} ")
             at.setdefault(head.partition(" s: ")[2] if ours else "wrote nothing", []).append(rank)
         places = sorted(at.items(), key=lambda item: len(item[1]))

@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from annotated_types import Interval
 from tyro.conf import Positional
 
 from arriero.common.errors import EXIT_OK, CheckFailed, UserError, join_problems
+from arriero.common.ranges import flag, range_problems
+from arriero.common.text import printable, shown
 from arriero.model.config import LlamaConfig
 from arriero.weights.dialects import ASCENDSPEED, ASCENDSPEED_FUSED, MCORE, MCORE_TE
 from arriero.weights.foreign_config import ConfigHints
-from arriero.weights.huggingface import bytes_as, plan_safetensors, shard_size_problems, write_beside
+from arriero.weights.huggingface import bytes_as, plan_safetensors, write_beside
 from arriero.weights.layout import Cut, check_cut, padded
 from arriero.weights.megatron_args import beyond_megatron, saved_arguments, start_flags
 from arriero.weights.megatron_write import RankFormat, plan_ranks
@@ -45,15 +48,15 @@ class ConvertArgs:
         Literal["auto", "hf", "run", "megatron", "ascendspeed", "torch_dist", "meta"], tyro.conf.arg(name="from")
     ] = "auto"
     """What the source is, if it is not recognised."""
-    tp: int = 1
+    tp: Annotated[int, Interval(ge=1, le=65_536)] = 1
     """Tensor-parallel degree of the files written."""
-    pp: int = 1
+    pp: Annotated[int, Interval(ge=1, le=65_536)] = 1
     """Pipeline-parallel degree of the files written."""
-    vpp: int = 1
+    vpp: Annotated[int, Interval(ge=1, le=1000)] = 1
     """Virtual stages (model chunks) of each pipeline rank."""
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     """What the weights are written as."""
-    make_vocab_size_divisible_by: int = 128
+    make_vocab_size_divisible_by: Annotated[int, Interval(ge=1, le=2**24)] = 128
     """Pad the vocabulary to a multiple of this times --tp, as Megatron does; 1 pads no further than --tp needs."""
     spec: Literal["te", "local"] = "te"
     """Megatron only: the layers' names, Transformer Engine's (Megatron-LM's default) or its own (MindSpeed's)."""
@@ -61,15 +64,15 @@ class ConvertArgs:
     """AscendSpeed only: gate and up in one matrix, for training with --mlp-layer-fusion."""
     deepspeed: bool = False
     """AscendSpeed only: the files of its DeepSpeed flavour."""
-    iteration: int = 0
+    iteration: Annotated[int, Interval(ge=0, le=1_000_000_000)] = 0
     """The iteration that the rank files claim; 0 is `release`, with which training starts at 0."""
     config: Path | None = None
     """A Hugging Face config.json, for sources that do not tell their shape."""
-    vocab_size: int | None = None
+    vocab_size: Annotated[int, Interval(ge=1, lt=2**31)] | None = None
     """The true vocabulary size, for sources that tell only the padded one."""
     tokenizer: Path | None = None
     """The tokenizer's directory, if it does not lie with the source; it also tells the true vocabulary size."""
-    max_shard_gb: float = 5.0
+    max_shard_gb: Annotated[float, Interval(gt=0, le=1e6)] = 5.0
     """Largest size of one safetensors file, in GB."""
     verify: bool = False
     """Also compute both ends' logits on random tokens and compare them; this loads the model twice."""
@@ -141,8 +144,8 @@ def _rank_format(args: ConvertArgs, config: LlamaConfig, cut: Cut, dtype: str | 
 
 
 def _check_options(args: ConvertArgs) -> None:
-    """Options that would have no effect, or contradict each other, are errors."""
-    problems = []
+    """Options that are out of range, would have no effect, or contradict each other, are errors."""
+    problems = range_problems(args, flag)
     if args.to == "hf" and (args.tp, args.pp, args.vpp) != (1, 1, 1):
         problems.append(UserError("--tp, --pp and --vpp have no effect with --to hf", "leave them out"))
     if args.to != "ascendspeed" and (args.fused_mlp or args.deepspeed):
@@ -154,11 +157,6 @@ def _check_options(args: ConvertArgs) -> None:
     if args.deepspeed and args.pp > 1:
         problems.append(
             UserError("in the DeepSpeed flavour all stages have one file name", "use --pp 1, or no --deepspeed")
-        )
-    problems += shard_size_problems(args.max_shard_gb)
-    if args.make_vocab_size_divisible_by < 1 or args.iteration < 0:
-        problems.append(
-            UserError("--make-vocab-size-divisible-by and --iteration cannot be so small", "give 1 or more")
         )
     if problems:
         raise join_problems(problems)
@@ -208,7 +206,8 @@ def _print(report: dict[str, object], as_json: bool) -> None:
     if as_json:
         print(json.dumps(report))
         return
-    print(f"{report['source']} ({report['kind']}, {report['layout']}) -> {report['destination']} ({report['to']})")
+    source, destination = shown(report["source"]), shown(report["destination"])
+    print(f"{source} ({report['kind']}, {shown(report['layout'])}) -> {destination} ({report['to']})")
     vocabulary = f"vocabulary {report['vocab_size']:,}"
     if report["padded_vocab"] != report["vocab_size"]:
         vocabulary += f" padded to {report['padded_vocab']:,}"
@@ -219,4 +218,4 @@ def _print(report: dict[str, object], as_json: bool) -> None:
     if "start_with" in report:
         print(f"start Megatron-LM with: {report['start_with']}")
     for note in report["notes"]:  # type: ignore[attr-defined]
-        print(f"note: {note}")
+        print(printable(f"note: {note}"))

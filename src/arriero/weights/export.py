@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Interval
 from tyro.conf import Positional
 
 from arriero.common.errors import EXIT_OK, CheckFailed, join_problems
+from arriero.common.ranges import flag, range_problems
+from arriero.common.text import shown
 from arriero.model.config import LlamaConfig
-from arriero.weights.huggingface import open_huggingface, shard_size_problems, write_huggingface
+from arriero.weights.huggingface import open_huggingface, write_huggingface
 from arriero.weights.progress import Progress
 from arriero.weights.sources import build, open_model
 from arriero.weights.stream import PieceReader, torch_dtype
@@ -31,7 +34,7 @@ class ExportArgs:
     """What the weights are written as; keep is as stored, which for a run is its float32 master weights."""
     tokenizer: Path | None = None
     """The tokenizer's directory, if it does not lie with the source."""
-    max_shard_gb: float = 5.0
+    max_shard_gb: Annotated[float, Interval(gt=0, le=1e6)] = 5.0
     """Largest size of one safetensors file, in GB."""
     json: bool = False
     """Print the result as JSON."""
@@ -42,7 +45,7 @@ NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 def run(args: ExportArgs) -> int:
     """Writes, reads back, compares; returns 0, or raises CheckFailed if the directory is not what was written."""
-    if problems := shard_size_problems(args.max_shard_gb):
+    if problems := range_problems(args, flag):
         raise join_problems(problems)
     opened = open_model(args.source)
     tokenizer = args.tokenizer or opened.tokenizer
@@ -64,7 +67,7 @@ def run(args: ExportArgs) -> int:
         facts = {**keys, "fingerprint": digest, "largest_logit_difference": difference, "notes": opened.notes}
         print(json.dumps(facts))
         return EXIT_OK
-    print(f"{args.destination}: {parameters:,} parameters from {opened.path}")
+    print(f"{shown(args.destination)}: {parameters:,} parameters from {shown(opened.path)}")
     print(f"fingerprint {digest[:16]}; largest logit difference after reloading {difference:.3g}")
     for note in opened.notes:
         print(f"note: {note}")

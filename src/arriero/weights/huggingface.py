@@ -80,7 +80,8 @@ def read_shape(path: Path) -> LlamaConfig:
     config = LlamaConfig.from_json(path)
     if not (config.tie_word_embeddings and path.is_dir() and has_weights(path)):
         return config
-    changed = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(path.glob("*model*")))
+    files = [(file.name, file.lstat()) for file in sorted(path.glob("*model*"))]
+    changed = tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in files)
     return _settled_shape(path, config, changed)
 
 
@@ -261,13 +262,6 @@ def plan_safetensors(
             puts.append(Put(name, 0, rows, 0, columns, offsets[name]))
         files.append(OutFile(directory / file, end, [(0, header)], puts))
     return files
-
-
-def shard_size_problems(gigabytes: float) -> list[UserError]:
-    """What is wrong with --max-shard-gb: empty, or one problem."""
-    if 1e-6 <= gigabytes <= 1e6:  # nor NaN
-        return []
-    return [UserError(f"--max-shard-gb is {gigabytes}", "give a size in GB from 0.000001 to 1,000,000, such as 5")]
 
 
 def write_config(directory: Path, config: LlamaConfig, *, dtype: str) -> None:

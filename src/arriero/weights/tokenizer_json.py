@@ -15,6 +15,7 @@ from typing import Any
 
 from arriero.common.errors import UserError
 from arriero.common.files import write_atomic
+from arriero.common.text import shown
 from arriero.common.untrusted import inside, misfit, read_bytes, read_json
 from arriero.data.tokenizer import VOCABULARIES
 
@@ -34,7 +35,21 @@ def write_tokenizer_json(model: Path, directory: Path) -> str:
 
     Returns:
         "" if written; else why not, one sentence: the model is no BPE, or the two disagree on some text.
+
+    Raises:
+        UserError: the file is no SentencePiece model.
     """
+    try:
+        return _write(model, directory)
+    except (RuntimeError, OSError, ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
+        raise UserError(f"{model}: is no SentencePiece model ({shown(error)})", "copy it again") from None
+    except BaseException as error:  # tokenizers panics, which is no Exception, on parts that it cannot take
+        if type(error).__name__ != "PanicException":
+            raise
+        return f"{model}: tokenizers cannot take it ({shown(error)}), so no tokenizer.json was written"
+
+
+def _write(model: Path, directory: Path) -> str:
     import sentencepiece
     import tokenizers
 

@@ -1,0 +1,203 @@
+"""The range of every number that a user or a file may set: it stands beside its field, and one function checks it.
+
+`steps: Annotated[int, Interval(ge=1, le=1_000_000)] = 1000` is a field with its range; `Len` bounds a list's length.
+The annotations are those of the library annotated-types. NaN and the infinities are outside every range.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Interval, Len
+
+from arriero.common.errors import UserError
+from arriero.common.text import shown
+
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # Linux's limits of one part of a path and of all of it
+MAX_DIGITS = 40
+_INTEGER = re.compile(rf"[+-]?[0-9]{{1,{MAX_DIGITS}}}")
+_FLOAT = re.compile(r"[+-]?(?:([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,9})?|inf|infinity|nan)", re.IGNORECASE)
+
+
+class PathText:
+    """Marks a text that names a file or directory."""
+
+
+def read_number(kind: type, text: str) -> Any:
+    """The int or float that `text` is, in ASCII digits: int() also takes `1_000`, blanks and other scripts' digits.
+
+    What is not written as such a number is returned as it is, for `range_problems` to report with all others.
+    """
+    return kind(text) if (_INTEGER if kind is int else _FLOAT).fullmatch(text) else text
+
+
+def range_problems(
+    value: Any, name: Callable[[str], str] = lambda key: key, only: set[str] | None = None
+) -> list[UserError]:
+    """All values of a dataclass, and of those within it, that are outside their field's range.
+
+    Args:
+        value: an instance of a dataclass.
+        name: makes the name that a message begins with of a dotted key.
+        only: the dotted keys to check; all by default.
+
+    Returns:
+        One error a field: "train.grad_clip is nan", with the fix "give a number from 0 to 1e6".
+    """
+    found = []
+    for key, kind, item in _leaves(value, ""):
+        if (only is None or key in only) and (wrong := value_problem(item, kind)):
+            found.append(UserError(f"{name(key)} {wrong}", f"give {wanted(kind)}"))
+    return found
+
+
+def field_ranges(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Every key of a dataclass, dotted, with its type and range."""
+    found: dict[str, Any] = {}
+    hints = get_type_hints(cls, include_extras=True)
+    for f in dataclasses.fields(cls):
+        kind = hints[f.name]
+        inner = plain(kind)
+        if dataclasses.is_dataclass(inner):
+            found |= field_ranges(inner, f"{prefix}{f.name}.")  # type: ignore[arg-type]
+        else:
+            found[prefix + f.name] = kind
+    return found
+
+
+def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
+    hints = get_type_hints(type(value), include_extras=True)
+    for f in dataclasses.fields(value):
+        item = getattr(value, f.name)
+        if dataclasses.is_dataclass(item):
+            yield from _leaves(item, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, hints[f.name], item
+
+
+def plain(kind: Any) -> Any:
+    """A type without its annotations."""
+    return plain(get_args(kind)[0]) if get_origin(kind) is Annotated else kind
+
+
+def flag(key: str) -> str:
+    """The command-line option of a key."""
+    return "--" + key.replace("_", "-")
+
+
+def annotation(kind: Any, cls: type) -> Any:
+    """The annotation of this class that a type carries, or None."""
+    notes = get_args(kind)[1:] if get_origin(kind) is Annotated else ()
+    return next((note for note in notes if isinstance(note, cls) or note is cls), None)
+
+
+def element(kind: Any, index: int = 0) -> Any:
+    """The type of a tuple's element, with its range: tuple[int, ...] has one for all."""
+    inner = get_args(plain(kind))
+    return inner[0] if inner[1:] == (...,) else inner[min(index, len(inner) - 1)]
+
+
+def value_problem(value: Any, kind: Any) -> str:
+    """What is wrong with a value of this type and range, as a message ends: "is nan"; empty where it fits."""
+    base = plain(kind)
+    origin = get_origin(base)
+    wrong = ""
+    if origin in (Union, types.UnionType):
+        choices = [one for one in get_args(base) if one is not type(None)]
+        many = isinstance(value, tuple)
+        choice = next((one for one in choices if (get_origin(plain(one)) is tuple) == many), choices[0])
+        wrong = "" if value is None else value_problem(value, choice)
+    elif origin is tuple and isinstance(value, tuple):
+        if (bound := annotation(kind, Len)) and len(value) > (bound.max_length or math.inf):
+            return f"has {len(value):,} values"
+        bad = next((one for i, one in enumerate(value) if value_problem(one, element(kind, i))), None)
+        wrong = "" if bad is None else f"holds {_short(bad)}"
+    elif base in (int, float):
+        wrong = "" if _fits(value, base, annotation(kind, Interval)) else f"is {_short(value)}"
+    elif base is str and isinstance(value, str) and ("\0" in value or not _encodes(value)):
+        wrong = f"is {_short(value)}, which is not text"
+    elif base is Path or annotation(kind, PathText):
+        wrong = path_problem(os.fspath(value))
+    return wrong
+
+
+def path_problem(path: str) -> str:
+    """Why no file can have this name; empty where one can."""
+    raw = os.fsencode(path) if _encodes(path, "surrogateescape") else b"\0"
+    if b"\0" in raw:
+        return f"is {_short(path)}, which no file can be named"
+    if len(raw) > MAX_PATH_BYTES or max(map(len, raw.split(b"/"))) > MAX_NAME_BYTES:
+        return f"is {shown(path, 60)}: {len(raw):,} bytes long, and no file can have so long a name"
+    return ""
+
+
+def _encodes(text: str, errors: str = "strict") -> bool:
+    try:
+        text.encode("utf-8", errors)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _fits(value: Any, base: type, interval: Interval | None) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int if base is int else (int, float)):
+        return False
+    if not isinstance(value, int) and not math.isfinite(value):
+        return False
+    if interval is None:
+        return True
+    low = (interval.ge is None or value >= interval.ge) and (interval.gt is None or value > interval.gt)  # type: ignore[operator]
+    return low and (interval.le is None or value <= interval.le) and (interval.lt is None or value < interval.lt)  # type: ignore[operator]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**MAX_DIGITS:
+        return f"a number of more than {MAX_DIGITS} digits"
+    return f"'{shown(value, 60)}'" if isinstance(value, str) else shown(value, 60)
+
+
+def wanted(kind: Any) -> str:
+    """A type and its range in words: "a whole number from 1 to 1,000"."""
+    base = plain(kind)
+    origin = get_origin(base)
+    if origin in (Union, types.UnionType):
+        return wanted(next(one for one in get_args(base) if one is not type(None)))
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, get_args(base)))
+    if origin is tuple:
+        parts = get_args(base)
+        bound = annotation(kind, Len)
+        if parts[1:] != (...,):
+            count = f"{len(parts)} values"
+        else:
+            count = f"at most {bound.max_length:,} values" if bound else "values"
+        return f"{count}, each {wanted(element(kind))}"
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
+    if base is str and annotation(kind, PathText):
+        return "a path"
+    limits = interval_words(annotation(kind, Interval)) if base in (int, float) else ""
+    return names.get(base, str(base)) + limits
+
+
+def interval_words(interval: Interval | None) -> str:
+    """A range in words, with a blank before it: " from 0 to below 1"; empty for none."""
+    if interval is None:
+        return ""
+    low = f" from {_number(interval.ge)}" if interval.ge is not None else ""
+    low = f" above {_number(interval.gt)}" if interval.gt is not None else low
+    high = f" to {_number(interval.le)}" if interval.le is not None else ""
+    high = f" to below {_number(interval.lt)}" if interval.lt is not None else high
+    if interval.gt is not None:  # "above 0, up to 1"
+        high = high.replace(" to ", ", up to ", 1).replace("up to below", "below")
+    return low + high
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else re.sub(r"e([+-]?)\+?0*", r"e\1", f"{value:g}").replace("e+", "e")
