@@ -156,6 +156,8 @@ class LlamaConfig:
         if self.head_dim % 2:
             found.append(UserError(f"{where}: head_dim {self.head_dim} is odd", "rotary embedding needs pairs"))
         scaling = self.rope_scaling
+        if scaling.rope_type == "dynamic" and self.head_dim == 2:  # its exponent is head_dim / (head_dim - 2)
+            found.append(UserError(f"{where}: head_dim 2 with dynamic rope_scaling", "use a head_dim of 4 or more"))
         if scaling.rope_type == "llama3" and scaling.low_freq_factor >= scaling.high_freq_factor:
             fix = "use those of the original config.json, such as 1 and 4"
             found.append(UserError(f"{where}: rope_scaling's low_freq_factor is not below its high_freq_factor", fix))

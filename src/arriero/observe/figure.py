@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from operator import mul
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,11 +57,30 @@ def loss_figure(metrics_path: Path, png_path: Path, *, title: str = "") -> None:
     per_step = steps[-1]["consumed_tokens"] / max(1, steps[-1]["iteration"])
     if per_step > 0:
         unit, name = (1e9, "billion") if steps[-1]["consumed_tokens"] >= 1e9 else (1e6, "million")
-        ratio = per_step / unit
-        upper = axes.secondary_xaxis("top", functions=(partial(mul, ratio), partial(mul, 1 / ratio)))
+        upper = axes.secondary_xaxis("top", functions=_tokens_of(steps, unit))
         upper.set_xlabel(f"tokens ({name})", fontsize=9)
         upper.spines["top"].set_visible(False)
     save_figure(figure, png_path)
+
+
+def _tokens_of(steps: list[dict[str, Any]], unit: float) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """Tokens of an iteration, in units, and back. Where the batch was changed this is no straight line."""
+    first, last = steps[0], steps[-1]
+    ratio = last["consumed_tokens"] / last["iteration"] / unit
+    straight = partial(mul, ratio), partial(mul, 1 / ratio)
+    points = [(r["iteration"], r["consumed_tokens"] / unit) for r in steps]
+    rises = all(a[0] < b[0] and a[1] < b[1] for a, b in pairwise(points))
+    if not rises or all(math.isclose(tokens, ratio * at) for at, tokens in points):
+        return straight
+    import numpy as np
+
+    # The axis reaches beyond the steps on both sides: there the line goes on as in the first and the last step.
+    span = last["iteration"]
+    low, high = (r["global_batch"] * r["sequence_length"] / unit for r in (first, last))
+    ends = (points[0][0] - span, points[0][1] - low * span), (points[-1][0] + span, points[-1][1] + high * span)
+    points = [ends[0], *points, ends[1]]
+    at, tokens = (np.array(column, float) for column in zip(*points, strict=True))
+    return lambda x: np.interp(x, at, tokens), lambda x: np.interp(x, tokens, at)
 
 
 def new_figure(*, rows: int = 1, columns: int = 1, width: float = 8, height: float) -> tuple[Figure, list[Axes]]:

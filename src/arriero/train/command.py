@@ -19,8 +19,9 @@ from arriero.checkpoint.load import candidates, find_checkpoint
 from arriero.checkpoint.lock import RunLock
 from arriero.common.device import device_count, device_type
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_STOPPED, UserError, join_problems
+from arriero.common.ranges import path_problem
 from arriero.common.text import printable, shown
-from arriero.data.check import check_data_against, label_notices, size_notices
+from arriero.data.check import batch_notices, check_data_against, size_notices
 from arriero.data.tokenizer import load_tokenizer
 from arriero.launch import (
     LaunchConfig,
@@ -155,6 +156,8 @@ def read_command(words: list[str]) -> tuple[Recipe, Start]:
     settings: list[Setting] = []
     if resume == "auto":
         resume = _begun(named, given)
+    if resume and (wrong := path_problem(resume)):
+        raise UserError(f"--resume {wrong}", "name a run directory, or one of its checkpoints")
     if resume:
         find_checkpoint(Path(resume))  # a wrong directory is named before its missing recipe is
     if resume and not named:
@@ -207,6 +210,8 @@ def _begun(named: str, given: list[Setting]) -> str:
     """The run directory that these settings name, if it holds a checkpoint already; else nothing."""
     settings = file_settings(find_bundled("", named, ".toml")) if named else []
     out = next((" ".join(s.words) for s in reversed([*settings, *given]) if s.key == "out"), "")
+    if path_problem(out):
+        return ""  # the recipe's own check names it
     return out if out and committed(Path(out) / "checkpoints") else ""
 
 
@@ -228,6 +233,9 @@ def process_count(recipe: Recipe, launch: LaunchConfig, kind: str) -> int:
 def verify(recipe: Recipe, processes: int) -> int:
     """The proof of `--verify-layout`, once the recipe's layout is possible at all."""
     problems = recipe.layout_problems(processes)
+    if started_by_another():
+        fix = "leave torchrun or srun out: --nproc-per-node N gives the number of processes"
+        problems.append(UserError("--verify-layout starts its own processes, on one machine", fix))
     if recipe.train.compile:
         problems += compile_machine_problems("cpu")
     if problems:
@@ -289,7 +297,7 @@ def _check_inputs(recipe: Recipe) -> tuple[list[UserError], list[str]]:
             tokenizer_size=tokenizer.vocab_size if tokenizer else None, tokenizer=recipe.tokenizer,
         )  # fmt: skip
         for split in ("train", *(["valid"] if recipe.train.eval_every else [])):
-            notices += label_notices(open_batches(recipe, split))
+            notices += batch_notices(open_batches(recipe, split))
         check_data_against(recipe.data, model.vocab_size, tokenizer.fingerprint if tokenizer else None)
     except UserError as error:
         return [error], []

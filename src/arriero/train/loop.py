@@ -131,10 +131,12 @@ def begin(trainer: Trainer, start: Continuation, reporter: Reporter) -> None:
         if trainer.done >= trainer.recipe.train.steps:
             told = f"step {trainer.done} of train.steps {trainer.recipe.train.steps}"
             reporter.say(f" the run is complete: {told}; give a larger --train.steps to go on")
-        if trainer.ranks.first and (line := moved_from(checkpoint, trainer)):
-            reporter.say(f" NOTICE: {line}")
         if trainer.position.samples != trainer.done * trainer.recipe.train.global_batch:
             reporter.say(f" goes on with sample {trainer.position.place}, {trainer.recipe.train.global_batch} a step")
+        if trainer.ranks.first and (line := moved_from(checkpoint, trainer)):
+            reporter.say(f" NOTICE: {line}")
+        if line := trainer.order_notice():
+            reporter.say(f" NOTICE: {line}")
     trainer.saver.reserve(trainer.parts_to_save())
     trainer.ranks.barrier()  # so that a signal finds all processes in one phase
     set_phase(Phase.TRAINING)

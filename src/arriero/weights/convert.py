@@ -18,6 +18,7 @@ from tyro.conf import Positional
 
 from arriero.common.errors import EXIT_OK, CheckFailed, UserError, join_problems
 from arriero.common.ranges import flag, range_problems
+from arriero.common.text import printable, shown
 from arriero.weights.dialects import ASCENDSPEED, ASCENDSPEED_FUSED, MCORE
 from arriero.weights.foreign_config import ConfigHints
 from arriero.weights.huggingface import bytes_as, plan_safetensors, write_beside
@@ -198,7 +199,8 @@ def _print(report: dict[str, object], as_json: bool) -> None:
     if as_json:
         print(json.dumps(report))
         return
-    print(f"{report['source']} ({report['kind']}, {report['layout']}) -> {report['destination']} ({report['to']})")
+    source, destination = shown(report["source"]), shown(report["destination"])
+    print(f"{source} ({report['kind']}, {shown(report['layout'])}) -> {destination} ({report['to']})")
     vocabulary = f"vocabulary {report['vocab_size']:,}"
     if report["padded_vocab"] != report["vocab_size"]:
         vocabulary += f" padded to {report['padded_vocab']:,}"
@@ -207,4 +209,4 @@ def _print(report: dict[str, object], as_json: bool) -> None:
     if "largest_logit_difference" in report:
         print(f"largest logit difference on random tokens: {report['largest_logit_difference']:.3g}")
     for note in report["notes"]:  # type: ignore[attr-defined]
-        print(f"note: {note}")
+        print(printable(f"note: {note}"))

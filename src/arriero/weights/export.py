@@ -12,6 +12,7 @@ from tyro.conf import Positional
 
 from arriero.common.errors import EXIT_OK, CheckFailed, join_problems
 from arriero.common.ranges import flag, range_problems
+from arriero.common.text import shown
 from arriero.model.config import LlamaConfig
 from arriero.weights.huggingface import open_huggingface, write_huggingface
 from arriero.weights.progress import Progress
@@ -64,7 +65,7 @@ def run(args: ExportArgs) -> int:
         keys = {"source": str(opened.path), "destination": str(args.destination), "parameters": parameters}
         print(json.dumps({**keys, "fingerprint": digest, "largest_logit_difference": difference}))
         return EXIT_OK
-    print(f"{args.destination}: {parameters:,} parameters from {opened.path}")
+    print(f"{shown(args.destination)}: {parameters:,} parameters from {shown(opened.path)}")
     print(f"fingerprint {digest[:16]}; largest logit difference after reloading {difference:.3g}")
     if tokenizer is None:
         print("no tokenizer was found beside the source: give one with --tokenizer DIR")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError
+from arriero.common.text import printable, shown
 from arriero.weights.huggingface import open_file
 from arriero.weights.progress import Progress
 from arriero.weights.sources import detect, open_model
@@ -103,7 +104,7 @@ def _count(tensors: dict[str, Assembly]) -> dict[str, Any]:
 
 
 def _print(facts: dict[str, Any]) -> None:
-    print(f"{facts['path']}: {facts['kind']}" + (f" ({facts['layout']})" if "layout" in facts else ""))
+    print(f"{shown(facts['path'])}: {facts['kind']}" + (f" ({facts['layout']})" if "layout" in facts else ""))
     if "hidden" in facts:
         print(
             f"{facts['layers']} layers, hidden {facts['hidden']}, {facts['heads']} heads of {facts['head_dim']} "
@@ -116,5 +117,5 @@ def _print(facts: dict[str, Any]) -> None:
     if "fingerprint" in facts:
         print(f"every value read and finite, fingerprint {facts['fingerprint'][:16]}")
     for note in facts.get("notes", []):
-        print(f"note: {note}")
-    print("whole" if facts["whole"] else f"not whole: {facts['problem']}")
+        print(printable(f"note: {note}"))
+    print("whole" if facts["whole"] else printable(f"not whole: {facts['problem']}"))
