@@ -20,7 +20,7 @@ from arriero.checkpoint.lock import RunLock
 from arriero.common.device import device_count, device_type
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_STOPPED, UserError, join_problems
 from arriero.common.ranges import path_problem
-from arriero.common.text import printable
+from arriero.common.text import printable, shown
 from arriero.data.check import check_data_against, label_notices, size_notices
 from arriero.data.tokenizer import load_tokenizer
 from arriero.launch import (
@@ -128,9 +128,9 @@ def duration(text: str) -> float:
     """
     if not text:
         return 0.0
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd])", text)
     if not match or not float(match[1]):
-        raise UserError(f"--stop-after is {text!r}", "give a number and s, m, h or d, such as 55m")
+        raise UserError(f"--stop-after is '{shown(text)}'", "give a number and s, m, h or d, such as 55m")
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
