@@ -7,7 +7,6 @@ turns them into the frozen dataclasses that each part of the program owns. What 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import tomllib
 from dataclasses import dataclass, field
@@ -207,12 +206,11 @@ def bundled_directory() -> Path:
 
 def to_toml(value: Any) -> str:
     """A recipe as TOML text, every key written out."""
-    plain, tables = [], []
-    for f in dataclasses.fields(value):
-        item = getattr(value, f.name)
-        if dataclasses.is_dataclass(item):
-            tables.append(f"\n[{f.name}]\n{to_toml(item)}")
-        else:
-            shown = list(item) if isinstance(item, tuple) else item
-            plain.append(f"{f.name} = {json.dumps(shown, ensure_ascii=False)}\n")  # JSON's values are TOML's
-    return "".join(plain + tables)
+    import tomli_w
+
+    return tomli_w.dumps(_plain(value))
+
+
+def _plain(part: Any) -> dict[str, Any]:
+    values = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
+    return {key: _plain(v) if dataclasses.is_dataclass(v) else v for key, v in values.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -151,6 +150,6 @@ def whole(value: object) -> int | None:
     """An iteration's number, from a JSON value or a CSV cell, or None: 0 to 10^15, and whole."""
     if isinstance(value, str):
         value = number(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e15:  # NaN is not
         return None
-    return int(value) if 0 <= value < 1e15 and value == int(value) else None
+    return int(value) if value == int(value) else None

@@ -91,7 +91,8 @@ def _report(prefix: str, *, deep: bool) -> dict[str, Any]:
         report["lengths"]["mean"] = float(sizes.mean())
         counts = np.bincount(np.log2(np.maximum(sizes, 1)).astype(int))
         report["histogram"] = {str(2**power): int(n) for power, n in enumerate(counts)}
-    tokenizer, vocab_size = None, 1 << 62
+    tokenizer: Tokenizer | None = None
+    vocab_size: int | None = None
     if found is not None:
         name, manifest = found
         report["manifest"] = str(manifest_path(prefix.removesuffix(f"_{name}")))
@@ -104,7 +105,8 @@ def _report(prefix: str, *, deep: bool) -> dict[str, Any]:
     elif deep:
         report["wrong"].append(f"{shown(prefix)} has no manifest to verify against")
     try:
-        check_part(data, vocab_size, ignored=-100 if prefix.endswith("_packed_labels_document") else None, whole=deep)
+        ignored = -100 if prefix.endswith("_packed_labels_document") else None
+        check_part(data, vocab_size, whole=deep, ignored=ignored, whose="its tokenizer's")
         report["first"] = [_show(data, i, prefix, tokenizer) for i in range(min(_SHOWN, len(data)))]
     except UserError as error:
         report["wrong"].append(error.problem)

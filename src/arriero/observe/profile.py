@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from arriero.common.errors import UserError
+from arriero.common.files import make_directory
 from arriero.common.text import shown
 
 
@@ -46,6 +49,7 @@ class Profile:
         self.path = directory / f"rank-{rank}.json"
         self._profiler: Any = None
         self._written = False
+        self._problem = ""
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -64,11 +68,19 @@ class Profile:
             self._write()
 
     def _write(self) -> None:
-        if self._profiler is not None:
-            self._profiler.stop()
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._profiler.export_chrome_trace(str(self.path))
-            self._profiler, self._written = None, True
+        if self._profiler is None:
+            return
+        profiler, self._profiler = self._profiler, None
+        profiler.stop()
+        try:
+            make_directory(self.directory, "", follow=False)
+            with tempfile.TemporaryDirectory(prefix=".profile-", dir=self.directory) as made:
+                beside = Path(made) / self.path.name  # the profiler opens by name, and would follow a link
+                profiler.export_chrome_trace(str(beside))
+                os.replace(beside, self.path)
+            self._written = True
+        except (OSError, RuntimeError, UserError) as error:
+            self._problem = str(error)
 
     def finish(self) -> str:
         """Ends what still runs; returns what to tell of it, empty where nothing was asked."""
@@ -76,4 +88,6 @@ class Profile:
         if self.span is None:
             return ""
         first, last = self.span
+        if self._problem:
+            return f" NO profile: {shown(self._problem)}"
         return f" profile: {self.path}" if self._written else f" NO profile: steps {first} to {last} were not run"
