@@ -25,6 +25,7 @@ import numpy as np
 from arriero.common.errors import UserError
 from arriero.common.files import why
 from arriero.common.text import shown
+from arriero.data.output import create
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # 34 bytes
@@ -197,9 +198,9 @@ class IndexedWriter:
         self._hash = hashlib.sha256()
         Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
         self._parts = {n: Path(f"{self.prefix}.{n}.partial") for n in ("bin", "idx", "sizes", "documents")}
-        self._bin = self._parts["bin"].open("wb")
-        self._sizes = self._parts["sizes"].open("wb")
-        self._docs = self._parts["documents"].open("wb")
+        self._bin = create(self._parts["bin"])
+        self._sizes = create(self._parts["sizes"])
+        self._docs = create(self._parts["documents"])
         self._docs.write(struct.pack("<q", 0))
 
     def add(self, ids: np.ndarray | list[int]) -> None:
@@ -248,7 +249,7 @@ class IndexedWriter:
 
     def _write_index(self) -> str:
         digest = hashlib.sha256()
-        with self._parts["idx"].open("wb") as out:
+        with create(self._parts["idx"]) as out:
 
             def put(raw: bytes) -> None:
                 out.write(raw)

@@ -11,7 +11,7 @@ import numpy as np
 
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError
 from arriero.common.files import make_directory
-from arriero.common.text import shown
+from arriero.common.text import printable, shown
 from arriero.data.check import check_part
 from arriero.data.indexed import AGAIN, IndexedDataset, bin_path, idx_path
 from arriero.data.manifest import manifest_of, manifest_path, read_manifest, verify
@@ -196,14 +196,14 @@ def _print(report: dict[str, Any]) -> None:
         for kind, text in stretches:
             print(f"  {kind:>7}  {text!r}")
     for problem in report["wrong"]:
-        print(f"WRONG      {problem}")
+        print(printable(f"WRONG      {problem}"))
     if not report["wrong"]:
         how = "index and payload fit; no manifest (another program wrote it)"
         if report["manifest"]:
             how = (
                 "both files equal the manifest's SHA-256" if report["verified"] else "counts fit; --verify reads it all"
             )
-        print(f"whole      {how}")
+        print(printable(f"whole      {how}"))
 
 
 def _draw(sizes: np.ndarray, prefix: str, figure: Path) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import math
-import os
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arriero.common.errors import UserError
+from arriero.common.files import make_directory, write_atomic
+from arriero.common.untrusted import misfit
 from arriero.observe.metrics import read_metrics
 
 if TYPE_CHECKING:
@@ -25,6 +27,9 @@ INK, BLUE, ORANGE, RED = (
     "#c53030",
 )  # told apart by colour-blind eyes, and in grey print
 
+LOSS = {"iteration": int, "lm_loss": float}
+DRAWN = {**LOSS, "consumed_tokens": int}
+
 
 def loss_figure(metrics_path: Path, png_path: Path, *, title: str = "") -> None:
     """Draws `metrics.jsonl` to a PNG: train and validation loss over iterations, tokens on the upper axis.
@@ -32,13 +37,15 @@ def loss_figure(metrics_path: Path, png_path: Path, *, title: str = "") -> None:
     Raises:
         UserError: the metrics hold no step, or cannot be read.
     """
-    records = read_metrics(metrics_path)
-    steps = [r for r in records if r.get("kind") == "step"]
+    records = read_metrics(metrics_path, skipped=[])
+    steps = [r for r in records if r.get("kind") == "step" and not misfit(r, DRAWN)]
     if not steps:
         raise UserError(f"{metrics_path}: no training step in it", "draw the figure after the first step")
     figure, (axes,) = new_figure(height=4.5)
     _draw_training(axes, steps)
-    checks = [r for r in records if r.get("kind") == "validation" and math.isfinite(r["lm_loss"])]
+    checks = [
+        r for r in records if r.get("kind") == "validation" and not misfit(r, LOSS) and math.isfinite(r["lm_loss"])
+    ]
     if checks:
         last = checks[-1]["lm_loss"]
         axes.plot(*_xy(checks), "o-", color=ORANGE, markersize=4.5, label=f"validation, last {last:.4g}")
@@ -47,7 +54,7 @@ def loss_figure(metrics_path: Path, png_path: Path, *, title: str = "") -> None:
     axes.legend(frameon=False)
     if title:
         axes.set_title(title, loc="left", fontsize=11)
-    per_step = steps[-1]["consumed_tokens"] / steps[-1]["iteration"]
+    per_step = steps[-1]["consumed_tokens"] / max(1, steps[-1]["iteration"])
     if per_step > 0:
         unit, name = (1e9, "billion") if steps[-1]["consumed_tokens"] >= 1e9 else (1e6, "million")
         upper = axes.secondary_xaxis("top", functions=_tokens_of(steps, unit))
@@ -92,11 +99,11 @@ def new_figure(*, rows: int = 1, columns: int = 1, width: float = 8, height: flo
 
 
 def save_figure(figure: Figure, png_path: Path) -> None:
-    """Writes the PNG beside its place and renames it, so that a reader never sees half a picture."""
-    png_path.parent.mkdir(parents=True, exist_ok=True)
-    beside = png_path.with_name(png_path.name + ".tmp")
-    figure.savefig(beside, format="png")
-    os.replace(beside, png_path)
+    """Writes the PNG all at once, so that a reader never sees half a picture. Raises OSError or UserError."""
+    make_directory(png_path.parent, "name a directory that can be written")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_atomic(png_path, picture.getvalue())
 
 
 def _draw_training(axes: Axes, steps: list[dict[str, Any]]) -> None:

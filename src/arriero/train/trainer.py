@@ -186,7 +186,8 @@ class Trainer:
         self.rewinds += 1
         if self.rewinds > MOST_REWINDS:
             raise UserError(f"rewound {MOST_REWINDS} times: it is not the data", "lower the rate, or look at the model")
-        checkpoint = newest_that_verifies(checkpoints, self.ranks, say=say) if checkpoints else None
+        verified = partial(newest_that_verifies, say=say, model=self.config)
+        checkpoint = verified(checkpoints, self.ranks) if checkpoints else None
         if self._feed is not None:
             self._feed.close()
             self._feed = None
