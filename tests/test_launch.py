@@ -249,12 +249,14 @@ def test_nodes_that_differ_end_with_the_difference(tmp_path: Path) -> None:
 
 def test_torchrun_and_srun_start_the_same_run(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
-    torchrun = [Path(sys.executable).with_name("torchrun"), "--nproc-per-node=2", f"--master-port={free_port()}", "-m"]
+    shown = re.search(r"^(torchrun .*) pretrain recipe\.toml$", (HERE.parent / "docs/launch.md").read_text(), re.M)
+    assert shown, "docs/launch.md shows no command with torchrun"
+    torchrun = [Path(sys.executable).with_name("torchrun"), f"--master-port={free_port()}", *shown[1].split()[1:]]
     step = STEP | {"SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NUM_TASKS": "2"}
     step |= {"SLURM_NODEID": "0", "MASTER_PORT": str(free_port())}
     words = ["pretrain", recipe, "--out"]
     started = [start(*words, tmp_path / "own", "--nproc-per-node", 2)]
-    started += [start(*words, tmp_path / "torchrun", program=[*torchrun, "arriero"])]
+    started += [start(*words, tmp_path / "torchrun", program=torchrun)]
     for i in range(2):
         started += [start(*words, tmp_path / "srun", **step | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)})]
     with group(*started):

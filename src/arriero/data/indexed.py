@@ -145,32 +145,35 @@ class IndexedDataset:
         )
 
     def check_ids(
-        self, vocab_size: int, *, first: int = 0, end: int | None = None, ignored: int | None = None
+        self, vocab_size: int | None, *, first: int = 0, end: int | None = None, ignored: int | None = None,
+        whose: str = "the model's",
     ) -> None:  # fmt: skip
         """Looks for ids that are not in 0 to vocab_size - 1, about 1 GB/s.
 
         Args:
-            vocab_size: rows of the model.
+            vocab_size: rows of the model; None where it is not known: then ids below 0 alone are looked for.
             first, end: the part of `tokens` to look at; all of it by default.
             ignored: a value that is none and may stand there, such as the label of a token that carries no loss.
+            whose: vocabulary it is, for the message.
 
         Raises:
             OutsideVocabulary: for the first one; names the file and the place in it.
         """
         stop = len(self.tokens) if end is None else end
+        most = 1 << 62 if vocab_size is None else vocab_size
+        entries = "ids count from 0" if vocab_size is None else f"{whose} vocabulary has {vocab_size} entries"
         for at in range(first, stop, _CHUNK):
             part = self.tokens[at : min(at + _CHUNK, stop)]
-            if int(part.max()) < vocab_size and (self.dtype.kind == "u" or int(part.min()) >= 0):
+            if int(part.max()) < most and (self.dtype.kind == "u" or int(part.min()) >= 0):
                 continue
-            outside = (part < 0) | (part >= vocab_size)
+            outside = (part < 0) | (part >= most)
             if ignored is not None:
                 outside &= part != ignored
             if outside.any():
                 i = int(np.flatnonzero(outside)[0])
                 place = f"token {at + i}, at byte {(at + i) * self.dtype.itemsize}"
                 raise OutsideVocabulary(
-                    f"{self._name}.bin holds token id {int(part[i])}, the model's vocabulary has {vocab_size} entries "
-                    f"({place})",
+                    f"{self._name}.bin holds token id {int(part[i])}, {entries} ({place})",
                     "prepare the text with the model's own tokenizer",
                 )
 

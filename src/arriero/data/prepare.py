@@ -16,6 +16,7 @@ from annotated_types import Interval
 
 from arriero.common.errors import EXIT_OK, UserError, join_problems
 from arriero.common.files import open_regular
+from arriero.common.ranges import PathText
 from arriero.common.text import printable, shown
 from arriero.data.formats import FORMATS, Format, Template, load_template, make_format
 from arriero.data.indexed import bin_path, idx_path
@@ -30,10 +31,10 @@ from arriero.data.writing import Job, SourceHashes, output_names, sample_texts, 
 class PrepareArgs:
     """Tokenise text into a data set."""
 
-    inputs: tyro.conf.Positional[tuple[str, ...]]
+    inputs: tyro.conf.Positional[tuple[Annotated[str, PathText], ...]]
     """Files, directories or quoted globs of one kind: parquet, json, jsonl, csv, txt, arrow, feather (also .gz and
     .zst). With --merge: the data sets to join."""
-    out: str
+    out: Annotated[str, PathText]
     """Path that the written names begin with: OUT_text_document.bin, .idx and OUT.manifest.json."""
     tokenizer: Path | None = None
     """Directory with tokenizer.model or tokenizer.json, or such a file."""
