@@ -11,7 +11,7 @@ from typing import Literal
 from arriero import __version__
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_USAGE, CheckFailed, UserError, as_user_error, nearest
 from arriero.common.output import OutputClosed, guarded_output
-from arriero.common.text import printable
+from arriero.common.text import printable, shown
 from arriero.signals import Interrupted, interrupts
 
 
@@ -104,7 +104,7 @@ def _printed(words: list[str]) -> int:
 def run_verb(name: str, words: list[str]) -> int:
     """Imports the verb's module, parses its arguments with tyro and runs it."""
     if name not in VERBS:
-        raise UserError(f"unknown verb {name!r}", nearest(name, VERBS))
+        raise UserError(f"unknown verb '{shown(name)}'", nearest(name, VERBS))
     verb = VERBS[name]
     module = importlib.import_module(verb.module)
     if not verb.arguments:

@@ -16,7 +16,9 @@ from annotated_types import Interval
 
 from arriero.common.environment import environment_number
 from arriero.common.errors import EXIT_OK, EXIT_STOPPED, UserError, nearest
-from arriero.common.text import shown
+from arriero.common.files import open_regular, why
+from arriero.common.ranges import PathText
+from arriero.common.text import printable, shown
 from arriero.process import MOST_PROCESSES
 
 FIX = "srun sets the variables SLURM_*; where it has not started this, unset SLURM_STEP_NUM_TASKS"
@@ -37,15 +39,15 @@ class SlurmArgs:
     """Devices of each machine, one process each; 0 for a run on the CPU."""
     tasks_per_node: Annotated[int, Interval(ge=0, le=4096)] = 0
     """Processes of each machine where that is not the number of devices."""
-    cpus_per_task: int = 0
+    cpus_per_task: Annotated[int, Interval(ge=0, le=65_536)] = 0
     """Cores of each process; 0 for its share of the cores of the machine that makes the file."""
     time: str = "1-00:00:00"
     """Time limit, in SLURM's form days-hours:minutes:seconds."""
     partition: str = ""
     """Where to queue; empty leaves it to the cluster."""
-    run: str = ""
+    run: Annotated[str, PathText] = ""
     """Run directory; it replaces the recipe's `out`."""
-    out: str = ""
+    out: Annotated[str, PathText] = ""
     """Where to write the batch file; empty prints it."""
 
 
@@ -55,8 +57,13 @@ def run(words: list[str]) -> int:
         return _help(words)
     text, file = batch_file(words[1:])
     if file:
-        Path(file).write_text(text, encoding="utf-8")
-        print(f"wrote {file}; queue it with: sbatch {file}")
+        try:
+            handle = open_regular(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, follow=True)
+            with open(handle, "w", encoding="utf-8") as out:
+                out.write(text)
+        except OSError as error:
+            raise UserError(f"--out {shown(file)}: {why(error)}", "name a file that can be written") from None
+        print(printable(f"wrote {file}; queue it with: sbatch {shlex.quote(file)}"))
     else:
         print(text, end="")
     return EXIT_OK
@@ -64,7 +71,7 @@ def run(words: list[str]) -> int:
 
 def _help(words: list[str]) -> int:
     if words and words[0] not in ("slurm", "-h", "--help"):
-        raise UserError(f"launch: unknown kind {words[0]!r}", nearest(words[0], ["slurm"]))
+        raise UserError(f"launch: unknown kind '{shown(words[0])}'", nearest(words[0], ["slurm"]))
     from arriero.recipe import show_flags
 
     show_flags(SlurmArgs, "arriero launch slurm RECIPE")
@@ -87,6 +94,9 @@ def batch_file(words: list[str]) -> tuple[str, str]:
     given = command_line_settings(words[1:])
     own = {f.name for f in fields(SlurmArgs)}
     args = parse(SlurmArgs, [s for s in given if s.key in own], prog="arriero launch slurm")
+    for key, form in (("time", "[0-9:-]+"), ("partition", "[A-Za-z0-9_.,-]*")):  # a line end would add to the file
+        if not re.fullmatch(form, getattr(args, key)):
+            raise UserError(f"--{key} is '{shown(getattr(args, key))}'", "give it in SLURM's form")
     passed = [w for s in given if s.key not in own for w in (f"--{s.key}", *s.words)]
     passed += ["--out", args.run] if args.run else []
     recipe, _ = read_command(named + passed)

@@ -11,6 +11,7 @@ import pytest
 
 from arriero.common.errors import UserError
 from arriero.data.batches import Batches, DataConfig, parse_split
+from arriero.data.check import batch_notices
 from arriero.data.indexed import IndexedWriter
 from arriero.data.order import MegatronBlend, choose_documents
 from arriero.data.prefix import parse_prefix
@@ -209,6 +210,7 @@ def test_every_kind_of_blend(
                 config, sequence_length=LENGTH, global_batch=count, seed=11, split=name, samples=counts[which]
             )
             assert_same(ours, theirs[which], count)
+            assert bool(batch_notices(ours)) == (len(theirs[which]) < counts[which])
 
 
 def test_random_sets_as_a_whole(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from arriero.bench.table import as_json, peak_table, result_table
 from arriero.bench.trial import run_trial, trial
 from arriero.common.device import describe, device_type, matmul_dtypes, take_device
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError, join_problems
-from arriero.common.ranges import flag, range_problems
+from arriero.common.ranges import PathText, flag, range_problems
+from arriero.common.text import printable
 from arriero.launch import LaunchConfig, Place, ProcessFailed, run_processes, started_by_another, take_place
 from arriero.recipe import (
     Recipe,
@@ -47,7 +48,7 @@ class BenchConfig:
     """Measure the fastest matrix multiplication of each dtype instead; takes no recipe."""
     sweep: bool = False
     """Try micro batches, recomputation and compilation, and name the best."""
-    write: str = ""
+    write: Annotated[str, PathText] = ""
     """sweep only: write the recipe with the best settings to this TOML file."""
     memory_limit: Annotated[float, Interval(ge=0, le=1e6)] = 0.0
     """GB that one process may hold, on the CPU; 0: none, and in a sweep what is available."""
@@ -73,7 +74,7 @@ def run(words: list[str]) -> int:
     try:
         return bench_peak(config, launch, settings) if config.peak else bench(config, launch, named, settings)
     except ProcessFailed as error:
-        print(f"arriero: {error}", file=sys.stderr)
+        print(printable(f"arriero: {error}"), file=sys.stderr)
         return EXIT_CHECK_FAILED
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from arriero.common.text import shown
 
+MOST_KNOWN = 20
 EXIT_OK = 0
 EXIT_CHECK_FAILED = 1  # a comparison or a verification ran, and its answer is no
 EXIT_USAGE = 2  # the command, the recipe or an input is wrong; nothing was changed
@@ -37,10 +38,11 @@ class CheckFailed(Exception):  # noqa: N818 - a verdict, not a fault
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Returns a sentence that names the nearest of `known`, or lists them all when none is near."""
+    """Returns a sentence that names the nearest of `known`, or lists the first of them when none is near."""
     names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+    close = difflib.get_close_matches(word[:200], names, n=1, cutoff=0.6)
+    more = f" and {len(names) - MOST_KNOWN:,} more" if len(names) > MOST_KNOWN else ""
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names[:MOST_KNOWN])}{more}"
 
 
 def join_problems(problems: list[UserError]) -> UserError:
