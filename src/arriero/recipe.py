@@ -34,6 +34,7 @@ from arriero.train.optim import OptimConfig
 from arriero.train.reporter import LogConfig
 from arriero.train.schedule import ScheduleConfig
 from arriero.train.watch import WatchConfig
+from arriero.weights.huggingface import read_shape
 
 __all__ = ["Recipe", "Setting", "bundled_directory", "command_line_settings", "field_types", "file_settings",
            "find_bundled", "parse", "show_flags", "to_toml"]  # fmt: skip
@@ -82,9 +83,10 @@ class Recipe:
         if not self.init:
             assert shape is not None
             return shape
-        source = LlamaConfig.from_json(self.init)
+        source = read_shape(Path(self.init))
         if shape is not None and shape != source:
-            differing = [f.name for f in dataclasses.fields(shape) if getattr(shape, f.name) != getattr(source, f.name)]
+            compared = [f.name for f in dataclasses.fields(shape) if f.compare]
+            differing = [name for name in compared if getattr(shape, name) != getattr(source, name)]
             raise UserError(f"model and init differ in {', '.join(differing)}", "leave model empty: init has a shape")
         return source
 

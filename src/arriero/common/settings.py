@@ -93,13 +93,13 @@ def parse_verb(cls: type[T], words: list[str], *, prog: str, description: str) -
     Raises:
         UserError: what is wrong, with its fix.
     """
-    config = (tyro.conf.FlagCreatePairsOff,)
+    # Both words of a flag are shown, --bos and --no-bos: its description and its default are those of the first one.
     if {"-h", "--help"} & set(words):
-        tyro.cli(_for_tyro(cls), prog=prog, description=description, args=words, config=config)
+        tyro.cli(_for_tyro(cls), prog=prog, description=description, args=words)
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
-            built: Any = tyro.cli(_for_tyro(cls), prog=prog, description=description, args=words, config=config)
+            built: Any = tyro.cli(_for_tyro(cls), prog=prog, description=description, args=words)
     except SystemExit:
         raise UserError(f"{prog}: {_first_sentence(printed.getvalue())}", _verb_fix(cls, words, prog)) from None
     hints = get_type_hints(cls, include_extras=True)

@@ -124,7 +124,7 @@ def begin(trainer: Trainer, start: Continuation, reporter: Reporter) -> None:
     reporter.resume_after(trainer.done)
     if trainer.recipe.train.float8 != "none" and not float8_units(trainer.kind):
         reporter.say(" float8 is emulated: this device has no units for it; same rounding, and no time is saved")
-    for line in start.notices:
+    for line in (*start.notices, *(f" note: {notice}" for notice in trainer.config.notices)):
         reporter.say(line)
     if checkpoint is not None:
         reporter.say(f" resumed from {shown(checkpoint)} after step {trainer.done}")

@@ -81,8 +81,10 @@ def _describe(path: Path, facts: dict[str, Any]) -> dict[str, Assembly]:
     else:
         facts["tokenizer_ids"] = vocabulary_size(opened.tokenizer)
         if facts["tokenizer_ids"] > config.vocab_size:
-            ids = f"{facts['tokenizer_ids']} ids, the model {config.vocab_size} rows"
-            raise UserError(f"{opened.tokenizer}: the tokenizer has {ids}", "put the model's own tokenizer there")
+            ids = f"the tokenizer has {facts['tokenizer_ids']} ids, the model {config.vocab_size} rows"
+            if vocabulary_size(opened.tokenizer, added=False) > config.vocab_size:
+                raise UserError(f"{opened.tokenizer}: {ids}", "put the model's own tokenizer there")
+            notes.append(f"{ids}: tokens that were added to it have no row, and cannot be used")
     facts["notes"] = notes
     return opened.reader.tensors
 
