@@ -73,7 +73,12 @@ class Children:
         if not self._saves:
             return Interrupted(number)
         end = outcome(number, self._shared.phase)
-        return Interrupted(number, f"{self._late}{end.what}", end.code)
+        return Interrupted(number, self._late or end.what, end.code)
+
+    @property
+    def ended_by(self) -> int:
+        """The signal for which the children were ended; 0 if none was."""
+        return self._shared.ending.value
 
     def _take(self, number: int, _: object) -> None:
         """The handler, in the main thread, where torch's agent only sleeps and looks."""
@@ -136,7 +141,7 @@ class Children:
         elif not self._announced and waited > SETTLE:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
         elif waited > self._stop_seconds:
-            self._late = f"not saved within {self._stop_seconds:g} s; "
+            self._late = f"not saved within {self._stop_seconds:g} s; the newest checkpoint is the last one"
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
 
     def _in_state(self, letters: str) -> list[int]:

@@ -194,6 +194,8 @@ def run_processes(
             results = elastic_launch(config, _entry)(function, argument, launch, facts, children)
             return [results[rank] for rank in sorted(results)]
         except ChildFailedError as error:
+            if children.ended_by:
+                raise SignalException("ended", signal.Signals(children.ended_by)) from None
             raise _failure(error, children, meeting) from None
         except JobEnded as error:
             meeting.end(str(error))

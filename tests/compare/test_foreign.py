@@ -221,15 +221,12 @@ def test_a_record_of_a_huge_length_costs_nothing(tmp_path: Path) -> None:
     assert len(read_curves(path).columns["lm_loss"]) == 3
 
 
-def test_a_long_line_is_refused_or_passed_over_in_bounded_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_line_is_refused_or_passed_over_in_bounded_memory(tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     huge = tmp_path / "m.jsonl"
     with huge.open("wb") as file:
         file.write(b'{"iteration": 1, "lm_loss": 8.5}\n')
         file.truncate(1 << 30)  # zeros without an end, which take no room on the disk
-    monkeypatch.setattr(lines_module, "_CHUNK", 1 << 24)
     with pytest.raises(UserError, match=r"m\.jsonl, line 2: is longer than 1,048,576 bytes"):
         read_curves(huge)
     log = tmp_path / "a.log"
@@ -295,8 +292,48 @@ def test_an_unknown_log_gets_the_list_of_what_is_read(tmp_path: Path) -> None:
         assert word in page
 
 
+def test_a_line_that_another_system_would_not_print_does_not_matter(tmp_path: Path) -> None:
+    text = "step: 7  loss: n/a\n{'loss': 'none'}\niter 3: loss x, time 1ms\n" + MEGATRON
+    assert read_curves(written(tmp_path, "a.log", text)).columns["lm_loss"] == LOSS
+
+
+def test_a_half_written_object_is_left_out_and_a_whole_one_is_not(tmp_path: Path) -> None:
+    whole = '{"global_step/max_steps": "1/9", "loss": 8.5}\n{"global_step/max_steps": "2/9", "loss": 8.0}'
+    assert read_curves(written(tmp_path, "a.jsonl", whole)).columns["lm_loss"] == LOSS
+    assert read_curves(written(tmp_path, "a.jsonl", whole[:-1])).columns["lm_loss"] == {1: 8.5}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["step: 1 " * 100_000, "step: 1 loss: " * 60_000, "{'a" * 300_000, "iteration 1 " * 80_000, "\x1b]" * 400_000,
+     "\x1b[" + "0" * 900_000, "iter 1 step 1 " * 60_000, "{'loss': '" + "a'a" * 300_000, " " * 900_000 + "step: 1"],
+    ids=range(9),
+)  # fmt: skip
+def test_a_line_made_to_be_slow_is_not(tmp_path: Path, text: str) -> None:
+    """Each was or would be quadratic in a pattern that looks on to the end of the line from many places."""
+    with pytest.raises(UserError):
+        read_curves(written(tmp_path, "a.log", text + " elapsed time per iteration loss: \n"))
+
+
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
 def test_json_s_non_finite_numbers_are_read(tmp_path: Path, value: str) -> None:
     for text in (f'{{"step": 1, "loss": {value}}}\n', f'{{"step": 1, "loss": "{value}"}}\n'):
         loss = read_curves(written(tmp_path, "a.jsonl", text)).columns["lm_loss"][1]
         assert repr(loss) == repr(float(value))
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([0, 1, 9, 10, 11, 25]), st.sampled_from(["\n", "\r", "\r\n", ""])), max_size=9)
+)
+def test_lines_are_those_of_the_text_each_cut_at_the_limit(
+    tmp_path_factory: pytest.TempPathFactory, parts: list[tuple[int, str]]
+) -> None:
+    text = "".join("x" * length + end for length, end in parts)
+    path = written(tmp_path_factory.getbasetemp(), "lines.txt", text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lines_module, "MAX_LINE", 10)
+        patch.setattr(lines_module, "_CHUNK", 7)
+        with path.open("rb") as file:
+            found = [(line.text, line.cut) for line in lines_module.read_lines(file) if line.text]
+    expected = [line for line in text.replace("\r", "\n").split("\n") if line]
+    assert found == [(line[:10], len(line) > 10) for line in expected]

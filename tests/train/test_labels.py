@@ -65,7 +65,7 @@ def test_the_samples_that_keep_no_label_are_counted_exactly(tmp_path: Path, pack
 
 def test_a_set_of_which_some_keep_none_is_told_and_one_of_which_none_does_refused(tmp_path: Path) -> None:
     prefix = write_records(tmp_path / "a", [(30, 20)] * 3 + [(30, 2)] * 5 + [(9, 99)] * 2)
-    (line,) = batch_notices(
+    *_, line = batch_notices(
         Batches(DataConfig(prefix=prefix, split="1,0,0"), sequence_length=8, global_batch=1, seed=1)
     )
     assert "5 of 10 train samples keep no label at train.sequence_length 8" in line
@@ -75,7 +75,8 @@ def test_a_set_of_which_some_keep_none_is_told_and_one_of_which_none_does_refuse
         batch_notices(Batches(DataConfig(prefix=prefix, split="1,0,0"), sequence_length=8, global_batch=1, seed=1))
     plain = toy.write_data(tmp_path)
     blend = DataConfig(prefix=f"0.5 {plain} 0.5 {tmp_path / 'a'}", split="1,0,0")
-    assert len(batch_notices(Batches(blend, sequence_length=8, global_batch=1, seed=1))) == 1
+    lines = batch_notices(Batches(blend, sequence_length=8, global_batch=1, seed=1))
+    assert sum("keep no label" in line for line in lines) == 1
 
 
 def test_documents_of_one_token_have_no_label_within_them(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 checkpoints/step-00000100/
     config.json            the model's shape, Hugging Face's form
     recipe.toml            the recipe of the run that wrote it
-    state.json             step, consumed samples, loss scale, versions, ...
+    state.json             step, number of the save, consumed samples, loss scale, versions, ...
     rank-00000.safetensors what one process wrote: weights and moments, under global names
     rank-00000.json        of each of those parts: its place in the whole tensor, and the SHA-256 of its bytes
     manifest.json          size and SHA-256 of every small file above

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import math
+import queue
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -155,27 +156,55 @@ def sentence(path: Path, doing: str) -> Iterator[None]:
         raise UserError(f"{shown(path)}: {doing} ({shown(first)})", _FIX) from None
 
 
+class _Helper:
+    """A thread that makes calls, one after the other, until it is let go."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._work, args=(self._calls,), daemon=True, name="tokenizer").start()
+
+    @staticmethod
+    def _work(calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None]) -> None:
+        while (job := calls.get()) is not None:
+            call, result = job
+            try:
+                result.set_result(call())
+            except BaseException as error:  # a panic too is for the caller
+                result.set_exception(error)
+            del job, call, result  # what was returned is the caller's alone
+
+    def submit(self, call: Callable[[], T]) -> Future[T]:
+        result: Future[T] = Future()
+        self._calls.put((call, result))
+        return result
+
+    def __del__(self) -> None:
+        self._calls.put(None)
+
+
+_own = threading.local()
+
+
 def in_time(path: Path, characters: int, call: Callable[[], T]) -> T:
     """Calls a tokenizer in a thread that is left alone, to end with the process, if it takes too long.
+
+    A thread of a pool keeps its helper: new threads would each take memory of their own from malloc.
 
     Raises:
         TooSlowError: it has taken longer than its text can explain.
     """
-    result: Future[T] = Future()
-
-    def work() -> None:
-        try:
-            result.set_result(call())
-        except BaseException as error:  # a panic too is for the caller
-            result.set_exception(error)
-
-    threading.Thread(target=work, daemon=True, name="tokenizer").start()
+    pooled = threading.current_thread() is not threading.main_thread()
+    helper: _Helper = (getattr(_own, "helper", None) if pooled else None) or _Helper()
+    if pooled:
+        _own.helper = helper
+    result = helper.submit(call)
     seconds = SECONDS + characters / CHARACTERS_A_SECOND
     try:
         return result.result(seconds)
     except FutureTimeoutError:
         if result.done():
             raise
+        _own.helper = None
         problem = f"{shown(path)}: has not tokenized {characters:,} characters in {seconds:.0f} s"
         fix = "one of its regular expressions may never end on this text: use the model's own tokenizer"
         raise TooSlowError(problem, fix) from None

@@ -23,10 +23,10 @@ def profile_steps(text: str) -> tuple[int, int] | None:
     """
     if not text:
         return None
-    found = re.fullmatch(r"(?:steps=)?(\d+):(\d+)", text.strip())
+    found = re.fullmatch(r"(?:steps=)?([0-9]{1,10}):([0-9]{1,10})", text.strip())
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
         fix = 'give the first and the last step, from 1, such as "10:13"'
-        raise UserError(f"log.profile is {text!r}", fix)
+        raise UserError(f"log.profile is '{shown(text)}'", fix)
     return int(found[1]), int(found[2])
 
 

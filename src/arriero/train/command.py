@@ -133,9 +133,9 @@ def duration(text: str) -> float:
     """
     if not text:
         return 0.0
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd])", text)
     if not match or not float(match[1]):
-        raise UserError(f"--stop-after is {text!r}", "give a number and s, m, h or d, such as 55m")
+        raise UserError(f"--stop-after is '{shown(text)}'", "give a number and s, m, h or d, such as 55m")
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
