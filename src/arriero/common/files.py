@@ -14,6 +14,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
+from arriero.common.checkpoint_names import inside_checkpoint
 from arriero.common.errors import UserError
 from arriero.common.text import shown
 
@@ -94,8 +95,11 @@ def make_directory(path: Path, fix: str, *, follow: bool = True) -> None:
             inside a run directory.
 
     Raises:
-        UserError: it cannot be made, is no directory, or is a link that is not to be followed.
+        UserError: it cannot be made, is no directory, is a link that is not to be followed, or lies in a committed
+            checkpoint, into which nothing is written.
     """
+    if holder := inside_checkpoint(path):
+        raise UserError(f"{shown(path)}: is or lies in the checkpoint {shown(holder)}, which is only read", fix)
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not follow and path.is_symlink():

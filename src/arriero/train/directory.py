@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from arriero.agreement import flat
-from arriero.checkpoint.layout import committed, inside_checkpoint, run_of
+from arriero.checkpoint.layout import committed, run_of
 from arriero.checkpoint.size import checkpoint_bytes, disk_room, held_bytes, in_bytes
+from arriero.common.checkpoint_names import inside_checkpoint
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory, open_regular, why, write_atomic
 from arriero.common.text import shown

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from pathlib import Path
 
+from arriero.common.checkpoint_names import MARKER, STATE, step_of
 from arriero.common.errors import UserError
 from arriero.common.untrusted import inside, parse_json, read_json, read_text
 from arriero.model.config import LlamaConfig
@@ -15,19 +15,8 @@ from arriero.weights.safetensors_file import SafetensorsFile
 from arriero.weights.stream import Assembly, Piece, PieceReader, matrix_shape
 
 FIX = "the checkpoint is damaged: use another one"
-
-
-MARKER = "COMMITTED"  # checkpoint/layout.py has the rest of the names
-_STATE = "state.json"
 _INDEX = {"tensors": {str: {"shape": [int], "offset": [int]}}}
-_NAME = re.compile(r"step-([0-9]{8,})")
 _MAX_STATE_BYTES = 10_000_000
-
-
-def step_of(path: Path) -> int:
-    """The step that a checkpoint's directory is named after; -1 for a name that arriero gives to none."""
-    found = _NAME.fullmatch(path.name)
-    return int(found[1]) if found and path.name == f"step-{int(found[1]):08d}" else -1
 
 
 def save_number(path: Path) -> float:
@@ -37,8 +26,8 @@ def save_number(path: Path) -> float:
     state cannot be read counts as the newest, so that its damage is found and named.
     """
     try:
-        text = read_text(path / _STATE, FIX, _MAX_STATE_BYTES)
-        found = parse_json(text, str(path / _STATE), FIX, dict).get("save", 0)
+        text = read_text(path / STATE, FIX, _MAX_STATE_BYTES)
+        found = parse_json(text, str(path / STATE), FIX, dict).get("save", 0)
     except UserError:
         return math.inf
     return found if type(found) is int and 0 <= found < 1 << 53 else math.inf
@@ -56,26 +45,11 @@ def committed(root: Path) -> list[Path]:
 def run_of(path: Path) -> Path | None:
     """The run directory that a path means: itself, or for `RUN/checkpoints/step-N`, RUN; None for a checkpoint that
     lies in no run."""
-    if not os.path.isfile(path / _STATE):
+    if not os.path.isfile(path / STATE):
         return path
     for one in (path, path.resolve()):
         if one.parent.name == "checkpoints" and one.name not in ("", "..") and ".." not in one.parts[-2:]:
             return one.parent.parent
-    return None
-
-
-def inside_checkpoint(path: Path) -> Path | None:
-    """The checkpoint that `path` is or lies in, links followed, or whose place it would take: nothing may be written
-    there."""
-    try:
-        real = path.resolve()
-        for p in (real, *real.parents):
-            if (p / MARKER).is_file() and (p / _STATE).is_file():
-                return p
-            if p.parent.name == "checkpoints" and step_of(p.with_suffix("") if p.suffix == ".tmp" else p) >= 0:
-                return p
-    except (OSError, ValueError, RuntimeError):  # a name that no file can have, or links in a circle
-        pass
     return None
 
 
@@ -91,7 +65,7 @@ def places(index: Path) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether `path` is one checkpoint of a run."""
-    return (path / _STATE).is_file() and any(path.glob("rank-*.json"))
+    return (path / STATE).is_file() and any(path.glob("rank-*.json"))
 
 
 def is_run(path: Path) -> bool:
