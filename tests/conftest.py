@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), *(str(HERE / part) for part in ("data", "parallel", "weights"))]
+sys.path[:0] = [str(HERE), *(str(HERE / part) for part in ("checkpoint", "data", "parallel", "weights"))]
 # Before torch is imported, and inherited by every process that a test starts: a second thread costs more than it does.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("ARRIERO_THREADS", "1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -134,3 +135,76 @@ def test_inspect_names_what_it_does_not_know(tmp_path: Path) -> None:
     assert "no such file" in toy.arriero("inspect", tmp_path / "nothing", code=2)
     (tmp_path / "empty").mkdir()
     assert "not of a kind" in toy.arriero("inspect", tmp_path / "empty", code=2)
+
+
+UNEXPECTED = {
+    "full": (OSError(28, "No space left on device"), "No space left on device"),
+    "named": (PermissionError(13, "Permission denied", "/a\x1b[31mb"), r"/a\x1b[31mb: Permission denied"),
+    "long": (OSError(36, "File name too long", "x" * 5000), "File name too long"),
+    "two names": (OSError(18, "Invalid cross-device link", "a", None, "b"), "a -> b: Invalid cross-device link"),
+    "null": (ValueError("embedded null byte"), "embedded null byte"),
+    "surrogate": (UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed"), "surrogates not allowed"),
+    "deep": (RecursionError("maximum recursion depth exceeded"), "nested too deep"),
+    "memory": (MemoryError("Unable to allocate 8.00 TiB"), "memory does not suffice: Unable to allocate 8.00 TiB"),
+    "torch's memory": (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate"), "memory does not suffice"),
+    "npu": (RuntimeError("Failed to load the backend extension: torch_npu. You can"), "torch cannot load torch_npu"),
+}
+
+
+@pytest.mark.parametrize("name", UNEXPECTED)
+def test_an_error_that_nobody_expected_is_a_sentence(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error, said = UNEXPECTED[name]
+
+    def fail(*_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, "run_verb", fail)
+    assert cli.dispatch(["inspect", "x"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("arriero: ")
+    assert said in printed
+    assert len(printed) < 1000
+    assert "\x1b" not in printed
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (ValueError("odd"), KeyError("x"), BrokenPipeError(32, "Broken pipe"), ConnectionResetError()):
+
+        def fail(*_: object, error: Exception = error) -> int:
+            raise error
+
+        monkeypatch.setattr(cli, "run_verb", fail)
+        with pytest.raises(type(error)):
+            cli.dispatch(["inspect", "x"])
+
+
+def test_torch_npu_without_its_libraries_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch does where torch_npu is installed and CANN is not: `import torch` fails."""
+    (tmp_path / "torch_npu.py").write_text("raise ImportError('libhccl.so: cannot open shared object file')\n")
+    (tmp_path / "torch_npu-2.dist-info").mkdir()
+    (tmp_path / "torch_npu-2.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: torch-npu\nVersion: 2\n")
+    (tmp_path / "torch_npu-2.dist-info/entry_points.txt").write_text("[torch.backends]\ntorch_npu = torch_npu:load\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    printed = toy.arriero("pretrain", "demo", "--device", "npu", code=2)
+    assert "torch cannot load torch_npu: libhccl.so: cannot open shared object file" in printed
+    assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in printed
+    assert "Traceback" not in printed
+
+
+def test_every_verb_that_trains_asks_the_same_of_the_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import arriero.bench.command
+    import arriero.train.command
+
+    for module in (arriero.bench.command, arriero.train.command):
+        monkeypatch.setattr(module, "device_type", lambda _: "npu")
+        monkeypatch.setattr(module, "process_count", lambda *_: 1)
+    flags = ["--train.float8", "tensorwise", "--train.compile", "true"]
+    for verb in ("bench", "pretrain"):
+        assert cli.dispatch([verb, "demo", *flags]) == 2
+        printed = capsys.readouterr().err
+        assert "train.float8 does not work on npu" in printed
+        assert "train.compile has not been tried on npu" in printed

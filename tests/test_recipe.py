@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, get_args, get_origin
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import toy
-from arriero.common.errors import UserError
-from arriero.recipe import Recipe, bundled_directory, command_line_settings, file_settings, parse, to_toml
+from arriero.cli import dispatch
+from arriero.common.errors import EXIT_USAGE, UserError
+from arriero.common.ranges import field_ranges, plain, range_problems
+from arriero.recipe import (
+    Recipe,
+    Setting,
+    bundled_directory,
+    command_line_settings,
+    file_settings,
+    parse,
+    to_toml,
+)
 from arriero.train.command import read_command
+from arriero.train.directory import record_problems
 
 
 def load(text: str, path: Path, *words: str) -> Recipe:
@@ -99,3 +112,52 @@ def test_model_and_init_must_agree(tmp_path: Path) -> None:
         Recipe().model_config()
     with pytest.raises(UserError, match="did you mean 'demo'"):
         Recipe(model="demoo").model_config()
+
+
+TEXTS = st.text(max_size=30).filter(lambda t: not t.startswith("-"))
+
+
+def values(kind: Any) -> st.SearchStrategy[Any]:
+    """Any value of the type and range of a field."""
+    base = plain(kind)
+    if get_origin(base) is tuple:
+        inner = get_args(base)
+        many = inner[1:] == (...,)
+        return st.lists(values(inner[0]), max_size=3).map(tuple) if many else st.tuples(*map(values, inner))
+    return TEXTS if base is str else st.from_type(kind)
+
+
+@given(st.data())
+@settings(max_examples=25)
+def test_whatever_its_values_a_recipe_reads_back_equal(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:  # fmt: skip
+    """As the run keeps it, and as its checkpoints do: both write `to_toml` and read `file_settings`."""
+    recipe, keys = Recipe(), field_ranges(Recipe)
+    for key in data.draw(st.lists(st.sampled_from(sorted(keys)), min_size=1, max_size=12, unique=True)):
+        table, _, name = key.rpartition(".")
+        value = data.draw(values(keys[key]), label=key)
+        part = replace(getattr(recipe, table) if table else recipe, **{name: value})
+        recipe = replace(recipe, **{table: part}) if table else part
+    path = tmp_path_factory.getbasetemp() / "recipe.toml"
+    assume(not range_problems(recipe) and not record_problems(recipe))  # else it is refused before anything is written
+    path.write_bytes(to_toml(recipe).encode())
+    assert parse(Recipe, file_settings(path), prog="test") == recipe
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("optim.eps", "1e-30"), ("out", "\x7f"), ("data.prefix", "a\nb = 1\x1b\"'''\u2028\r\n")],
+)
+def test_values_that_json_and_toml_write_differently(tmp_path: Path, key: str, value: str) -> None:
+    recipe = parse(Recipe, [Setting(key, [value], "test")], prog="test")
+    (tmp_path / "r.toml").write_bytes(to_toml(recipe).encode())
+    assert parse(Recipe, file_settings(tmp_path / "r.toml"), prog="test") == recipe
+
+
+def test_a_recipe_that_could_not_be_read_back_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(toy.write_recipe(tmp_path))
+    for words in (["--out", f"{tmp_path}/\udcff"], ["--train.grad-clip", "nan"], ["--tokenizer", "x" * 200_000]):
+        assert dispatch(["pretrain", recipe, *words]) == EXIT_USAGE
+        assert len(capsys.readouterr().err) < 1000
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "model", "toy.toml"]

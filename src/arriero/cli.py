@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from dataclasses import dataclass
+from typing import Literal
 
 from arriero import __version__
-from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_USAGE, CheckFailed, UserError, nearest
-from arriero.common.text import printable
+from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_USAGE, CheckFailed, UserError, as_user_error, nearest
+from arriero.common.output import OutputClosed, guarded_output
+from arriero.common.text import printable, shown
+from arriero.signals import Interrupted, interrupts
 
 
 @dataclass(frozen=True)
@@ -18,20 +22,26 @@ class Verb:
     module: str
     arguments: str
     summary: str
+    result: Literal["files", "output"] = "output"
+    """What the verb is for. One that makes files goes on when its output can no longer be written."""
 
 
 VERBS = {
-    "demo": Verb("arriero.demo", "DemoArgs", "the whole path on Python's documentation, in under three minutes"),
+    "demo": Verb(
+        "arriero.demo", "DemoArgs", "the whole path on Python's documentation, in under three minutes", "files"
+    ),
     "doctor": Verb(
         "arriero.doctor", "DoctorArgs", "what this machine has, what is missing, and the line that fixes it"
     ),
-    "prepare": Verb("arriero.data.prepare", "PrepareArgs", "text, JSON or parquet -> token files"),
+    "prepare": Verb("arriero.data.prepare", "PrepareArgs", "text, JSON or parquet -> token files", "files"),
     "inspect": Verb("arriero.inspect", "InspectArgs", "what a path is, and whether it is whole"),
-    "pretrain": Verb("arriero.train.command", "", "train a recipe, on one process or many"),
+    "pretrain": Verb("arriero.train.command", "", "train a recipe, on one process or many", "files"),
     "bench": Verb("arriero.bench.command", "", "a recipe's speed here, the matmul peak, the best settings"),
     "launch": Verb("arriero.slurm", "", "a SLURM batch file for a recipe"),
-    "convert": Verb("arriero.weights.convert", "ConvertArgs", "weights between Hugging Face, Megatron, AscendSpeed"),
-    "export": Verb("arriero.weights.export", "ExportArgs", "a run or checkpoint -> a Hugging Face directory"),
+    "convert": Verb(
+        "arriero.weights.convert", "ConvertArgs", "weights between Hugging Face, Megatron, AscendSpeed", "files"
+    ),
+    "export": Verb("arriero.weights.export", "ExportArgs", "a run or checkpoint -> a Hugging Face directory", "files"),
     "compare": Verb("arriero.compare.command", "CompareArgs", "two runs or logs against each other: figure, verdict"),
     "torture": Verb(
         "arriero.torture.command", "TortureArgs", "kill a small run again and again: does it always end the same?"
@@ -42,34 +52,59 @@ VERBS = {
 
 def main(words: list[str] | None = None) -> None:
     """Runs `arriero ...` and ends the process with the verb's exit code."""
-    sys.exit(dispatch(sys.argv[1:] if words is None else words))
+    sys.exit(dispatch(sys.argv[1:] if words is None else words, last=True))
 
 
-def dispatch(words: list[str]) -> int:
-    """Runs one command line; returns 0 done, 1 a check failed, 2 usage or input error."""
-    if not words or words[0] in ("-h", "--help", "help", "-V", "--version"):
-        print(f"arriero {__version__}" if words and words[0] in ("-V", "--version") else overview())
-        return EXIT_OK
+def dispatch(words: list[str], *, last: bool = False) -> int:
+    """Runs one command line; returns 0 done, 1 a check failed, 2 usage or input error, 128 + n ended by signal n.
+
+    Args:
+        words: the verb and what follows it.
+        last: whether the process ends afterwards.
+    """
+    verb = VERBS.get(words[0]) if words else None
+    shows = not {"-h", "--help", "--verify-layout"}.isdisjoint(words)
+    with guarded_output(required=verb is None or verb.result == "output" or shows), interrupts(last=last):
+        try:
+            return _printed(words)
+        except CheckFailed as error:
+            print(printable(f"arriero: {error}"), file=sys.stderr)
+            return EXIT_CHECK_FAILED
+        except OutputClosed:  # `arriero ... | head`
+            return EXIT_OK
+        except Interrupted as error:
+            print(f"arriero: {error}", file=sys.stderr)
+            return error.code
+        except KeyboardInterrupt:
+            print("arriero: interrupted", file=sys.stderr)
+            return 128 + signal.SIGINT
+        except Exception as error:
+            known = as_user_error(error)
+            if known is None:
+                raise
+            print(printable(f"arriero: {known}"), file=sys.stderr)
+            return EXIT_USAGE
+
+
+def _printed(words: list[str]) -> int:
+    """Runs the command line until all that it prints has left this process."""
+    code = EXIT_OK
     try:
-        return run_verb(words[0], words[1:])
-    except UserError as error:
-        print(printable(f"arriero: {error}"), file=sys.stderr)
-        return EXIT_USAGE
-    except CheckFailed as error:
-        print(printable(f"arriero: {error}"), file=sys.stderr)
-        return EXIT_CHECK_FAILED
-    except BrokenPipeError:  # `arriero ... | head`
-        sys.stderr.close()
-        return EXIT_OK
-    except KeyboardInterrupt:
-        print("arriero: interrupted", file=sys.stderr)
-        return 130
+        if not words or words[0] in ("-h", "--help", "help", "-V", "--version"):
+            print(f"arriero {__version__}" if words and words[0] in ("-V", "--version") else overview())
+        else:
+            code = run_verb(words[0], words[1:])
+    except SystemExit:  # tyro has printed its help, or what is wrong with the arguments
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+    return code
 
 
 def run_verb(name: str, words: list[str]) -> int:
     """Imports the verb's module, parses its arguments with tyro and runs it."""
     if name not in VERBS:
-        raise UserError(f"unknown verb {name!r}", nearest(name, VERBS))
+        raise UserError(f"unknown verb '{shown(name)}'", nearest(name, VERBS))
     verb = VERBS[name]
     module = importlib.import_module(verb.module)
     if not verb.arguments:

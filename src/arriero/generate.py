@@ -60,9 +60,11 @@ def run(args: GenerateArgs) -> int:
     import torch
 
     from arriero.data.tokenizer import load_tokenizer
-    from arriero.weights.sources import build, open_model
+    from arriero.weights.sources import build, end_ids, open_model
 
     opened = open_model(args.model)
+    for note in opened.notes:
+        print(printable(f"note: {note}"), file=sys.stderr)
     where = args.tokenizer or opened.tokenizer
     if where is None:
         raise UserError(f"{opened.path}: has no tokenizer beside it", "give one with --tokenizer DIR")
@@ -75,6 +77,7 @@ def run(args: GenerateArgs) -> int:
     if dtype is None and kind == "cpu" and opened.reader.dtype("model.norm.weight") == torch.float16:
         dtype = torch.float32
     model = build(opened.reader, opened.config, dtype, take_device(kind, 0))
+    ends = end_ids(opened, tokenizer.eos_id)
     started = time.perf_counter()
     new: list[int] = []
     printed = ""
@@ -85,9 +88,9 @@ def run(args: GenerateArgs) -> int:
         temperature=args.temperature,
         top_p=args.top_p,
         seed=args.seed,
-        never=tokenizer.without_text(opened.config.vocab_size),
+        never=[i for i in tokenizer.without_text(opened.config.vocab_size).tolist() if i not in ends],
     ):
-        if token == tokenizer.eos_id:
+        if token in ends:
             break
         new.append(token)
         if not args.json:

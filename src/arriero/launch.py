@@ -10,7 +10,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from annotated_types import Interval
 
 from arriero import slurm
 from arriero.children import STOPPED_AFTER, Children
+from arriero.common.environment import environment_number
 from arriero.common.errors import EXIT_USAGE, UserError, join_problems
 from arriero.common.ranges import flag, range_problems
 from arriero.process import (
@@ -29,7 +29,6 @@ from arriero.process import (
     shares_agent_store,
     start_number,
     started_by_another,
-    stop_wanted,
 )
 from arriero.secret import Secret
 
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from arriero.rendezvous import Meeting
 
 __all__ = ["LaunchConfig", "Place", "ProcessFailed", "in_process_group", "leave", "run_processes", "start_number",
-           "started_by_another", "stop_wanted", "take_place"]  # fmt: skip
+           "started_by_another", "take_place"]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -81,23 +80,26 @@ def resolve(config: LaunchConfig, environment: Mapping[str, str]) -> LaunchConfi
     """
     problems: list[UserError] = []
 
-    def number(name: str, default: int) -> int:
-        text = environment.get(name, "")
-        if text and not text.isdigit():
-            problems.append(UserError(f"{name} is {text!r} in the environment", "a whole number is wanted"))
-        return int(text) if text.isdigit() else default
+    def number(name: str, default: int, most: int) -> int:
+        try:
+            return environment_number(environment, name, 0, most, fix="a whole number is wanted", default=default)
+        except UserError as error:
+            problems.append(error)
+            return default
 
     if slurm.in_step(environment):  # one task a node, each of which starts processes: --nproc-per-node says so
         address, port = slurm.master(environment)
-        given = {"NNODES": environment["SLURM_STEP_NUM_TASKS"], "NODE_RANK": environment["SLURM_PROCID"]}
-        environment = {"MASTER_ADDR": address, "MASTER_PORT": str(port), **given, **environment}
-    counted = config.nodes or number("NNODES", 0)
+        number_here, tasks = slurm.place_in_step(environment)
+        given = {"NNODES": str(tasks), "NODE_RANK": str(number_here)}
+        told = {name: value for name, value in environment.items() if value}
+        environment = {"MASTER_ADDR": address, "MASTER_PORT": str(port), **given, **told}
+    counted = config.nodes or number("NNODES", 0, slurm.MOST_NODES)
     nodes = counted or 1
-    rank = config.node_rank if config.node_rank >= 0 else number("NODE_RANK", -1)
+    rank = config.node_rank if config.node_rank >= 0 else number("NODE_RANK", -1, slurm.MOST_NODES)
     found = replace(
         config, nodes=nodes, node_rank=max(rank, 0) if nodes == 1 and not config.node_rank > 0 else rank,
         master_addr=config.master_addr or (environment.get("MASTER_ADDR", "") if nodes > 1 else "127.0.0.1"),
-        master_port=config.master_port or (number("MASTER_PORT", 29500) if nodes > 1 else 0),
+        master_port=config.master_port or (number("MASTER_PORT", 29500, 2**16 - 1) if nodes > 1 else 0),
     )  # fmt: skip
     problems += launch_problems(found, counted=bool(counted), given=config)
     if problems:
@@ -139,7 +141,7 @@ def take_place(config: LaunchConfig, environment: MutableMapping[str, str]) -> L
     """
     if "RANK" not in environment and slurm.in_step(environment) and not config.nproc_per_node:
         environment.update(slurm.task_environment(environment))
-    if not ("RANK" in environment and "WORLD_SIZE" in environment):
+    if not ("RANK" in environment or "WORLD_SIZE" in environment):
         return resolve(config, environment)
     names = ["nproc_per_node", "nodes", "node_rank", "master_addr", "master_port", "max_restarts"]
     names += ["secret_file"] if shares_agent_store(environment) else []  # torchrun's, which asks for none
@@ -148,12 +150,13 @@ def take_place(config: LaunchConfig, environment: MutableMapping[str, str]) -> L
         flags = ", ".join("--" + f.replace("_", "-") for f in idle)
         fix = "leave them out, or start arriero without torchrun, once on each machine"
         raise UserError(f"{flags}: no effect, RANK says that the processes are started already", fix)
+    Place.read(environment)
     return config
 
 
 def run_processes(
     function: Callable[[Any], T], argument: Any, processes: int, *, launch: LaunchConfig | None = None,
-    facts: Callable[[Any], dict[str, str]] | None = None, secret: Secret | None = None,
+    facts: Callable[[Any], dict[str, str]] | None = None, saves: bool = False, secret: Secret | None = None,
 ) -> list[T]:  # fmt: skip
     """Calls `function(argument)` in each of `processes` new processes of this machine; their results by local rank.
 
@@ -166,11 +169,13 @@ def run_processes(
         processes: how many on this machine.
         launch: resolved; by default one machine.
         facts: of `argument`, what all processes must agree on.
+        saves: whether `function` saves and returns when `signals.stop_wanted`; else a signal ends the processes.
         secret: what the machines share; by default what Secret.find finds for the working directory.
 
     Raises:
         UserError: a process raised one, or the machines did not come together.
         ProcessFailed: a process failed otherwise; the text names it and holds its traceback.
+        Interrupted: a signal has ended the processes.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -178,6 +183,7 @@ def run_processes(
     from torch.distributed.launcher.api import LaunchConfig as ElasticConfig
     from torch.distributed.launcher.api import elastic_launch
 
+    from arriero.error_files import ErrorFiles
     from arriero.rendezvous import JobEnded, Meeting
 
     launch = launch or resolve(LaunchConfig(), {})
@@ -187,33 +193,36 @@ def run_processes(
         secret=secret or Secret.find(launch.secret_file, os.environ, Path("arriero")),
     )  # fmt: skip
     rendezvous_handler_registry.register(meeting.name, lambda _: meeting)
+    error_files = ErrorFiles()
     config = ElasticConfig(
         min_nodes=launch.nodes, max_nodes=launch.nodes, nproc_per_node=processes, run_id="arriero",
         rdzv_backend=meeting.name, max_restarts=launch.max_restarts, monitor_interval=0.1, start_method="fork",
-        signals_to_handle="SIGHUP,SIGQUIT",  # Children hears the others
+        signals_to_handle="SIGQUIT",  # Children takes the others
+        logs_specs=error_files,
     )  # fmt: skip
-    children = Children(processes, launch.stop_timeout)
+    children = Children(processes, launch.stop_timeout, saves=saves)
     hush_agent()
     try:
-        results = elastic_launch(config, _entry)(function, argument, launch, facts, children)
-        return [results[rank] for rank in sorted(results)]
-    except ChildFailedError as error:
-        raise _failure(error, children, meeting) from None
-    except JobEnded as error:
-        meeting.end(str(error))
-        raise ProcessFailed(str(error)) from None
+        try:
+            results = elastic_launch(config, _entry)(function, argument, launch, facts, children)
+            return [results[rank] for rank in sorted(results)]
+        except ChildFailedError as error:
+            if children.ended_by:
+                raise SignalException("ended", signal.Signals(children.ended_by)) from None
+            raise _failure(error, children, meeting) from None
+        except JobEnded as error:
+            meeting.end(str(error))
+            raise ProcessFailed(str(error)) from None
+        except UserError as error:
+            meeting.end(str(error), user=True)
+            raise
     except SignalException as error:
         meeting.end(f"node {launch.node_rank} ({socket.gethostname()}) was ended by {error.sigval.name}")
-        if error.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from None
-        print(f"arriero: ended by {error.sigval.name}, the newest checkpoint is the last one", file=sys.stderr)
-        sys.exit(128 + error.sigval)
-    except UserError as error:
-        meeting.end(str(error), user=True)
-        raise
+        raise children.outcome(error.sigval) from None
     finally:
         children.stop()
         meeting.close()
+        error_files.remove()
 
 
 def hush_agent() -> None:

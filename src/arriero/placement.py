@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from arriero.common.environment import environment_number
+
 NODES = Path("/sys/devices/system/node")
 
 
@@ -27,8 +29,8 @@ def place_process(index: int, processes: int, *, bind: bool) -> None:
     mine, sharers = share(index, processes, [n & allowed for n in numa_nodes() if n & allowed] or [allowed])
     if bind and mine < allowed:
         os.sched_setaffinity(0, mine)
-    threads = os.environ.get("ARRIERO_THREADS") or max(1, len(mine) // sharers)
-    torch.set_num_threads(int(threads))
+    usual, fix = max(1, len(mine) // sharers), "give a whole number of threads, or unset it"
+    torch.set_num_threads(environment_number(os.environ, "ARRIERO_THREADS", 1, 4096, fix=fix, default=usual))
 
 
 def share(index: int, processes: int, nodes: list[set[int]]) -> tuple[set[int], int]:

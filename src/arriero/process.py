@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import re
-import signal
 import socket
 import struct
 import sys
@@ -16,15 +16,19 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from arriero.agreement import Disagreement, agree, ranges
 from arriero.common.device import BACKENDS, process_group_backend, tune_allocator
-from arriero.common.errors import EXIT_USAGE, CheckFailed, UserError
+from arriero.common.environment import environment_number
+from arriero.common.errors import EXIT_USAGE, CheckFailed, UserError, as_user_error
+from arriero.common.text import printable
 from arriero.objects import refuse_pickled_objects
 from arriero.placement import place_process
 from arriero.secret import Secret
+from arriero.signals import Interrupted, LoneListener
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -34,6 +38,7 @@ ROUND = "ARRIERO_ROUND"
 """Environment of a process that arriero's own agent started: 0 at first, more after each restart of the job."""
 TELL_FIRST = 3.0
 """Seconds that a process which only lost touch with another waits, so that the one which failed is heard first."""
+MOST_PROCESSES = 1_000_000
 LOST_TOUCH = re.compile(
     rf"(?i){'|'.join(BACKENDS.values())}|timed out|connection (closed|reset|refused)|broken pipe|socket"
 )
@@ -55,36 +60,62 @@ class Place:
 
     @classmethod
     def from_environment(cls) -> Place:
-        """Reads RANK and its kin; a lone process without them."""
-        get = os.environ.get
-        world = int(get("WORLD_SIZE", "1"))
-        return cls(int(get("RANK", "0")), int(get("LOCAL_RANK", "0")), world, int(get("LOCAL_WORLD_SIZE", str(world))))
+        """Reads RANK and its kin; a lone process without them.
+
+        Raises:
+            UserError: one is missing, no number, or does not fit the others.
+        """
+        return cls.read(os.environ)
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str]) -> Place:
+        """Reads RANK and its kin from a mapping. Raises UserError, as `from_environment` does."""
+        if "RANK" not in environment and "WORLD_SIZE" not in environment:
+            return cls()
+        fix = "torchrun sets RANK, WORLD_SIZE and their kin; where none has started the processes, unset them all"
+        number = partial(environment_number, environment, fix=fix)
+        world = number("WORLD_SIZE", 1, MOST_PROCESSES)
+        local_world = number("LOCAL_WORLD_SIZE", 1, world, default=world)
+        lone = 0 if world == 1 else None
+        place = cls(
+            number("RANK", 0, world - 1), number("LOCAL_RANK", 0, local_world - 1, default=lone), world, local_world
+        )
+        if world > 1:
+            number("MASTER_PORT", 1, 2**16 - 1)
+            if not environment.get("MASTER_ADDR"):
+                raise UserError("MASTER_ADDR is missing in the environment", fix)
+        return place
 
 
 def started_by_another() -> bool:
     """Whether torchrun or its like has started this process as one of several."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    return "RANK" in os.environ or "WORLD_SIZE" in os.environ
 
 
 def leave(error: BaseException) -> NoReturn:
     """Ends this process of several with its error told: to the agent's file, or on stderr where there is no agent."""
-    place, user, agent = Place.from_environment(), isinstance(error, UserError), ROUND in os.environ
-    code = EXIT_USAGE if user else 1
-    message = str(error) if user or isinstance(error, CheckFailed) else "".join(traceback.format_exception(error))
+    place, agent = Place.from_environment(), ROUND in os.environ
+    known = as_user_error(error) if isinstance(error, (UserError, OSError)) else None
+    error, user = known or error, known is not None
+    code = EXIT_USAGE if user else error.code if isinstance(error, Interrupted) else 1
+    plain = user or isinstance(error, (CheckFailed, Interrupted))
+    message = str(error) if plain else "".join(traceback.format_exception(error))
     lost_touch = isinstance(error, RuntimeError) and bool(LOST_TOUCH.search(str(error)))
     if lost_touch:
         message = silent_ranks(place) + message
         time.sleep(TELL_FIRST)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        with open(file, "w", encoding="utf-8") as handle:
-            json.dump({"message": message, "timestamp": int(time.time()), "lost_touch": lost_touch}, handle)
+        with contextlib.suppress(OSError):  # a full disk: the launcher shows what it has, and the exit code
+            handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            with open(handle, "w", encoding="utf-8", errors="backslashreplace") as writing:
+                json.dump({"message": message, "timestamp": int(time.time()), "lost_touch": lost_touch}, writing)
     if agent and user:
         end_job(message, user=True)  # the same error would come again: no restart
-    restarts = [int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS")]
+    restarts = [_elastic_number(name) for name in ("RESTART_COUNT", "MAX_RESTARTS")]
     if not agent or (restarts[0] < restarts[1] and not user and not lost_touch):  # the agent tells of the last failure
         where = "" if isinstance(error, Disagreement) else f"process {place.rank} on {socket.gethostname()}: "
         if where or place.rank == 0:
-            print(f"arriero: {where}{message}", file=sys.stderr, flush=True)
+            print(printable(f"arriero: {where}{message}"), file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)  # not sys.exit: the others may hang in a collective at clean-up
 
@@ -138,7 +169,8 @@ def silent_ranks(place: Place) -> str:
 
 def in_process_group(
     function: Callable[[Any], T], argument: Any, *, facts: Callable[[Any], dict[str, str]] | None = None,
-    join_seconds: float = 30.0, collective_seconds: float = 600.0, secret: Secret | None = None, towards: str = "",
+    join_seconds: float = 30.0, collective_seconds: float = 600.0, saves: bool = False, secret: Secret | None = None,
+    towards: str = "",
 ) -> T:  # fmt: skip
     """Calls `function(argument)` as the process that the environment says, within the group of all; returns its result.
 
@@ -148,22 +180,39 @@ def in_process_group(
         facts: of `argument`, what all processes must agree on before they form the group.
         join_seconds: in which all must have come.
         collective_seconds: that one waits for the others in a collective.
+        saves: whether `function` saves and returns when `signals.stop_wanted`; else a signal ends it.
         secret: what the machines share, where neither arriero's nor torchrun's agent has started this process.
         towards: address of node 0, where MASTER_ADDR is that of the store on this machine's loopback.
 
     Raises:
         UserError: the processes do not find each other or do not agree.
+        Interrupted: a signal has ended it before there was something to save.
     """
+    place = Place.from_environment()
+    main = threading.current_thread() is threading.main_thread()
+    secret = secret or Secret.find("", os.environ, Path("arriero"))
+    run = partial(
+        _in_process_group, function, argument, facts=facts, join_seconds=join_seconds,
+        collective_seconds=collective_seconds, secret=secret, towards=towards,
+    )  # fmt: skip
+    if saves and main and ROUND not in os.environ:  # arriero's launcher has its workers listen from their first moment
+        with LoneListener(speaks=place.rank == 0):
+            return run()
+    return run()
+
+
+def _in_process_group(
+    function: Callable[[Any], T], argument: Any, *, facts: Callable[[Any], dict[str, str]] | None, join_seconds: float,
+    collective_seconds: float, secret: Secret, towards: str,
+) -> T:  # fmt: skip
     import torch.distributed as dist
 
     place = Place.from_environment()
     tune_allocator()
     kind = getattr(argument, "device_kind", "cpu")
     place_process(place.local_rank, place.local_world, bind=kind == "cpu")
-    listen_for_stop()
     if place.world == 1:
         return function(argument)
-    secret = secret or Secret.find("", os.environ, Path("arriero"))
     store = open_job_store(place, join_seconds, secret)
     if facts is not None:
         agree(store, place.rank, place.world, facts(argument), seconds=join_seconds)
@@ -230,19 +279,7 @@ def use_interface_towards(address: str) -> None:
         return
 
 
-_stop = threading.Event()
-_asked: list[Callable[[], bool]] = [_stop.is_set]
 _begun = time.monotonic()
-
-
-def stop_wanted() -> bool:
-    """Whether a signal asked this process, or the one that started it, to save and stop."""
-    return any(asked() for asked in _asked)
-
-
-def also_stop_when(asked: Callable[[], bool]) -> None:
-    """Adds a way to be asked to stop."""
-    _asked[:] = [_stop.is_set, asked]
 
 
 def seconds_since_start() -> float:
@@ -250,22 +287,12 @@ def seconds_since_start() -> float:
     return time.monotonic() - _begun
 
 
-def listen_for_stop() -> None:
-    """SIGTERM, SIGUSR1 and the first SIGINT ask for a checkpoint and an end after the present step; later ones change
-    nothing, but for a second SIGINT, which ends at once. Started by arriero's own agent, which listens itself and ends
-    its children by SIGTERM, a process hears SIGUSR1 alone."""
-    if threading.current_thread() is not threading.main_thread():
-        return
-
-    def stop(number: int, _: object) -> None:
-        if number == signal.SIGINT and _stop.is_set():
-            raise KeyboardInterrupt
-        _stop.set()
-
-    for one in [signal.SIGUSR1] if ROUND in os.environ else [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT]:
-        signal.signal(one, stop)
-
-
 def start_number() -> int:
     """0 in the first start of a job, more after each restart that a loss made necessary."""
-    return int(os.environ.get(ROUND) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    own = environment_number(os.environ, ROUND, 0, 10**9, fix=f"unset {ROUND}", default=-1)
+    return own if own >= 0 else _elastic_number("RESTART_COUNT")
+
+
+def _elastic_number(name: str) -> int:
+    full = f"TORCHELASTIC_{name}"
+    return environment_number(os.environ, full, 0, 10**9, fix=f"torchrun sets it; elsewhere unset {full}", default=0)

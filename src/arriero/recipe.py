@@ -7,7 +7,6 @@ turns them into the frozen dataclasses that each part of the program owns. What 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import tomllib
 from dataclasses import dataclass, field
@@ -35,6 +34,7 @@ from arriero.train.optim import OptimConfig
 from arriero.train.reporter import LogConfig
 from arriero.train.schedule import ScheduleConfig
 from arriero.train.watch import WatchConfig
+from arriero.weights.huggingface import read_shape
 
 __all__ = ["Recipe", "Setting", "bundled_directory", "command_line_settings", "field_types", "file_settings",
            "find_bundled", "parse", "show_flags", "to_toml"]  # fmt: skip
@@ -83,9 +83,10 @@ class Recipe:
         if not self.init:
             assert shape is not None
             return shape
-        source = LlamaConfig.from_json(self.init)
+        source = read_shape(Path(self.init))
         if shape is not None and shape != source:
-            differing = [f.name for f in dataclasses.fields(shape) if getattr(shape, f.name) != getattr(source, f.name)]
+            compared = [f.name for f in dataclasses.fields(shape) if f.compare]
+            differing = [name for name in compared if getattr(shape, name) != getattr(source, name)]
             raise UserError(f"model and init differ in {', '.join(differing)}", "leave model empty: init has a shape")
         return source
 
@@ -207,12 +208,11 @@ def bundled_directory() -> Path:
 
 def to_toml(value: Any) -> str:
     """A recipe as TOML text, every key written out."""
-    plain, tables = [], []
-    for f in dataclasses.fields(value):
-        item = getattr(value, f.name)
-        if dataclasses.is_dataclass(item):
-            tables.append(f"\n[{f.name}]\n{to_toml(item)}")
-        else:
-            shown = list(item) if isinstance(item, tuple) else item
-            plain.append(f"{f.name} = {json.dumps(shown, ensure_ascii=False)}\n")  # JSON's values are TOML's
-    return "".join(plain + tables)
+    import tomli_w
+
+    return tomli_w.dumps(_plain(value))
+
+
+def _plain(part: Any) -> dict[str, Any]:
+    values = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
+    return {key: _plain(v) if dataclasses.is_dataclass(v) else v for key, v in values.items()}

@@ -84,6 +84,7 @@ def open_store(
         if apart:
             return _opened(door, fork_apart(stand_in), seconds, who)
         here = door.getsockname()[1]
+        os.register_at_fork(after_in_child=door.close)  # the workers do not listen
         threading.Thread(target=stand_in, daemon=True).start()
         return OpenStore(connect_store(LOOPBACK, here, seconds, who=who, knock=False), here)
     gates = _gate_sockets(address, port) if nodes > 1 else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import signal
 import subprocess
@@ -14,7 +15,8 @@ from arriero.checkpoint.layout import committed
 from arriero.checkpoint.verify import verify
 from arriero.cli import dispatch
 from arriero.common.errors import EXIT_OK, EXIT_USAGE
-from toy import write_recipe
+from arriero.observe.lines import LineFile, Trouble
+from toy import write_config, write_recipe
 
 
 class SmallDisk:
@@ -82,3 +84,55 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path, capsys: pyt
     (tmp_path / "a-file").write_text("")
     assert dispatch(["pretrain", str(recipe), "--out", str(tmp_path / "a-file/run")]) == EXIT_USAGE
     assert "a-file/run: Not a directory" in capsys.readouterr().err
+
+
+def test_no_line_is_lost_however_long_the_disk_is_full(
+    tmp_path: Path, disk: SmallDisk, capfd: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    if not disk.mounted:
+        pytest.skip("needs a disk of its own")
+    trouble = Trouble()
+    files = [LineFile(disk.path / name, trouble) for name in ("metrics.jsonl", "log.txt")]
+    with contextlib.suppress(OSError):
+        disk.fill(900)
+    for number in range(2000):  # 1.4 MB a file
+        for file in files:
+            file.write(b"%6d " % number + b"x" * 700)
+    disk.make_room()
+    (disk.path / "other people's files").unlink()
+    for file in files:
+        file.close()
+        found = file.path.read_bytes().splitlines()
+        assert [int(line.split()[0]) for line in found] == list(range(2000))
+    printed = capfd.readouterr().err
+    assert printed.count("No space left on device") == 1
+    assert printed.count("no line is lost") == 1
+
+
+def test_a_model_whose_checkpoint_no_disk_here_holds_is_refused_and_little_room_is_a_warning(
+    tmp_path: Path, disk: SmallDisk, capfd: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    if not disk.mounted:
+        pytest.skip("needs a disk of its own")
+    recipe = write_recipe(tmp_path)
+    wide = write_config(tmp_path / "wide", vocab_size=4000)
+    words = [
+        "pretrain",
+        str(recipe),
+        "--out",
+        str(disk.path / "run"),
+        "--train.steps",
+        "1",
+        "--checkpoint.retries",
+        "0",
+    ]
+    assert dispatch([*words, "--model", str(wide)]) == EXIT_USAGE
+    printed = capfd.readouterr().err
+    assert "a checkpoint of this model takes 3.3 MB, and the disk of" in printed
+    assert "has 922 kB in all" in printed
+    assert list(disk.path.iterdir()) == []
+    disk.fill(600)
+    assert dispatch(words) == EXIT_USAGE
+    assert "WARNING: a checkpoint of this model takes 422 kB" in capfd.readouterr().out
+    disk.make_room()
+    assert dispatch([*words, "--train.steps", "2", "--checkpoint.every", "1", "--checkpoint.keep", "0"]) == EXIT_OK

@@ -18,6 +18,7 @@ from arriero.checkpoint.load import CheckpointReader
 from arriero.checkpoint.save import last_word
 from arriero.checkpoint.verify import verify
 from arriero.common.errors import UserError
+from arriero.torture.fault import Fault
 
 
 def read_all(path: Path) -> dict[str, torch.Tensor]:
@@ -99,12 +100,11 @@ def test_a_save_that_fails_for_good_is_told_and_leaves_nothing(
 
 def arm(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """Makes an operation from here on fail."""
-    monkeypatch.setattr(disk, "_count", disk.itertools.count(1))
-    monkeypatch.setenv(disk.FAULT, fault)
+    monkeypatch.setattr(disk, "before", Fault.parse(fault))
 
 
 def disarm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(disk.FAULT)
+    monkeypatch.setattr(disk, "before", disk.nothing)
 
 
 def test_every_operation_can_fail_and_none_leaves_a_checkpoint_that_is_not_whole(
@@ -145,7 +145,8 @@ def test_retention_keeps_the_newest_and_every_nth(
     for step in steps:
         step_directory(root, step).mkdir()
         (step_directory(root, step) / "COMMITTED").touch()
-    for path in retention.superfluous(root, CheckpointConfig(keep=keep, keep_every=every)):
+    policy = CheckpointConfig(keep=keep, keep_every=every)
+    for path in retention.superfluous(root, policy, whole=lambda path: True)[0]:
         retention.forget(path)
     left = [step_of(p) for p in committed(root)]
     newest = steps[-keep:] if keep else steps
@@ -177,3 +178,73 @@ def flip(path: Path, bit: int) -> None:
     byte = os.pread(handle, 1, bit // 8)[0] ^ (1 << bit % 8)
     os.pwrite(handle, bytes([byte]), bit // 8)
     os.close(handle)
+
+
+def test_only_what_verifies_counts_as_kept(tmp_path: Path) -> None:
+    """Two damaged ones are the newest by name: what was just saved stays, and so does the one before it."""
+    one = saving.saver(tmp_path)
+    for step in (1, 2, 5, 6):
+        assert saving.save(one, step)[0].problem == ""
+    for step in (5, 6):
+        data = step_directory(tmp_path, step) / "rank-00000.safetensors"
+        flip(data, 8 * data.stat().st_size - 1)
+    again = saving.saver(tmp_path, keep=2)  # a start that went on from step 2
+    done = saving.save(again, 3)[0]
+    assert [step_of(p) for p in committed(tmp_path)] == [2, 5, 6, 3]  # 1 is superfluous; damaged ones are left
+    assert "step-00000006 is damaged, and does not count as kept" in done.notice
+    assert saving.save(again, 4)[0].notice == ""
+    assert [step_of(p) for p in committed(tmp_path)] == [3, 4]
+    assert all(verify(path) == [] for path in committed(tmp_path))
+
+
+def test_one_that_is_damaged_after_it_was_saved_does_not_count(tmp_path: Path) -> None:
+    one = saving.saver(tmp_path, keep=2)
+    for step in (1, 2):
+        saving.save(one, step)
+    flip(step_directory(tmp_path, 2) / "rank-00000.safetensors", 8000)
+    saving.save(one, 3)
+    assert [step_of(p) for p in committed(tmp_path)] == [1, 2, 3]
+    saving.save(one, 4)
+    assert [step_of(p) for p in committed(tmp_path)] == [3, 4]
+
+
+FOREIGN = ["step-00000002-hf", "step-2", "step-000000002", "step-²", "step-0000000²", "step-", "step-00000002.tmp2",
+           "notes", "step-00000002.txt",
+           "STEP-00000002", " step-00000002", "step-00000002\n", "step-\u0660\u0660\u0662"]  # fmt: skip
+
+
+def test_what_arriero_did_not_write_is_never_touched(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "step-00000008").mkdir(parents=True)
+    root = tmp_path / "checkpoints"
+    for name in FOREIGN:
+        for path in (root / name, root / f"{name}.tmp"):
+            path.mkdir(parents=True)
+            (path / "model.safetensors").write_text("mine")
+    for name in ("step-00000007", "step-00000007.tmp"):  # their names are right, their content is not
+        (root / name).mkdir()
+        (root / name / "notes.txt").write_text("mine")
+    (root / "step-00000008").symlink_to(elsewhere / "step-00000008")
+    (root / "step-00000009").write_text("a file")
+    before = sorted((str(p), p.lstat().st_mtime_ns) for p in root.rglob("*"))
+    (root / "step-00000005.tmp").mkdir()  # a kill left these
+    (root / "step-00000006").mkdir()
+    (root / "step-00000006/state.json").write_text("{}")
+    one = saving.saver(root, keep=1)
+    for step in (10, 11):
+        assert saving.save(one, step)[0].problem == ""
+    assert [step_of(p) for p in committed(root)] == [11]
+    ours = {str(root / "step-00000011"), *map(str, (root / "step-00000011").iterdir())}
+    assert sorted((str(p), p.lstat().st_mtime_ns) for p in root.rglob("*") if str(p) not in ours) == before
+    assert "in the way" in saving.save(one, 7)[0].problem or "File exists" in saving.save(one, 7)[0].problem
+    assert (root / "step-00000007/notes.txt").read_text() == "mine"
+    assert list(elsewhere.iterdir()) == [elsewhere / "step-00000008"]
+
+
+def test_a_checkpoint_with_files_of_others_in_it_is_not_deleted(tmp_path: Path) -> None:
+    one = saving.saver(tmp_path, keep=1)
+    saving.save(one, 1)
+    (step_directory(tmp_path, 1) / "notes.txt").write_text("mine")
+    for step in (2, 3):
+        saving.save(one, step)
+    assert [step_of(p) for p in committed(tmp_path)] == [1, 3]

@@ -95,6 +95,12 @@ def test_merged_sets_follow_each_other(tmp_path: Path, prepare: Prepare) -> None
         prepare(*made, merge=True, out=out)
     with pytest.raises(UserError, match="needs two or more"):
         prepare(made[0], merge=True, out=out + "2")
+    with pytest.raises(UserError, match="both an input and the output"):
+        prepare(*made, merge=True, out=f"{tmp_path}/out/../out/part0", overwrite=True)
+    prepare(*made, merge=True, out=str(tmp_path / "out" / "bo"))  # `both_text_document` is a neighbour of it
+    prepare(*made, merge=True, out=str(tmp_path / "out" / "b[ot]h"))
+    with pytest.raises(UserError, match="give --overwrite"):
+        prepare(*made, merge=True, out=str(tmp_path / "out" / "b[ot]h"))
     Path(f"{made[0]}_text_document.bin").write_bytes(b"\0\0")
     with pytest.raises(UserError, match="SHA-256 differs"):
         prepare(*made, merge=True, out=out + "2")
@@ -113,8 +119,10 @@ def test_prefetched_batches_are_the_same_in_order(tmp_path: Path) -> None:
 
 
 def test_prefetch_hands_on_errors_and_stops_early() -> None:
-    with Prefetch(lambda n: 1 // (2 - n), range(9)) as ready, pytest.raises(ZeroDivisionError):
-        list(ready)
+    with Prefetch(lambda n: 1 // (2 - n), range(9)) as ready:
+        for _ in range(3):  # whoever asks again does not wait for ever
+            with pytest.raises(ZeroDivisionError):
+                list(ready)
     with Prefetch(lambda n: n, range(10**9)) as ready:
         assert next(iter(ready)) == 0
     assert not ready._thread.is_alive()

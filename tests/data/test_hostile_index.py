@@ -205,7 +205,7 @@ def test_training_and_inspecting_them_ends_in_a_sentence(tmp_path: Path, capsys:
     tokens[7] = -2
     tokens.tofile(f"{prefix}.bin")
     assert dispatch(["inspect", prefix]) == EXIT_CHECK_FAILED
-    assert "x.bin holds token id -2" in capsys.readouterr().out
+    assert "x.bin holds token id -2, ids count from 0 (token 7, at byte 28)" in capsys.readouterr().out
 
 
 def test_names_reach_the_terminal_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

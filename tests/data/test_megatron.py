@@ -11,6 +11,7 @@ import pytest
 
 from arriero.common.errors import UserError
 from arriero.data.batches import Batches, DataConfig, parse_split
+from arriero.data.check import batch_notices
 from arriero.data.indexed import IndexedWriter
 from arriero.data.order import MegatronBlend, choose_documents
 from arriero.data.prefix import parse_prefix
@@ -178,25 +179,27 @@ def test_splits_are_megatrons_bit_for_bit() -> None:
                 assert not len(found) or (found[0], found[-1], found.dtype) == (begin, end - 1, np.int32)
 
 
+KINDS: list[tuple[list[float] | None, list[int], int]] = [
+    ([1.0], [200], 334),  # a blend of one: half a percent more samples, and so another epoch
+    ([1.0], [200], 366),
+    (None, [200, 50], 300),  # without weights each set counts by its length
+    (None, [200, 50, 20], 400),
+    (None, [200, 50], 4000),  # never more than one pass
+    ([0.4, 0.3, 0.2, 0.1], [100, 100, 100, 100], 1000),
+]
+SHORT: list[tuple[list[float] | None, list[int], int]] = [  # whole: their parts would have no tokens
+    ([0.5, 0.5], [200, 1], 400),  # a set shorter than a sample repeats
+    ([0.3, 0.3, 0.4], [3, 2, 1], 90),
+]
+
+
 @pytest.mark.parametrize(
-    ("weights", "documents", "samples"),
-    [
-        ([1.0], [200], 334),  # a blend of one: half a percent more samples, and so another epoch
-        ([1.0], [200], 366),
-        (None, [200, 50], 300),  # without weights each set counts by its length
-        (None, [200, 50, 20], 400),
-        (None, [200, 50], 4000),  # never more than one pass
-        ([0.5, 0.5], [200, 1], 400),  # a set shorter than a sample repeats
-        ([0.3, 0.3, 0.4], [3, 2, 1], 90),
-        ([0.4, 0.3, 0.2, 0.1], [100, 100, 100, 100], 1000),
-    ],
+    ("weights", "documents", "samples", "split"),
+    [*((*one, "1,0,0") for one in KINDS + SHORT), *((*one, "7,2,1") for one in KINDS)],
 )
-@pytest.mark.parametrize("split", ["1,0,0", "7,2,1"])
 def test_every_kind_of_blend(
     tmp_path: Path, weights: list[float] | None, documents: list[int], samples: int, split: str
 ) -> None:  # fmt: skip
-    if split == "7,2,1" and min(documents) < 10:
-        pytest.skip("Megatron's own builder does not end on a part without tokens")
     prefixes = [make_set(tmp_path / f"s{i}", seed=i, documents=n, shortest=9) for i, n in enumerate(documents)]
     counts = [samples, 20, 0] if split == "7,2,1" else [samples, 0, 0]
     theirs = megatrons(prefixes, weights, counts, seed=11, split=split)
@@ -209,6 +212,7 @@ def test_every_kind_of_blend(
                 config, sequence_length=LENGTH, global_batch=count, seed=11, split=name, samples=counts[which]
             )
             assert_same(ours, theirs[which], count)
+            assert bool(batch_notices(ours)) == (len(theirs[which]) < counts[which])
 
 
 def test_random_sets_as_a_whole(tmp_path: Path) -> None:

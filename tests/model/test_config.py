@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
 
 from arriero.common.errors import UserError
+from arriero.common.ranges import field_ranges, range_problems
 from arriero.model.config import LlamaConfig, RopeScaling, count_parameters
 
 MINIMAL = {
@@ -77,3 +80,49 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="not JSON"):
         LlamaConfig.from_json(tmp_path)
+
+
+HOSTILE = [
+    math.nan,
+    math.inf,
+    -math.inf,
+    -1,
+    0,
+    2**31,
+    2**63,
+    2**70,
+    10**400,
+    1e308,
+    1e-320,
+    1e30,
+    "5",
+    "",
+    True,
+    [],
+    {},
+]
+SCALING = {
+    "linear": ("factor",), "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}  # fmt: skip
+CASES = [(key, "") for key, kind in field_ranges(LlamaConfig).items() if "." not in key]
+CASES += [(key, kind) for kind, keys in SCALING.items() for key in keys]
+
+
+@pytest.mark.parametrize("value", HOSTILE, ids=lambda value: str(value)[:12] or type(value).__name__)
+@pytest.mark.parametrize(("key", "kind"), CASES)
+def test_hostile_numbers_are_refused_by_name_or_within_their_range(key: str, kind: str, value: Any) -> None:
+    raw: dict[str, Any] = {**MINIMAL}
+    if kind:
+        whole = {"factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+        raw["rope_scaling"] = {"rope_type": kind, **{k: whole[k] for k in SCALING[kind]}, key: value}
+    else:
+        raw[key] = value
+    try:
+        config = LlamaConfig.from_dict(raw, where="config.json")
+    except UserError as error:
+        refused = str(error)
+    else:
+        refused = ""
+        assert range_problems(config) == []
+    assert not refused or ("config.json" in refused and (key in refused or "head" in refused))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from arriero.common.errors import UserError
-from arriero.observe.figure import loss_figure
+from arriero.observe.figure import _tokens_of, loss_figure
 from arriero.observe.metrics import MetricsWriter, StepMetrics, ValidationMetrics
 
 STEP = StepMetrics(
@@ -43,6 +43,24 @@ def test_a_png_is_drawn(tmp_path: Path, losses: list[float], validations: int) -
 
 def test_validations_change_the_picture(tmp_path: Path) -> None:
     assert draw(tmp_path / "a", [8.0, 7.0, 6.0], 0) != draw(tmp_path / "b", [8.0, 7.0, 6.0], 2)
+
+
+def test_the_tokens_of_a_run_whose_batch_was_changed(tmp_path: Path) -> None:
+    tokens = [100, 200, 300, 700, 1100]
+    steps = [
+        {"iteration": i, "consumed_tokens": t, "global_batch": 1 if i < 4 else 4, "sequence_length": 100}
+        for i, t in enumerate(tokens, 1)
+    ]
+    there, back = _tokens_of(steps, 100.0)
+    assert [float(there(i)) for i in (0, 1, 3, 4, 5, 6)] == [0, 1, 3, 7, 11, 15]
+    assert [float(back(t)) for t in (0, 3, 7, 15)] == [0, 3, 4, 6]
+    there, back = _tokens_of(steps[:3], 100.0)
+    assert (there(2.5), back(2.5)) == (2.5, 2.5)
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        for step in steps:
+            writer.write(replace(STEP, **step))
+    loss_figure(path, tmp_path / "loss.png")
 
 
 def test_no_step_is_an_error(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
 from dataclasses import replace
@@ -10,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arriero.common.errors import UserError
+from arriero.observe import lines
+from arriero.observe.lines import Trouble
 from arriero.observe.metrics import MetricsWriter, StepMetrics, ValidationMetrics, read_metrics
 
 STEP = StepMetrics(
@@ -109,3 +112,63 @@ def test_bad_lines_are_named(tmp_path: Path, line: str, problem: str) -> None:
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+BAD_LINES = [
+    b"{broken", b"", b"[1]", b"null", b'{"iteration": "4"}', b'{"iteration": 4.5}', b'{"iteration": 1e400}',
+    b"\xff\xfe", b"[" * 100_000, b"9" * 5000, b'{"iteration": 99999999999999999999999}', b"x" * (2 << 20), b"\0" * 100,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD_LINES, ids=range(len(BAD_LINES)))
+def test_a_resume_passes_over_a_bad_line_and_names_it(tmp_path: Path, bad: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = [json.dumps({"iteration": i}).encode() for i in (1, 2, 3)]
+    path.write_bytes(b"\n".join([good[0], bad, good[1], good[2], b'{"iteration": 4']))
+    with MetricsWriter(path) as writer:
+        told = writer.truncate_after(2)
+        writer.write(replace(STEP, iteration=3))
+    assert len(told) == 1
+    assert f"{path}, line 2: " in told[0]
+    assert len(told[0]) < 1000
+    skipped: list[str] = []
+    assert [r["iteration"] for r in read_metrics(path, skipped=skipped)] == [1, 2, 3]
+    assert skipped == told
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@given(st.lists(st.integers(1, 9), max_size=12), st.integers(0, 9))
+def test_any_order_of_lines_is_cut_to_those_before_the_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, order: list[int], after: int
+) -> None:  # fmt: skip
+    path = tmp_path_factory.mktemp("m") / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"iteration": i, "n": n}) + "\n" for n, i in enumerate(order)))
+    with MetricsWriter(path) as writer:
+        assert writer.truncate_after(after) == []
+    assert [(r["iteration"], r["n"]) for r in read_metrics(path)] == [(i, n) for n, i in enumerate(order) if i <= after]
+
+
+def test_going_back_while_the_disk_is_full_takes_back_what_waits_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    path = tmp_path / "metrics.jsonl"
+    told: list[str] = []
+    writer = MetricsWriter(path, Trouble(told.append))
+    for i in (1, 2, 3):
+        writer.write(replace(STEP, iteration=i))
+
+    def full(handle: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lines.os, "write", full)
+        for i in (4, 5):
+            writer.write(replace(STEP, iteration=i))
+        assert writer.truncate_after(2) == []
+        for i in (3, 4):
+            writer.write(replace(STEP, iteration=i, lm_loss=1.0))
+    writer.close()
+    assert [(r["iteration"], r["lm_loss"] == 1.0) for r in read_metrics(path)] == [
+        (1, False), (2, False), (3, True), (4, True)
+    ]  # fmt: skip
+    assert len(told) == 2

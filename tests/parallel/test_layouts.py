@@ -16,7 +16,7 @@ from cases import LAYOUTS, SOME, case, launch
 import toy
 from arriero.checkpoint.load import CheckpointReader
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 VARIANTS: dict[str, dict[str, Any]] = {  # what is trained, and the layouts that are tried with it
     "float64": {},
     "float32": {"dtype": "float32"},

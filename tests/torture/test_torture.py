@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from arriero.common.errors import CheckFailed, UserError
+from arriero.cli import dispatch
+from arriero.common.errors import EXIT_USAGE, CheckFailed, UserError
 from arriero.torture import command as torture
 from toy import arriero
 
@@ -28,9 +29,13 @@ def test_a_run_that_ends_otherwise_fails() -> None:
         torture.report(torture.TortureArgs(json=True), ("sha", []), torture.Tally(), {"tensor 2": 1e-3}, 1.0)
 
 
-def test_impossible_orders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--kills is 0"):
-        torture.run(torture.TortureArgs(kills=0))
+def test_impossible_orders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dispatch(["torture", "--kills", "0"]) == EXIT_USAGE
+    assert "--kills is 0" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is not empty"):
         torture.run(torture.TortureArgs(out=str(tmp_path)))
+    inside = tmp_path / "checkpoints/step-00000002"
+    with pytest.raises(UserError, match="is or lies in the checkpoint"):
+        torture.run(torture.TortureArgs(out=str(inside / "runs")))
+    assert not inside.exists()

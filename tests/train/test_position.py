@@ -169,3 +169,21 @@ def test_a_forged_position_is_refused_by_name(state: dict[str, Any]) -> None:
     whole = STATE | {"consumed_samples": 48, "consumed_tokens": 48 * 32} | state
     with pytest.raises(UserError, match=rf"x/state.json: .*{next(iter(state))}"):
         position_of(whole, recipe=pytest.fail, where="x/state.json", fix="restore it")
+
+
+def test_megatrons_order_stays_when_the_run_becomes_longer(tmp_path: Path, read: list[Batch]) -> None:
+    recipe = recipe_in(tmp_path, 8, order="megatron", prefix=str(toy.write_data(tmp_path / "few", 10)))
+    as_it_began = Batches(recipe.data, sequence_length=16, global_batch=8, seed=recipe.seed, samples=72)
+    checkpoint, _ = trained(recipe, 6)
+    rows = [one.tokens for one in read[:24]]
+    for steps in (9, 20):
+        read.clear()
+        longer = replace(recipe, train=replace(recipe.train, steps=steps), out=str(tmp_path / str(steps)))
+        trainer = Trainer(longer, Ranks(), local_rank=0, device_kind="cpu")
+        trainer.start(checkpoint)
+        assert ("made for 72 samples" in trainer.order_notice()) == (steps == 20)
+        for _ in range(3):
+            trainer.step()
+        trainer.close()
+        found = np.concatenate([*rows, *(one.tokens for one in read[:12])])
+        assert np.array_equal(found, as_it_began.samples(0, 72).tokens)

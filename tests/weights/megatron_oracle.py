@@ -3,41 +3,71 @@
 Job: action `logits` loads a rank file a process, writes logits and loss; `torch_dist` saves a distributed checkpoint.
 """
 
+import argparse
 import contextlib
 import json
 import os
 import sys
 from pathlib import Path
 
+import te_stub
 import torch
 
+JOB = json.loads(Path(sys.argv[1]).read_text())
+if JOB.get("spec") == "te":
+    te_stub.install()
 torch.cuda.current_device = lambda: "cpu"  # Megatron uses it as device= for buffers and collectives
 torch.cuda.synchronize = lambda *a, **k: None
 import torch.distributed as dist  # noqa: E402
 from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
+from megatron.core.safe_globals import register_safe_globals  # noqa: E402
 from megatron.core.tensor_parallel import random as megatron_random  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 megatron_random.CudaRNGStatesTracker.fork = lambda self, name="": contextlib.nullcontext()
 
 
-def build(hf, tensor, vocab):
-    config = TransformerConfig(
+def shape_of(hf):
+    """Megatron's arguments for a Hugging Face shape, where no checkpoint has them."""
+    return argparse.Namespace(
         num_layers=hf["num_hidden_layers"], hidden_size=hf["hidden_size"], ffn_hidden_size=hf["intermediate_size"],
-        num_attention_heads=hf["num_attention_heads"], num_query_groups=hf["num_key_value_heads"],
-        kv_channels=hf["head_dim"], tensor_model_parallel_size=tensor, use_cpu_initialization=True,
-        normalization="RMSNorm", gated_linear_unit=True, activation_func=torch.nn.functional.silu,
+        num_attention_heads=hf["num_attention_heads"], group_query_attention=True,
+        num_query_groups=hf["num_key_value_heads"], kv_channels=hf["head_dim"], normalization="RMSNorm", swiglu=True,
         add_bias_linear=hf["mlp_bias"], add_qkv_bias=hf["attention_bias"], hidden_dropout=0.0, attention_dropout=0.0,
-        layernorm_epsilon=hf["rms_norm_eps"], bias_activation_fusion=False, bias_dropout_fusion=False,
+        norm_epsilon=hf["rms_norm_eps"], rotary_base=hf["rope_theta"], position_embedding_type="rope",
+        rotary_percent=1.0, rotary_interleaved=False, max_position_embeddings=64, use_rope_scaling=False,
+        untie_embeddings_and_output_weights=not hf["tie_word_embeddings"], transformer_impl="local",
+    )  # fmt: skip
+
+
+def build(args, tensor, vocab):
+    """GPTModel of these arguments, as core_transformer_config_from_args and pretrain_gpt.py build it."""
+    te = args.transformer_impl == "transformer_engine"
+    config = TransformerConfig(
+        num_layers=args.num_layers, hidden_size=args.hidden_size, ffn_hidden_size=args.ffn_hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        num_query_groups=args.num_query_groups if args.group_query_attention else None,
+        kv_channels=args.kv_channels, tensor_model_parallel_size=tensor, use_cpu_initialization=True,
+        normalization=args.normalization, gated_linear_unit=args.swiglu, activation_func=torch.nn.functional.silu,
+        add_bias_linear=args.add_bias_linear, add_qkv_bias=args.add_qkv_bias, hidden_dropout=args.hidden_dropout,
+        attention_dropout=args.attention_dropout, layernorm_epsilon=args.norm_epsilon,
+        rotary_interleaved=args.rotary_interleaved, bias_activation_fusion=False, bias_dropout_fusion=False,
         masked_softmax_fusion=False, persist_layer_norm=False, gradient_accumulation_fusion=False,
         apply_rope_fusion=False, params_dtype=torch.float32, pipeline_dtype=torch.float32,
     )  # fmt: skip
+    spec = get_gpt_layer_with_transformer_engine_spec() if te else get_gpt_layer_local_spec(normalization="RMSNorm")
     return GPTModel(
-        config=config, transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"), vocab_size=vocab,
-        max_sequence_length=64, position_embedding_type="rope", rotary_base=hf["rope_theta"],
-        share_embeddings_and_output_weights=hf["tie_word_embeddings"], parallel_output=True,
+        config=config, transformer_layer_spec=spec, vocab_size=vocab,
+        max_sequence_length=args.max_position_embeddings, position_embedding_type=args.position_embedding_type,
+        rotary_base=args.rotary_base, rotary_percent=args.rotary_percent, rope_scaling=args.use_rope_scaling,
+        rope_scaling_factor=getattr(args, "rope_scaling_factor", 8.0),
+        seq_len_interpolation_factor=getattr(args, "rotary_seq_len_interpolation_factor", None),
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights, parallel_output=True,
     )  # fmt: skip
 
 
@@ -63,13 +93,16 @@ def train(model, job):
 
 
 def main():
-    job = json.loads(Path(sys.argv[1]).read_text())
+    job = JOB
     rank, tensor = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
-    model = build(job["config"], tensor, job["padded_vocab"])
+    register_safe_globals()
+    payload = torch.load(job["file"].format(rank), weights_only=True, mmap=True) if job["file"] else {}
+    args = payload.get("args") or shape_of(job["config"])
+    model = build(args, tensor, job["padded_vocab"])
     if job["file"]:
-        state = torch.load(job["file"].format(rank), weights_only=True, mmap=True)["model"]
+        state = payload["model"]
         missing, unexpected = model.load_state_dict(state, strict=False)
         assert not unexpected, unexpected
         assert all("_extra_state" in name for name in missing), missing

@@ -1,5 +1,8 @@
+import argparse
 import json
 import os
+import pickle
+import re
 import shutil
 from dataclasses import replace
 
@@ -11,14 +14,17 @@ from test_export import save_run
 from weights_helpers import TINY, VARIANTS, assert_same, random_weights, save_hf, unchanged
 
 from arriero.common.errors import CheckFailed, UserError
-from arriero.model.config import LlamaConfig
+from arriero.model.config import LlamaConfig, RopeScaling
 from arriero.weights import convert
 from arriero.weights.convert import ConvertArgs, run
 from arriero.weights.huggingface import open_huggingface
+from arriero.weights.layout import Cut
+from arriero.weights.megatron_args import beyond_megatron, saved_arguments
 from arriero.weights.sources import open_model
 
 LAYOUTS = {
     "megatron-tp2-pp2": {"to": "megatron", "tp": 2, "pp": 2},
+    "megatron-local": {"to": "megatron", "tp": 2, "pp": 2, "spec": "local"},
     "megatron-vpp": {"to": "megatron", "pp": 2, "vpp": 2},
     "megatron-unpadded": {"to": "megatron", "tp": 2, "make_vocab_size_divisible_by": 1, "iteration": 7},
     "ascendspeed-tp2-pp4": {"to": "ascendspeed", "tp": 2, "pp": 4},
@@ -76,7 +82,8 @@ def test_law_any_shape_any_layout(  # noqa: PLR0917 - hypothesis passes them by 
 
 
 def load(path):
-    return torch.load(path, weights_only=True, mmap=True)
+    with torch.serialization.safe_globals([argparse.Namespace]):  # as Megatron registers it
+        return torch.load(path, weights_only=True, mmap=True)
 
 
 def test_megatrons_files_are_what_megatron_writes(tmp_path):
@@ -101,6 +108,101 @@ def test_megatrons_files_are_what_megatron_writes(tmp_path):
     embedding = weights["model.embed_tokens.weight"]
     assert torch.equal(first["embedding.word_embeddings.weight"], torch.cat([embedding, embedding[-1:].expand(28, -1)]))
     assert "output_layer.weight" not in first
+
+
+TE_NAMES = {"input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+            "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight"}  # fmt: skip
+
+
+def test_the_two_specs_differ_in_the_norms_names_alone(tmp_path):
+    save_hf(tmp_path / "hf", TINY, random_weights(TINY))
+    ranks = {}
+    for spec in ("te", "local"):
+        run(ConvertArgs(tmp_path / "hf", tmp_path / spec, "megatron", tp=2, spec=spec))
+        ranks[spec] = load(tmp_path / spec / "release/mp_rank_01/model_optim_rng.pt")["model"]
+    renamed = {}
+    for key, tensor in ranks["local"].items():
+        head, dot, tail = key.partition("layers.")
+        number, _, inner = tail.partition(".")
+        renamed[f"{head}{dot}{number}.{TE_NAMES.get(inner, inner)}" if dot else key] = tensor
+    assert renamed.keys() == ranks["te"].keys()
+    assert all(torch.equal(tensor, ranks["te"][key]) for key, tensor in renamed.items())
+
+
+def test_the_arguments_are_a_namespace_that_tells_the_shape(tmp_path, capsys):
+    """As Python pickles one; with them alone the way back needs no config.json."""
+    scaling = RopeScaling("llama3", factor=8.0, original_max_position_embeddings=8192)
+    for name, config in {
+        "plain": replace(TINY, vocab_size=97, initializer_range=0.01),
+        "llama 3.1": replace(TINY, rope_theta=5e5, rope_scaling=scaling, max_position_embeddings=131072),
+        "linear": replace(TINY, rope_scaling=RopeScaling("linear", factor=4.0), tie_word_embeddings=True),
+        "biases": VARIANTS["biases"], "mha": VARIANTS["mha"], "wide": VARIANTS["wide-head"],
+    }.items():  # fmt: skip
+        out = tmp_path / name
+        save_hf(out / "hf", config, random_weights(config))
+        run(ConvertArgs(out / "hf", out / "mg", "megatron", tp=2, pp=2, vpp=2, iteration=3))
+        text = capsys.readouterr().out
+        args = load(out / "mg/iter_0000003/mp_rank_01_000/model_optim_rng.pt")["args"]
+        assert type(args) is argparse.Namespace
+        assert pickle.loads(pickle.dumps(args)) == args
+        assert (args.padded_vocab_size, args.tensor_model_parallel_size, args.num_layers) == (256, 2, 4)
+        (out / "mg" / "config.json").unlink()
+        opened = open_model(out / "mg")
+        assert opened.config == replace(config, eos_token_id=2, bos_token_id=1)
+        assert_same(opened.reader, random_weights(config))
+        line = next(line for line in text.splitlines() if line.startswith("start Megatron-LM with: "))
+        flags = dict(re.findall(r"--([a-z-]+)(?: ([^-\s]\S*))?", line))
+        wanted = {
+            "tensor-model-parallel-size": "2", "num-layers-per-virtual-pipeline-stage": "1", "ckpt-format": "torch",
+            "norm-epsilon": "1e-05", "transformer-impl": "transformer_engine", "no-load-optim": "",
+        }  # fmt: skip
+        assert wanted.items() <= flags.items()
+        assert ("use-rope-scaling" in flags) == (name == "llama 3.1")
+
+
+MEGATRONS_OWN = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "seq_length", "num_attention_heads", "num_query_groups",
+    "group_query_attention", "kv_channels", "max_position_embeddings", "position_embedding_type",
+    "add_position_embedding", "use_rotary_position_embeddings", "rotary_base", "rotary_percent", "rotary_interleaved",
+    "add_bias_linear", "add_qkv_bias", "squared_relu", "swiglu", "untie_embeddings_and_output_weights",
+    "apply_layernorm_1p", "normalization", "apply_query_key_layer_scaling", "attention_dropout", "hidden_dropout",
+    "padded_vocab_size", "tensor_model_parallel_size", "pipeline_model_parallel_size",
+)  # fmt: skip
+"""What Megatron-LM's load_args_from_checkpoint and check_checkpoint_args ask a dense model's checkpoint for."""
+
+
+def test_every_argument_that_megatron_asks_for_is_written():
+    arguments = saved_arguments(TINY, Cut(2, 2, padded_vocab=256), multiple=128, local=False)
+    assert set(MEGATRONS_OWN) <= arguments.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rotary_percent", 0.5), ("rotary_interleaved", True), ("apply_layernorm_1p", True), ("swiglu", False),
+     ("normalization", "LayerNorm"), ("num_experts", 8), ("qk_layernorm", True), ("position_embedding_type", "yarn")],
+)  # fmt: skip
+def test_a_checkpoint_of_another_model_is_refused_by_its_argument(tmp_path, name, value):
+    save_hf(tmp_path / "hf", TINY, random_weights(TINY))
+    run(ConvertArgs(tmp_path / "hf", tmp_path / "mg", "megatron"))
+    (tmp_path / "mg" / "config.json").unlink()
+    file = tmp_path / "mg/release/mp_rank_00/model_optim_rng.pt"
+    payload = torch.load(file, weights_only=False)
+    setattr(payload["args"], name, value)
+    torch.save(payload, file)
+    with pytest.raises(UserError, match=name):
+        open_model(tmp_path / "mg")
+
+
+def test_what_megatron_cannot_compute_is_told(tmp_path, capsys):
+    dynamic = replace(TINY, rope_scaling=RopeScaling("dynamic", factor=2.0))
+    save_hf(tmp_path / "hf", dynamic, random_weights(dynamic))
+    run(ConvertArgs(tmp_path / "hf", tmp_path / "mg", "megatron", json=True))
+    report = json.loads(capsys.readouterr().out)
+    assert "dynamic" in " ".join(report["notes"])
+    assert report["start_with"].startswith("--load ")
+    assert not beyond_megatron(TINY)
+    assert beyond_megatron(replace(TINY, attention_bias=True))
+    assert beyond_megatron(VARIANTS["llama3"])
 
 
 def test_ascendspeeds_files_are_what_it_reads(tmp_path):
@@ -153,6 +255,7 @@ def test_verify_and_json(tmp_path, capsys):
         ({"to": "megatron", "tp": 0}, "--tp is 0"),
         ({"to": "hf", "tp": 2}, "no effect"),
         ({"to": "megatron", "deepspeed": True}, "belong to --to ascendspeed"),
+        ({"to": "ascendspeed", "spec": "local"}, "--spec belongs to --to megatron"),
         ({"to": "ascendspeed", "deepspeed": True, "pp": 2}, "one file name"),
         ({"to": "ascendspeed", "vpp": 2, "pp": 2}, "no files for virtual stages"),
     ],

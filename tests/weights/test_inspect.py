@@ -24,7 +24,11 @@ def facts(path, capsys, *, verify=False):
     ("options", "kind", "layout"),
     [
         ({"to": "hf"}, "hf", "whole"),
-        ({"to": "megatron", "tp": 2, "pp": 2, "vpp": 2}, "megatron", "megatron-core, TP2 x PP2 x VPP2"),
+        (
+            {"to": "megatron", "tp": 2, "pp": 2, "vpp": 2},
+            "megatron",
+            "megatron-core (transformer-engine), TP2 x PP2 x VPP2",
+        ),
         ({"to": "ascendspeed", "pp": 4, "fused_mlp": True}, "ascendspeed", "ascendspeed (fused MLP), TP1 x PP4"),
     ],
 )

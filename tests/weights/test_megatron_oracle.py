@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ import transformers
 from weights_helpers import TINY, VARIANTS, assert_same, random_weights, save_hf
 
 from arriero.common.errors import UserError
+from arriero.model.config import RopeScaling
 from arriero.weights.convert import ConvertArgs, run
 from arriero.weights.foreign_config import ConfigHints
 from arriero.weights.sources import open_model
@@ -42,22 +43,37 @@ def run_oracle(tmp_path, tensor, **job):
     ]  # fmt: skip
     try:
         for process in processes:
-            output, _ = process.communicate(timeout=120)
+            output, _ = process.communicate(timeout=900)
             assert process.returncode == 0, output[-3000:]
     finally:
         for process in processes:
             process.kill()
 
 
-@pytest.mark.parametrize(("tensor", "variant"), [(1, "gqa"), (1, "wide-head"), (2, "mha"), (2, "tied")])
-def test_gptmodel_gives_transformers_logits_and_loss(tmp_path, tensor, variant):
-    config = VARIANTS[variant]
+CASES = {
+    "gqa": VARIANTS["gqa"], "wide-head": VARIANTS["wide-head"], "mha": VARIANTS["mha"], "tied": VARIANTS["tied"],
+    "biases, linear": replace(VARIANTS["biases"], rope_scaling=RopeScaling("linear", factor=4.0), rope_theta=500.0),
+    "llama 3.1": replace(
+        TINY, rope_theta=5e5, max_position_embeddings=16384,
+        rope_scaling=RopeScaling("llama3", factor=8.0, original_max_position_embeddings=8192),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tensor", "variant", "spec"),
+    [(1, "gqa", "te"), (1, "wide-head", "local"), (2, "mha", "te"), (2, "tied", "local"), (1, "biases, linear", "te"),
+     (1, "llama 3.1", "te")],
+)  # fmt: skip
+def test_gptmodel_gives_transformers_logits_and_loss(tmp_path, tensor, variant, spec):
+    """Built by Megatron's own layer spec from the arguments in our file; every parameter is in it, and no other."""
+    config = CASES[variant]
     save_hf(tmp_path / "hf", config, random_weights(config))
-    run(ConvertArgs(tmp_path / "hf", tmp_path / "mg", "megatron", tp=tensor))
+    run(ConvertArgs(tmp_path / "hf", tmp_path / "mg", "megatron", tp=tensor, spec=spec))
     tokens = torch.randint(config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(1))
     labels = tokens.roll(-1, 1)
     run_oracle(
-        tmp_path, tensor, action="logits", config=asdict(config), padded_vocab=128 * tensor,
+        tmp_path, tensor, action="logits", spec=spec, config=asdict(config), padded_vocab=128 * tensor,
         out=str(tmp_path / "answer.pt"), tokens=tokens.tolist(), labels=labels.tolist(),
         file=str(tmp_path / "mg/release/mp_rank_{:02d}/model_optim_rng.pt"),
     )  # fmt: skip
@@ -77,7 +93,11 @@ def test_a_torch_dist_checkpoint_of_megatron_comes_back(tmp_path):
     tensor, config = 2, TINY
     weights = random_weights(config)
     save_hf(tmp_path / "hf", config, weights)
-    run(ConvertArgs(tmp_path / "hf", tmp_path / "mg", "megatron", tp=tensor, make_vocab_size_divisible_by=4))
+    run(
+        ConvertArgs(
+            tmp_path / "hf", tmp_path / "mg", "megatron", tp=tensor, make_vocab_size_divisible_by=4, spec="local"
+        )
+    )
     saved = tmp_path / "dist" / "iter_0000005"
     saved.mkdir(parents=True)
     run_oracle(

@@ -18,9 +18,9 @@ from arriero.bench.table import as_json, peak_table, result_table
 from arriero.bench.trial import run_trial, trial
 from arriero.common.device import describe, device_type, matmul_dtypes, take_device
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError, join_problems
-from arriero.common.ranges import flag, range_problems
+from arriero.common.ranges import PathText, flag, range_problems
+from arriero.common.text import printable
 from arriero.launch import LaunchConfig, Place, ProcessFailed, run_processes, started_by_another, take_place
-from arriero.parallel.compiled import compile_machine_problems
 from arriero.recipe import (
     Recipe,
     Setting,
@@ -33,6 +33,7 @@ from arriero.recipe import (
 )
 from arriero.train.command import process_count
 from arriero.train.memory import memory_problems
+from arriero.train.preflight import machine_problems
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class BenchConfig:
     """Measure the fastest matrix multiplication of each dtype instead; takes no recipe."""
     sweep: bool = False
     """Try micro batches, recomputation and compilation, and name the best."""
-    write: str = ""
+    write: Annotated[str, PathText] = ""
     """sweep only: write the recipe with the best settings to this TOML file."""
     memory_limit: Annotated[float, Interval(ge=0, le=1e6)] = 0.0
     """GB that one process may hold, on the CPU; 0: none, and in a sweep what is available."""
@@ -73,7 +74,7 @@ def run(words: list[str]) -> int:
     try:
         return bench_peak(config, launch, settings) if config.peak else bench(config, launch, named, settings)
     except ProcessFailed as error:
-        print(f"arriero: {error}", file=sys.stderr)
+        print(printable(f"arriero: {error}"), file=sys.stderr)
         return EXIT_CHECK_FAILED
 
 
@@ -133,10 +134,7 @@ def check(config: BenchConfig, recipe: Recipe, processes: int, kind: str, here: 
     problems = recipe.layout_problems(processes)
     for part in (recipe.optim, recipe.schedule, recipe.log):
         problems += part.problems()
-    if recipe.optim.offload and kind == "cpu":
-        problems.append(UserError("optim.offload has no effect on the CPU", "leave it out"))
-    if recipe.train.compile:
-        problems += compile_machine_problems(kind)
+    problems += machine_problems(recipe, kind)
     if not problems and kind == "cpu" and not config.sweep:
         problems += memory_problems(recipe, processes, 1 if started_by_another() else here)[0]
     if config.memory_limit and kind != "cpu":
@@ -161,17 +159,16 @@ def bench_peak(config: BenchConfig, launch: LaunchConfig, settings: list[Setting
     if started_by_another() or launch.nodes > 1:
         raise UserError("--peak is about one machine", "start it without torchrun or --nodes")
     here = process_count(recipe, launch, kind) if launch.nproc_per_node else 1
-    run_processes(measure_peak, PeakJob(kind, config.json), here, launch=launch)
+    print(run_processes(measure_peak, PeakJob(kind, config.json), here, launch=launch)[0])
     return EXIT_OK
 
 
-def measure_peak(job: PeakJob) -> None:
-    """What each process does."""
+def measure_peak(job: PeakJob) -> str:
+    """What each process does; returns the text to print."""
     place = Place.from_environment()
     device = take_device(job.device_kind, place.local_rank)
     peaks: list[Peak] = [matmul_peak(device, dtype) for dtype in matmul_dtypes(job.device_kind)]
-    if place.rank == 0:
-        print(as_json(peaks) if job.json else peak_table(describe(job.device_kind), peaks))
+    return as_json(peaks) if job.json else peak_table(describe(job.device_kind), peaks)
 
 
 def print_help() -> None:

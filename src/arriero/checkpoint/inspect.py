@@ -6,9 +6,10 @@ import json as json_module
 from pathlib import Path
 from typing import Any
 
-from arriero.checkpoint.layout import MARKER, STATE, TEMPORARY, committed, read_json
+from arriero.checkpoint.layout import MARKER, STATE, committed, read_json, step_of
 from arriero.checkpoint.verify import verify as verify_files
-from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK
+from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError
+from arriero.common.text import printable, shown
 from arriero.model.config import LlamaConfig, count_parameters
 from arriero.observe.events import goodput_line
 from arriero.observe.metrics import read_metrics
@@ -26,25 +27,30 @@ def inspect(path: Path, *, json: bool, verify: bool) -> int:
         print(json_module.dumps(facts | {"wrong": wrong}, indent=1))
     else:
         for key, value in facts.items():
-            print(f"{key:14}{value:,}" if isinstance(value, int) else f"{key:14}{value}")
+            print(f"{key:14}{value:,}" if isinstance(value, int) else f"{key:14}{shown(value, most=2000)}")
         for line in wrong:
-            print(f"WRONG         {line}")
+            print(printable(f"WRONG         {line}"))
     return EXIT_CHECK_FAILED if wrong else EXIT_OK
 
 
 def _run(path: Path, verify: bool) -> tuple[dict[str, Any], list[str]]:
     whole, root = committed(path / "checkpoints"), path / "checkpoints"
-    cut_off = [p for p in sorted(root.glob("step-*")) if p.suffix != TEMPORARY and not (p / MARKER).is_file()]
+    cut_off = [p for p in sorted(root.glob("step-*")) if step_of(p) >= 0 and not (p / MARKER).is_file()]
     facts: dict[str, Any] = {"kind": "run", "path": str(path)}
+    wrong: list[str] = []
     if (path / "metrics.jsonl").is_file():
-        steps = [m for m in read_metrics(path / "metrics.jsonl") if m.get("kind") == "step"]
+        try:
+            steps = [m for m in read_metrics(path / "metrics.jsonl", skipped=wrong) if m.get("kind") == "step"]
+        except UserError as error:
+            steps = []
+            wrong.append(error.problem)
         if steps:
             facts |= {"steps": steps[-1]["iteration"], "of": steps[-1].get("iterations")}
             facts |= {"lm loss": str(steps[-1].get("lm_loss"))[:7], "tokens": steps[-1].get("consumed_tokens")}
     if line := goodput_line(path):
         facts["time"] = line
     facts["checkpoints"] = ", ".join(p.name for p in whole) or "none"
-    wrong = [f"{p}: not committed, its writing was cut off" for p in cut_off]
+    wrong += [f"{p}: not committed, its writing was cut off" for p in cut_off]
     for checkpoint in whole if verify else []:
         wrong += verify_files(checkpoint)
     if verify:

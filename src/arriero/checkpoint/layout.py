@@ -3,7 +3,7 @@
 checkpoints/step-00000100/
     config.json            the model's shape, Hugging Face's form
     recipe.toml            the recipe of the run that wrote it
-    state.json             step, consumed samples, loss scale, versions, ...
+    state.json             step, number of the save, consumed samples, loss scale, versions, ...
     rank-00000.safetensors what one process wrote: weights and moments, under global names
     rank-00000.json        of each of those parts: its place in the whole tensor, and the SHA-256 of its bytes
     manifest.json          size and SHA-256 of every small file above
@@ -12,23 +12,33 @@ checkpoints/step-00000100/
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 from arriero.checkpoint import disk
 from arriero.common import untrusted
+from arriero.common.checkpoint_names import MARKER, STATE, step_of
+from arriero.common.files import open_regular
 from arriero.weights.run import FIX as DAMAGED
-from arriero.weights.run import MARKER, committed, step_of
+from arriero.weights.run import committed, run_of, save_number
 
 __all__ = ["DAMAGED", "FORMAT", "MANIFEST", "MARKER", "STATE", "TEMPORARY", "commit", "committed", "file_digest",
-           "read_json", "step_directory", "step_of", "write_json"]  # fmt: skip
+           "read_json", "run_of", "save_number", "step_directory", "step_of",
+           "write_json"]  # fmt: skip
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-STATE = "state.json"
 TEMPORARY = ".tmp"
+
+
+_WRITTEN = re.compile(
+    r"rank-[0-9]{5,}\.(safetensors|json)|(config|state|manifest)\.json|recipe\.toml|COMMITTED(\.tmp)?"
+)
 
 
 def step_directory(root: Path, step: int) -> Path:
@@ -38,8 +48,8 @@ def step_directory(root: Path, step: int) -> Path:
 
 def file_digest(path: Path) -> dict[str, Any]:
     """Size in bytes and SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    with open(open_regular(path), "rb") as file:
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def write_json(path: Path, value: object) -> None:
@@ -56,6 +66,27 @@ def read_json(path: Path, form: Any = dict) -> Any:
     return untrusted.read_json(untrusted.inside(path.parent, path), DAMAGED, form)
 
 
+def made_by_arriero(path: Path) -> bool:
+    """Whether `path` is a checkpoint, whole or not, and holds nothing else: nothing but that is ever removed."""
+    bare = path.with_suffix("") if path.suffix == TEMPORARY else path
+    if step_of(bare) < 0 or path.is_symlink() or not path.is_dir():
+        return False
+    return all(_WRITTEN.fullmatch(one.name) and not one.is_dir() for one in path.iterdir())
+
+
+def make_way(final: Path) -> None:
+    """Removes a checkpoint of the same step that an earlier start wrote: this start went on from before it.
+
+    Raises:
+        OSError: something else is there.
+    """
+    if not os.path.lexists(final):
+        return
+    if not made_by_arriero(final):
+        raise OSError(errno.EEXIST, "is in the way of the checkpoint, and holds what arriero did not write", str(final))
+    disk.remove_tree(final)
+
+
 def commit(temporary: Path, final: Path) -> None:
     """Writes the manifest of what is in `temporary`, renames it to `final` and marks it whole.
 
@@ -66,8 +97,7 @@ def commit(temporary: Path, final: Path) -> None:
     files = {path.name: file_digest(path) for path in small}
     write_json(temporary / MANIFEST, {"format": FORMAT, "files": files, "data": large})
     disk.sync_directory(temporary)
-    if final.exists():  # of an earlier start, and damaged: this one began before it
-        disk.remove_tree(final)
+    make_way(final)
     disk.rename(temporary, final)
     disk.sync_directory(final.parent)
     pending = final / (MARKER + TEMPORARY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,13 @@ from typing import Any
 import torch
 
 from arriero.checkpoint.layout import DAMAGED, STATE, committed, read_json
-from arriero.checkpoint.verify import verify
+from arriero.checkpoint.state import state_problem
+from arriero.checkpoint.verify import shape_problems, verify
 from arriero.common.errors import UserError
+from arriero.common.files import open_regular
+from arriero.common.text import shown
 from arriero.common.untrusted import inside
+from arriero.model.config import LlamaConfig
 from arriero.parallel.mesh import Ranks
 from arriero.weights.raw_file import RawFile
 from arriero.weights.run import places
@@ -57,7 +62,9 @@ class CheckpointReader:
             for key, (whole, offset) in places(index).items():
                 part = file.assembly(key)
                 if not len(whole) == len(offset) == len(part.shape) or min((0, *whole, *offset)) < 0:
-                    raise UserError(f"{index}: {key} is {list(part.shape)} at {list(offset)} of {list(whole)}", DAMAGED)
+                    raise UserError(
+                        f"{index}: {shown(key)} is {list(part.shape)} at {list(offset)} of {list(whole)}", DAMAGED
+                    )
                 dtype = torch_dtype(part.dtype)
                 start = part.pieces[0].source.offset  # type: ignore[attr-defined]
                 self._shapes[key] = whole
@@ -65,7 +72,7 @@ class CheckpointReader:
         for key, whole in self._shapes.items():  # before memory is taken for a shape that a file merely claims
             held, needed = sum(math.prod(part.shape) for part in self._parts[key]), math.prod(whole)
             if held != needed:
-                raise UserError(f"{directory}: {key} has {held} of {needed} elements", DAMAGED)
+                raise UserError(f"{directory}: {shown(key)} has {held} of {needed} elements", DAMAGED)
 
     def keys(self) -> list[str]:
         """Weights and moments."""
@@ -130,7 +137,7 @@ class CheckpointReader:
     def _view(self, part: StoredPart) -> torch.Tensor:
         """The part in the file's own pages: only what is touched is read."""
         if part.path not in self._maps:
-            with open(part.path, "rb") as file:
+            with open(open_regular(part.path), "rb") as file:
                 self._maps[part.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         count = torch.Size(part.shape).numel()
         flat = torch.frombuffer(self._maps[part.path], dtype=part.dtype, count=count, offset=part.start)
@@ -152,40 +159,53 @@ def candidates(path: Path) -> list[Path]:
     Raises:
         UserError: there is none.
     """
-    if not path.exists():
-        raise UserError(f"{path}: no such directory", "name a run directory, or one of its checkpoints/step-*")
+    if not os.path.isdir(path):  # which, unlike Path.is_dir, takes any text
+        raise UserError(f"{shown(path)}: no such directory", "name a run directory, or one of its checkpoints/step-*")
     if (path / STATE).is_file():
         return [path]
     found = committed(path / "checkpoints")
     if not found:
-        raise UserError(f"{path}: holds no checkpoint", "start the run without --resume, or name another directory")
+        raise UserError(
+            f"{shown(path)}: holds no checkpoint", "start the run without --resume, or name another directory"
+        )
     return found[::-1]
 
 
-def newest_that_verifies(paths: list[Path], ranks: Ranks, *, say: Callable[[str], None]) -> Path:
+def newest_that_verifies(
+    paths: list[Path], ranks: Ranks, *, say: Callable[[str], None], model: LlamaConfig | None = None
+) -> Path:  # fmt: skip
     """The first of these checkpoints in which every byte is as it was written; the processes share the reading.
 
     Args:
         paths: the best first; the same on every process.
         ranks: this process's place.
         say: is told loudly of each one that is damaged.
+        model: what the checkpoint must hold the tensors of; compared before any of them is read.
 
     Raises:
         UserError: none of them is whole.
     """
     for path in paths:
-        mine = "\n".join(verify(path, share=ranks.rank, of=ranks.world))
+        mine = "\n".join(
+            (shape_problems(path, model) if model else []) or verify(path, share=ranks.rank, of=ranks.world)
+        )
         wrong = list(dict.fromkeys(line for text in ranks.texts(mine) for line in text.splitlines()))
         if not wrong:
             return path
-        shown = [*wrong[:4], f"and {len(wrong) - 4} more"] if len(wrong) > 5 else wrong
-        for line in shown:
+        listed = [*wrong[:4], f"and {len(wrong) - 4} more"] if len(wrong) > 5 else wrong
+        for line in listed:
             say(f" DAMAGED: {line}")
-        say(f" DAMAGED: {path} is not used")
+        say(f" DAMAGED: {shown(path)} is not used")
     raise UserError(f"{paths[0].parent}: no checkpoint there is whole", "start again, or from a copy kept elsewhere")
 
 
 def load_state(directory: Path, form: dict[str, Any]) -> dict[str, Any]:
-    """The JSON part of a checkpoint, which must hold at least what `form` says. Raises UserError."""
-    state: dict[str, Any] = read_json(directory / STATE, form)
+    """The JSON part of a checkpoint, which must hold at least what `form` gives, every value in its range.
+
+    Raises:
+        UserError: it does not.
+    """
+    if problem := state_problem(directory, form):
+        raise UserError(problem, DAMAGED)
+    state: dict[str, Any] = read_json(directory / STATE)
     return state

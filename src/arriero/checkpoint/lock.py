@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -10,6 +11,8 @@ import time
 from pathlib import Path
 
 from arriero.common.errors import UserError
+from arriero.common.files import make_directory, open_regular, why, write_atomic
+from arriero.common.text import shown
 
 LOCK = "lock.json"
 
@@ -23,43 +26,61 @@ class RunLock:
         Raises:
             UserError: another job has it; the error names host, process and start.
         """
-        self.path = out / LOCK
+        self.path, fix = out / LOCK, "name a directory that can be written with --out"
+        make_directory(out, fix)
         try:
-            out.mkdir(parents=True, exist_ok=True)
-            self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._handle = open_regular(self.path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
-            raise UserError(f"{out}: {error.strerror}", "name a directory that can be written with --out") from None
+            raise UserError(f"{shown(self.path)}: {why(error)}", fix) from None
         until = time.monotonic() + seconds
         while not self._try():
             if time.monotonic() > until:
                 owner = self.owner()
                 os.close(self._handle)
                 fix = "wait for it, end it, or write elsewhere with --out"
-                raise UserError(f"{out}: another job is writing this run ({owner})", fix)
+                raise UserError(f"{shown(out)}: another job is writing this run ({owner})", fix)
             time.sleep(0.2)
+        if os.fstat(self._handle).st_nlink > 1:  # another name of the file, maybe not the run's: it keeps its content
+            self._replace(fix)
         self.stale = self.owner()
         """Who held it and died; empty if the last job ended in order."""
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         text = json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": now})
-        os.ftruncate(self._handle, 0)
-        os.pwrite(self._handle, text.encode() + b"\n", 0)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same, without a name
+            os.ftruncate(self._handle, 0)
+            os.pwrite(self._handle, text.encode() + b"\n", 0)
+
+    def _replace(self, fix: str) -> None:
+        """Goes on with a file of its own, locked from the start."""
+        os.close(self._handle)
+        try:
+            write_atomic(self.path, b"")
+            self._handle = open_regular(self.path, os.O_RDWR)
+        except OSError as error:
+            raise UserError(f"{shown(self.path)}: {why(error)}", fix) from None
+        self._try()
 
     def _try(self) -> bool:
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        except OSError as error:
+            os.close(self._handle)
+            fix = "use a file system that has locks (flock) with --out"
+            raise UserError(f"{shown(self.path)}: cannot be locked ({why(error)})", fix) from None
         return True
 
     def owner(self) -> str:
         """Who is named in the file, in words."""
         try:
             found = json.loads(os.pread(self._handle, 4096, 0))
-            return f"process {found['process']} on {found['host']}, since {found['since']}"
-        except (ValueError, KeyError, TypeError):
+            return shown(f"process {found['process']} on {found['host']}, since {found['since']}")
+        except (ValueError, KeyError, TypeError, OSError, RecursionError):
             return ""
 
     def release(self) -> None:
         """Lets go in order: the file stays, empty."""
-        os.ftruncate(self._handle, 0)
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._handle, 0)
         os.close(self._handle)

@@ -45,7 +45,7 @@ def write_parts(path: Path, parts: dict[str, Part]) -> None:
     header, starts, size = build_header(
         {k: (dtype_name(p.value.dtype), tuple(p.value.shape)) for k, p in parts.items()}
     )
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    handle = os.open(path, disk.NEW, 0o644)
     pool = ThreadPoolExecutor(max(2, min(8, len(os.sched_getaffinity(0)))), thread_name_prefix="checkpoint")
     try:
         disk.write_at(handle, memoryview(header), 0, path)

@@ -1,20 +1,47 @@
-"""Which checkpoints may go, and how one goes."""
+"""Which checkpoints may go, and how one goes. What arriero did not write itself is never touched."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from arriero.checkpoint import disk
 from arriero.checkpoint.config import CheckpointConfig
-from arriero.checkpoint.layout import MARKER, TEMPORARY, committed, step_of
+from arriero.checkpoint.layout import MARKER, TEMPORARY, committed, made_by_arriero, step_of
 
 
-def superfluous(root: Path, config: CheckpointConfig) -> list[Path]:
-    """The committed checkpoints that the policy does not keep, oldest first."""
-    found = committed(root)
-    newest = set(found[-config.keep :]) if config.keep else set(found)
-    kept_for_good = {p for p in found if config.keep_every and step_of(p) % config.keep_every == 0}
-    return [path for path in found if path not in newest | kept_for_good]
+def superfluous(
+    root: Path, config: CheckpointConfig, *, whole: Callable[[Path], bool]
+) -> tuple[list[Path], list[Path]]:
+    """The committed checkpoints that the policy does not keep, oldest first, and the damaged ones that stay.
+
+    Only those that are `whole` count towards `config.keep`; a damaged one is removed only once so many whole ones
+    have been saved after it.
+
+    Args:
+        root: the run's `checkpoints`.
+        config: the policy.
+        whole: whether every byte of a checkpoint is what was written; asked from the newest on, and of no more than
+            have to be known.
+    """
+    if not config.keep:
+        return [], []
+    old: list[Path] = []
+    damaged: list[Path] = []
+    kept, found = 0, committed(root)
+    for number, path in enumerate(reversed(found)):
+        ours = made_by_arriero(path)
+        if config.keep_every and step_of(path) % config.keep_every == 0:
+            kept += kept < config.keep and ours and whole(path)
+        elif kept == config.keep:
+            old += [path] if ours else []
+        elif len(found) - number <= config.keep - kept:  # all that are left are needed, whatever they are worth
+            break
+        elif ours and whole(path):
+            kept += 1
+        else:
+            damaged.append(path)
+    return old[::-1], damaged
 
 
 def forget(path: Path) -> None:
@@ -24,8 +51,13 @@ def forget(path: Path) -> None:
     disk.remove_tree(path)
 
 
+def never_committed(path: Path) -> bool:
+    """Whether `path` is a checkpoint whose writing was cut off, and nothing else."""
+    return (path.suffix == TEMPORARY or not (path / MARKER).is_file()) and made_by_arriero(path)
+
+
 def sweep(root: Path) -> None:
-    """Removes what a run that was killed left behind: directories that were never committed."""
-    for path in root.glob("step-*"):
-        if path.suffix == TEMPORARY or not (path / MARKER).is_file():
+    """Removes what a run that was killed left behind: checkpoints that were never committed."""
+    for path in sorted(root.glob("step-*")) if root.is_dir() else []:
+        if never_committed(path):
             disk.remove_tree(path)

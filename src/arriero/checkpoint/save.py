@@ -6,6 +6,7 @@ during a save goes through a group of its own, so that it never meets the collec
 
 from __future__ import annotations
 
+import math
 import shutil
 import threading
 import time
@@ -16,9 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 from arriero.checkpoint import disk
 from arriero.checkpoint.config import CheckpointConfig
-from arriero.checkpoint.layout import MARKER, STATE, TEMPORARY, commit, step_directory, write_json
+from arriero.checkpoint.layout import (
+    STATE,
+    TEMPORARY,
+    commit,
+    committed,
+    save_number,
+    step_directory,
+    write_json,
+)
 from arriero.checkpoint.parts import Part, data_file, write_parts
-from arriero.checkpoint.retention import forget, superfluous, sweep
+from arriero.checkpoint.retention import forget, never_committed, superfluous, sweep
 from arriero.checkpoint.verify import verify
 from arriero.common.device import host_room, synchronize
 from arriero.common.errors import UserError
@@ -62,6 +71,9 @@ class Saver:
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._done: list[Saved] = []
+        self._whole: dict[Path, list[tuple[str, int, int, int]]] = {}
+        """Checkpoints that were read back and found whole, with their files' names, sizes, times and numbers then."""
+        self._damaged: set[Path] = set()
 
     def save(self, step: int, parts: dict[str, Part], *, state: dict[str, Any], texts: dict[str, str]) -> None:
         """Starts writing `checkpoints/step-N`, whole or not at all; waits for the one before it.
@@ -140,7 +152,8 @@ class Saver:
             disk.make_directory(temporary)
 
         def finish() -> None:
-            write_json(temporary / STATE, state)
+            numbers = [number for p in committed(self.root) if (number := save_number(p)) < math.inf]
+            write_json(temporary / STATE, {**state, "save": int(max(numbers, default=0)) + 1})
             for name, text in texts.items():
                 disk.write_file(temporary / name, text.encode())
             commit(temporary, final)
@@ -152,7 +165,7 @@ class Saver:
         )
         if problem and self.ranks.first:
             for path in (temporary, final):  # room for the next attempt
-                if not (path / MARKER).is_file():
+                if never_committed(path):
                     shutil.rmtree(path, ignore_errors=True)
         return problem
 
@@ -169,26 +182,70 @@ class Saver:
         return next((p for p in self.ranks.texts(problem, self._group) if p), "")
 
     def _forget_old(self, newest: Path) -> str:
-        """Deletes what the policy does not keep, once the newest was read back from the disk and found whole."""
-        old = superfluous(self.root, self.config) if self.ranks.first else []
-        if not any(self.ranks.texts("old" if old else "", self._group)):
-            return ""
-        mine = data_file(newest, self.ranks.rank)
-        wrong = [line for text in self.ranks.texts("\n".join(verify(newest, only=mine)), self._group) if (line := text)]
-        if wrong:
-            return f"{wrong[0]}: it was written, but does not read back; older checkpoints are kept"
-        try:
-            for path in old:
-                forget(path)
-        except OSError as error:
-            return f"{error.filename}: cannot be deleted: {error.strerror}"
-        return ""
+        """Deletes what the policy does not keep; what counts as kept is read back from the disk first, by all processes
+        together. Returns what the user should know of it."""
+        told: list[str] = []
+        if self.ranks.first:
+            try:
+                told = self._delete(newest)
+            except OSError as error:
+                told = [f"{error.filename}: cannot be deleted: {error.strerror}"]
+            self.ranks.texts("", self._group)  # nothing more to be read
+        else:
+            while name := self.ranks.texts("", self._group)[0]:
+                self._read_back(self.root / name, newest)
+        return "; ".join(told)
+
+    def _delete(self, newest: Path) -> list[str]:
+        """The first process's part of it."""
+        wrong: dict[Path, str] = {}
+
+        def whole(path: Path) -> bool:
+            if self._whole.get(path) == (here := stamps(path)):
+                return True
+            self.ranks.texts(path.name, self._group)
+            wrong[path] = self._read_back(path, newest)
+            if not wrong[path]:
+                self._whole[path] = here
+            return not wrong[path]
+
+        old, damaged = superfluous(self.root, self.config, whole=whole)
+        for path in old:
+            forget(path)
+            self._whole.pop(path, None)
+        told = [
+            f"{path} is damaged, and does not count as kept: {wrong.get(path) or 'it holds files of others'}"
+            for path in damaged if path != newest and path not in self._damaged
+        ]  # fmt: skip
+        self._damaged.update(damaged)
+        if wrong.get(newest):
+            told.insert(0, f"{wrong[newest]}: it was written, but does not read back; older checkpoints are kept")
+        return told
+
+    def _read_back(self, path: Path, newest: Path) -> str:
+        """What is wrong with a checkpoint, the same on every process: each reads a share, of the newest its own."""
+        mine = data_file(path, self.ranks.rank) if path == newest else None
+        found = verify(path, share=self.ranks.rank, of=self.ranks.world, only=mine)
+        return next((line for text in self.ranks.texts("\n".join(found), self._group) if (line := text)), "")
+
+
+def stamps(path: Path) -> list[tuple[str, int, int, int]]:
+    """Name, size, time of the last change and number of every file of a checkpoint: as long as they stay, so do its
+    bytes, as far as the system knows."""
+    found = []
+    for one in sorted(path.iterdir()):
+        at = one.stat(follow_symlinks=False)
+        found.append((one.name, at.st_size, at.st_mtime_ns, at.st_ino))
+    return found
 
 
 def free_space(path: Path) -> str:
     """How much room is left where `path` lies, for an error message."""
     here = next((p for p in (path, *path.parents) if p.exists()), Path("/"))
-    free = shutil.disk_usage(here).free
+    try:
+        free = shutil.disk_usage(here).free
+    except OSError:
+        return ""
     return f" ({free / 1e9:.2f} GB free there)" if free >= 1e9 else f" ({free / 1e6:.2f} MB free there)"
 
 

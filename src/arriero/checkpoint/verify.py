@@ -6,17 +6,28 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arriero.checkpoint.layout import FORMAT, MANIFEST, MARKER, file_digest, read_json
+from arriero.checkpoint.layout import FORMAT, MANIFEST, MARKER, STATE, file_digest, read_json
+from arriero.checkpoint.state import state_problem
 from arriero.common.errors import UserError
+from arriero.common.files import open_regular, why
+from arriero.common.text import shown
 from arriero.common.untrusted import MAX_JSON_BYTES, plain_name
+from arriero.model.config import LlamaConfig, parameter_shapes
 
 INDEX = {"bytes": int, "block": int, "header": str, "tensors": {str: {"start": int, "sha256": [str]}}}
-MAX_BLOCK = 1 << 30
+PLACES = {"tensors": {str: {"shape": [int], "offset": [int], "part": [int], "dtype": str}}}
+DATA = re.compile(r"rank-[0-9]{5,}\.safetensors")
+SMALLEST_BLOCK, LARGEST_BLOCK = 64 << 10, 1 << 30
+"""Bytes that one digest covers; arriero writes blocks of 8 MiB."""
+CHUNK = 8 << 20
+"""Bytes that one thread reads at a time."""
+MOMENTS = ("exp_avg.", "exp_avg_sq.")
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,8 @@ def verify(path: Path, *, share: int = 0, of: int = 1, only: Path | None = None)
         wrong, blocks = _chain(path)
     except UserError as error:
         return [error.problem]
+    except OSError as error:
+        return [f"{shown(error.filename or path)}: cannot be read ({why(error)})"]
     chosen = [b for b in blocks if b.path == only] if only else stretch(blocks, share, of)
     return wrong + check_blocks(chosen)
 
@@ -53,12 +66,34 @@ def verify_small(path: Path) -> list[str]:
         return _chain(path)[0]
     except UserError as error:
         return [error.problem]
+    except OSError as error:
+        return [f"{shown(error.filename or path)}: cannot be read ({why(error)})"]
+
+
+def shape_problems(path: Path, model: LlamaConfig) -> list[str]:
+    """What of a checkpoint's tensors, as its small files declare them, does not belong to the model: one sentence.
+
+    The data is not read, so that a shape that a file merely claims costs neither time nor memory.
+    """
+    whole = parameter_shapes(model)
+    try:
+        for index in sorted(path.glob("rank-*.json")):
+            for key, place in read_json(index, PLACES)["tensors"].items():
+                name = next((key.removeprefix(m) for m in MOMENTS if key.startswith(m)), key)
+                expected = whole.get(name)
+                if expected is None:
+                    return [f"{index}: {shown(key)} is no tensor of this model"]
+                if tuple(place["shape"]) != expected:
+                    return [f"{index}: {shown(key)} is {shown(place['shape'])}, in this model {list(expected)}"]
+    except UserError as error:
+        return [error.problem]
+    return []
 
 
 def _chain(path: Path) -> tuple[list[str], list[Block]]:
     """What is wrong with the small files and the files' sizes, and the blocks still to be hashed."""
     if not (path / MARKER).is_file():
-        return [f"{path}: not committed, its writing was cut off"], []
+        return [f"{shown(path)}: not committed, its writing was cut off"], []
     marker = read_json(path / MARKER, {"manifest": dict})
     if not (path / MANIFEST).is_file():
         return [f"{path / MANIFEST}: missing"], []
@@ -69,13 +104,10 @@ def _chain(path: Path) -> tuple[list[str], list[Block]]:
         plain_name(name, str(path / MANIFEST))
     if manifest["format"] != FORMAT:
         return [f"{path / MANIFEST}: format {manifest['format']}, this version reads {FORMAT}"], []
-    wrong: list[str] = []
+    if problem := _names_problem(manifest):
+        return [f"{path / MANIFEST}: {problem}"], []
+    wrong = [problem for name, expected in manifest["files"].items() if (problem := _differs(path / name, expected))]
     blocks: list[Block] = []
-    for name, expected in manifest["files"].items():
-        if problem := _file_problem(path / name):
-            wrong.append(problem)
-        elif file_digest(path / name) != expected:
-            wrong.append(f"{path / name}: size or SHA-256 differs from the manifest")
     for name in manifest["data"]:
         index = (path / name).with_suffix(".json")
         if any(line.startswith(f"{index}:") for line in wrong):
@@ -86,9 +118,30 @@ def _chain(path: Path) -> tuple[list[str], list[Block]]:
             wrong.append(problem)
         else:
             blocks += _blocks(path / name, content)
+    if STATE in manifest["files"] and not wrong and (problem := state_problem(path)):
+        wrong.append(problem)
     known = {*manifest["files"], *manifest["data"], MANIFEST, MARKER}
-    wrong += [f"{path / name}: not in the manifest" for name in sorted({p.name for p in path.iterdir()} - known)]
+    wrong += [f"{path / shown(name)}: not in the manifest" for name in sorted({p.name for p in path.iterdir()} - known)]
     return wrong, blocks
+
+
+def _differs(path: Path, expected: dict[str, Any]) -> str:
+    """What is wrong with a small file; empty if it is as the manifest says."""
+    if problem := _file_problem(path):
+        return problem
+    return "" if file_digest(path) == expected else f"{path}: size or SHA-256 differs from the manifest"
+
+
+def _names_problem(manifest: dict[str, Any]) -> str:
+    """Each data file is named once, by the name that arriero gives it, and its index is among the small files."""
+    seen: set[str] = set()
+    for name in manifest["data"]:
+        if name in seen or not DATA.fullmatch(name):
+            return f"names {shown(name)}" + (" twice" if name in seen else ", which is no data file of a checkpoint")
+        if Path(name).with_suffix(".json").name not in manifest["files"]:
+            return f"lacks the index of {name}"
+        seen.add(name)
+    return ""
 
 
 def _file_problem(path: Path) -> str:
@@ -107,15 +160,16 @@ def _blocks(path: Path, index: dict[str, Any]) -> list[Block]:
     tensors = sorted(index["tensors"].items(), key=lambda item: item[1]["start"])
     size, step = index["bytes"], index["block"]
     starts = [entry["start"] for _, entry in tensors] + [size]
-    if starts[0] < 0 or starts != sorted(starts) or not 0 < step <= MAX_BLOCK or starts[0] > MAX_JSON_BYTES + 8:
+    ordered = 0 <= starts[0] <= MAX_JSON_BYTES + 8 and starts == sorted(starts)
+    if not ordered or not SMALLEST_BLOCK <= step <= LARGEST_BLOCK:
         raise UserError(f"{path}: its index places tensors outside it")
     found = [Block(path, "the header", 0, starts[0], index["header"])]
     for (name, entry), end in zip(tensors, starts[1:], strict=True):
         ranges = range(entry["start"], end, step)
         if len(ranges) != len(entry["sha256"]):
-            raise UserError(f"{path}: {name} has {len(entry['sha256'])} digests for {len(ranges)} blocks")
+            raise UserError(f"{path}: {shown(name)} has {len(entry['sha256'])} digests for {len(ranges)} blocks")
         found += [
-            Block(path, f"tensor {name}", at, min(step, end - at), sha256)
+            Block(path, f"tensor {shown(name)}", at, min(step, end - at), sha256)
             for at, sha256 in zip(ranges, entry["sha256"], strict=True)
         ]
     return found
@@ -136,19 +190,15 @@ def stretch(blocks: list[Block], part: int, of: int) -> list[Block]:
 
 
 def _check(blocks: list[Block]) -> list[str]:
-    buffer = bytearray(max(b.length for b in blocks))
+    buffer = memoryview(bytearray(min(CHUNK, max(b.length for b in blocks))))
     handles: dict[Path, int] = {}
     wrong = []
     try:
         for block in blocks:
             if block.path not in handles:
-                handles[block.path] = os.open(block.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                handles[block.path] = open_regular(block.path)
                 os.posix_fadvise(handles[block.path], 0, 0, os.POSIX_FADV_SEQUENTIAL)
-            view = memoryview(buffer)[: block.length]
-            done = 0
-            while done < block.length and (read := os.preadv(handles[block.path], [view[done:]], block.start + done)):
-                done += read
-            if done < block.length or hashlib.sha256(view).hexdigest() != block.sha256:
+            if _digest(handles[block.path], block, buffer) != block.sha256:
                 wrong.append(f"{block.path}: {block.what} is damaged: its SHA-256 differs")
     except OSError as error:
         wrong.append(f"{block.path}: {block.what} cannot be read ({error.strerror})")
@@ -156,3 +206,15 @@ def _check(blocks: list[Block]) -> list[str]:
         for handle in handles.values():
             os.close(handle)
     return wrong
+
+
+def _digest(handle: int, block: Block, buffer: memoryview) -> str:
+    """SHA-256 of a block, read through the buffer; of less, and so another one, where the file ends too early."""
+    total, done = hashlib.sha256(), 0
+    while done < block.length:
+        read = os.preadv(handle, [buffer[: min(len(buffer), block.length - done)]], block.start + done)
+        if not read:
+            break
+        total.update(buffer[:read])
+        done += read
+    return total.hexdigest()

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import re
 from collections.abc import Iterable
 
+from arriero.common.text import shown
+
+MOST_KNOWN = 20
 EXIT_OK = 0
 EXIT_CHECK_FAILED = 1  # a comparison or a verification ran, and its answer is no
 EXIT_USAGE = 2  # the command, the recipe or an input is wrong; nothing was changed
@@ -33,10 +38,11 @@ class CheckFailed(Exception):  # noqa: N818 - a verdict, not a fault
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Returns a sentence that names the nearest of `known`, or lists them all when none is near."""
+    """Returns a sentence that names the nearest of `known`, or lists the first of them when none is near."""
     names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+    close = difflib.get_close_matches(word[:200], names, n=1, cutoff=0.6)
+    more = f" and {len(names) - MOST_KNOWN:,} more" if len(names) > MOST_KNOWN else ""
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names[:MOST_KNOWN])}{more}"
 
 
 def join_problems(problems: list[UserError]) -> UserError:
@@ -45,3 +51,48 @@ def join_problems(problems: list[UserError]) -> UserError:
         return problems[0]
     lines = [f"{i}. {p!s}" for i, p in enumerate(problems, 1)]
     return UserError(f"{len(problems)} problems:\n" + "\n".join(lines))
+
+
+_RESOURCES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+"""Errors of the system whose text alone tells the user what to mend."""
+_BACKEND = re.compile(r"Failed to load the backend extension: (\S+?)\.?(?:\s|$)")
+_MEMORY = ("DefaultCPUAllocator", "out of memory", "Unable to allocate")
+
+
+def as_user_error(error: BaseException) -> UserError | None:
+    """An error that nobody has expected in its place, if its kind alone tells the user what to mend; else None.
+
+    A file that cannot be opened or written, memory that does not suffice, an input that is nested too deep, a file name
+    that no file can have, a device whose libraries are missing.
+    """
+    if isinstance(error, UserError):
+        return error
+    text, found = str(error), ("", "")
+    if isinstance(error, OSError) and error.strerror and (error.filename is not None or error.errno in _RESOURCES):
+        names = [shown(name) for name in (error.filename, error.filename2) if name not in (None, "")]
+        found = f"{' -> '.join(names)}{': ' if names else ''}{error.strerror}", _fix(error.errno)
+    elif isinstance(error, RecursionError):
+        found = "an input is nested too deep to be read", "look for the file with thousands of brackets"
+    elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in text for w in _MEMORY)):
+        what = shown(text.partition("\n")[0]) or "no more could be had"
+        found = f"the memory does not suffice: {what}", "free some, or ask for less at a time"
+    elif isinstance(error, RuntimeError) and (match := _BACKEND.search(text)):
+        fix = "make its libraries known (for npu: source CANN's set_env.sh), or set TORCH_DEVICE_BACKEND_AUTOLOAD=0"
+        cause = f": {shown(error.__cause__)}" if error.__cause__ else ""
+        found = f"torch cannot load {shown(match[1])}{cause}", fix
+    elif isinstance(error, UnicodeEncodeError) or (isinstance(error, ValueError) and "embedded null" in text):
+        found = f"a file name or a text holds what cannot be written: {shown(error)}", "mend the name"
+    return UserError(*found) if found[0] else None
+
+
+def _fix(number: int | None) -> str:
+    return {
+        errno.ENOSPC: "make room, or write to another disk",
+        errno.EDQUOT: "make room, or write to another disk",
+        errno.EACCES: "give yourself the right to it, or name another path",
+        errno.EPERM: "give yourself the right to it, or name another path",
+        errno.EROFS: "name a path that can be written",
+        errno.ENAMETOOLONG: "name a shorter path",
+        errno.EMFILE: "raise the limit of open files: ulimit -n",
+        errno.EIO: "look at the disk: the kernel's log has more",
+    }.get(number or 0, "mend the path, or name another")

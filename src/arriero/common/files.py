@@ -11,8 +11,10 @@ import contextlib
 import errno
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
+from arriero.common.checkpoint_names import inside_checkpoint
 from arriero.common.errors import UserError
 from arriero.common.text import shown
 
@@ -47,12 +49,12 @@ def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY, *, foll
     return handle
 
 
-def write_atomic(path: Path, data: bytes | str, *, durable: bool = False) -> None:
-    """Replaces a small file at once: all of it, or what was there before.
+def write_atomic(path: Path, data: bytes | str | Iterable[bytes], *, durable: bool = False) -> None:
+    """Replaces a file at once: all of it, or what was there before.
 
     Args:
         path: the file; a symbolic link in its place is replaced, not followed.
-        data: its content; text is written as UTF-8.
+        data: its content, or pieces of it; text is written as UTF-8.
         durable: wait until the disk has it.
 
     Raises:
@@ -64,7 +66,9 @@ def write_atomic(path: Path, data: bytes | str, *, durable: bool = False) -> Non
     handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
         with open(handle, "wb") as file:
-            file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            if isinstance(data, str):
+                data = data.encode("utf-8")
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             if durable:
                 os.fsync(file.fileno())
@@ -91,8 +95,11 @@ def make_directory(path: Path, fix: str, *, follow: bool = True) -> None:
             inside a run directory.
 
     Raises:
-        UserError: it cannot be made, is no directory, or is a link that is not to be followed.
+        UserError: it cannot be made, is no directory, is a link that is not to be followed, or lies in a committed
+            checkpoint, into which nothing is written.
     """
+    if holder := inside_checkpoint(path):
+        raise UserError(f"{shown(path)}: is or lies in the checkpoint {shown(holder)}, which is only read", fix)
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not follow and path.is_symlink():

@@ -111,7 +111,9 @@ def value_problem(value: Any, kind: Any) -> str:
     wrong = ""
     if origin in (Union, types.UnionType):
         choices = [one for one in get_args(base) if one is not type(None)]
-        wrong = "" if value is None else value_problem(value, choices[0])
+        many = isinstance(value, tuple)
+        choice = next((one for one in choices if (get_origin(plain(one)) is tuple) == many), choices[0])
+        wrong = "" if value is None else value_problem(value, choice)
     elif origin is tuple and isinstance(value, tuple):
         if (bound := annotation(kind, Len)) and len(value) > (bound.max_length or math.inf):
             return f"has {len(value):,} values"

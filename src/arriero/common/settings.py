@@ -93,13 +93,13 @@ def parse_verb(cls: type[T], words: list[str], *, prog: str, description: str) -
     Raises:
         UserError: what is wrong, with its fix.
     """
-    config = (tyro.conf.FlagCreatePairsOff,)
+    # Both words of a flag are shown, --bos and --no-bos: its description and its default are those of the first one.
     if {"-h", "--help"} & set(words):
-        tyro.cli(_for_tyro(cls), prog=prog, description=description, args=words, config=config)
+        tyro.cli(_for_tyro(cls), prog=prog, description=description, args=words)
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
-            built: Any = tyro.cli(_for_tyro(cls), prog=prog, description=description, args=words, config=config)
+            built: Any = tyro.cli(_for_tyro(cls), prog=prog, description=description, args=words)
     except SystemExit:
         raise UserError(f"{prog}: {_first_sentence(printed.getvalue())}", _verb_fix(cls, words, prog)) from None
     hints = get_type_hints(cls, include_extras=True)
@@ -146,9 +146,10 @@ def _build(cls: type[T], settings: list[Setting], prog: str) -> T:
         said = _first_sentence(printed.getvalue())
         if len(settings) != 1:
             raise UserError(f"{prog}: {said}") from None
-        number = re.match(r"Error parsing [^:]*: (is .*)", said)  # read_number's own words
-        problem = f"{_named(settings[0])} {number[1]}" if number else f"{_named(settings[0])}: {said}"
-        raise UserError(problem, f"give {wanted(field_ranges(cls)[settings[0].key])}") from None
+        (one,) = settings
+        choice = said.startswith("invalid choice")  # the fix lists what there is to choose from
+        problem = f"{_named(one)} is '{shown(' '.join(one.words), 60)}'" if choice else f"{_named(one)}: {said}"
+        raise UserError(problem, f"give {wanted(field_ranges(cls)[one.key])}") from None
 
 
 def _first_sentence(box: str) -> str:

@@ -32,7 +32,7 @@ class CompareArgs:
     """The greatest relative error |b - a| / |a| allowed at any common iteration; 0 asks for equality bit for bit."""
     quantity: tuple[str, ...] = ()
     """What to compare, such as lm_loss grad_norm validation_loss; unset: loss, and gradient norm where both have it."""
-    logging_steps: int = 0
+    logging_steps: Annotated[int, Interval(ge=0, le=1_000_000_000)] = 0
     """Steps between two lines of a log whose lines name no step, as Hugging Face's Trainer prints them."""
     out: Path | None = None
     """A directory for the figure (compare.png) and the report (compare.md, compare.html)."""

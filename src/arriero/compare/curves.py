@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from arriero.common.errors import UserError
@@ -107,6 +107,7 @@ class Collector:
         return Curves(self.path, columns, kind, frozenset(self.steps), frozenset(self.dropped - columns.keys()), **more)  # type: ignore[arg-type]
 
 
+@lru_cache(maxsize=2 * MAX_NAMES)
 def normal(name: str) -> str:
     """A quantity's name in lower case with underscores: `lm loss`, `train/loss` and `Grad-Norm` become one form.
 
@@ -149,8 +150,8 @@ def needed(text: str, where: str, name: str) -> float:
 
 def whole(value: object) -> int | None:
     """An iteration's number, from a JSON value or a CSV cell, or None: 0 to 10^15, and whole."""
-    if isinstance(value, str):
-        value = number(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, str):  # ms-swift writes 5/100: of 100 steps the fifth
+        value = number(value.partition("/")[0])
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e15:  # NaN is not
         return None
-    return int(value) if 0 <= value < 1e15 and value == int(value) else None
+    return int(value) if value == int(value) else None

@@ -6,6 +6,7 @@ grpc, protobuf and a web server. Formats: TensorFlow's record_writer.h, event.pr
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -90,17 +91,17 @@ def _damaged(file: Path, at: int, reason: str) -> UserError:
 
 def _records(path: Path, stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
     """(place, bytes) of each record that is small enough; the checksums of the length and of the data are compared."""
-    at = 0
+    at, size = 0, os.fstat(stream.fileno()).st_size
     while len(head := stream.read(_HEADER)) == _HEADER:
         length, crc = struct.unpack("<QI", head)
         if masked_crc(head[:8]) != crc:
             raise _damaged(path, at, "the checksum of its length differs")
+        if at + _HEADER + length + 4 > size:
+            return  # cut off by a kill
         if length > MAX_RECORD:
-            stream.seek(min(length + 4, 1 << 62), 1)
+            stream.seek(length + 4, os.SEEK_CUR)
         else:
             data, tail = stream.read(length), stream.read(4)
-            if len(tail) < 4:
-                return
             if masked_crc(data) != struct.unpack("<I", tail)[0]:
                 raise _damaged(path, at, "its checksum differs")
             yield at, data
@@ -127,7 +128,7 @@ def _scalar(data: int | bytes) -> tuple[str, float] | None:
     for field, wire, value in _fields(data):
         if field == 1 and isinstance(value, bytes):
             tag = value.decode("utf-8", "replace")
-        elif field == 2 and wire == 5:
+        elif field == 2 and wire == 5 and isinstance(value, bytes):
             number = struct.unpack("<f", value)[0]
         elif field == 8 and isinstance(value, bytes):
             number = _tensor(value)

@@ -60,21 +60,24 @@ def read_lines(file: BinaryIO) -> Iterator[Line]:
 
     A line ends at a line feed or at a carriage return. Bytes that are not UTF-8 become U+FFFD.
     """
-    number, held, cut = 1, b"", False
+    number, held, passing = 1, b"", False  # passing: over the rest of a line that was too long
     while chunk := file.read(_CHUNK):
         feeds = chunk.split(b"\n")
         for i, feed in enumerate(feeds):
             pieces = feed.split(b"\r")
             for j, piece in enumerate(pieces):
                 room = MAX_LINE - len(held)
-                cut = cut or len(piece) > room
-                held += piece[:room]
+                held = b"" if passing else held + piece[:room]
+                if len(piece) > room and not passing:
+                    yield Line(number, _clean(held), False, True)
+                    held, passing = b"", True
                 if j < len(pieces) - 1 or i < len(feeds) - 1:
-                    yield Line(number, _clean(held), True, cut)
-                    held, cut = b"", False
+                    if not passing:
+                        yield Line(number, _clean(held), True, False)
+                    held, passing = b"", False
             number += i < len(feeds) - 1
     if held:
-        yield Line(number, _clean(held), False, cut)
+        yield Line(number, _clean(held), False, False)
 
 
 def _clean(raw: bytes) -> str:

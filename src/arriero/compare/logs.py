@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
+from arriero.common.errors import UserError
 from arriero.common.text import shown
 from arriero.compare.curves import VALIDATION, Collector, Curves, needed, normal, number
 from arriero.compare.lines import Line
@@ -21,7 +22,8 @@ _MEGATRON = re.compile(r"\biteration:?\s+(\d{1,15})\s*(?:/\s*\d+\s*)?\|(.*)", re
 _MEGATRON_VALIDATION = re.compile(
     r"validation(-\d{1,6})? loss at iteration (\d{1,15})(?: on (\w+) set)? \| (?:lm )?loss value: (\S+)", re.ASCII
 )
-_TITAN = re.compile(r"(?:^|\s)(validate )?step:\s*(\d[\d,]{0,20})\s.*?\bloss:\s*\S", re.ASCII)
+# None of these may look on to the line's end from every place in it: a line of a megabyte would take hours.
+_TITAN = re.compile(r"(?:^|\s)(validate )?step:\s*(\d[\d,]{0,20})\s", re.ASCII)
 _PAIR = re.compile(r"([A-Za-z_]\w{0,60}):\s*([^\s|]+)", re.ASCII)
 _LITGPT = re.compile(r"\biter (\d{1,15}) step (\d{1,15}) \| loss train: ([^\s,]+),(.*)", re.ASCII)
 _LITGPT_VALIDATION = re.compile(r"\biter (\d{1,15}): val loss ([^\s,]+), val time: ", re.ASCII)
@@ -67,12 +69,14 @@ def _torchtitan(found: Collector, text: str, where: str) -> None:
         return
     iteration = int(match[2].replace(",", ""))
     fields: dict[str, float] = {}
-    for key, value in _PAIR.findall(text[match.start() :]):
+    for key, value in _PAIR.findall(text, match.start()):
         one = number(value.replace(",", ""))
         if one is None and key == "loss" and "loss" not in fields:
             one = needed(value, where, key)
         if one is not None and key != "step":
             fields.setdefault(normal(key), one)
+    if iteration >= 10**15 or "loss" not in fields:
+        return
     if match[1]:
         found.add(iteration, {VALIDATION: fields["loss"]}, training=False)
     else:
@@ -154,14 +158,20 @@ def read_log(path: Path, lines: Iterable[Line], only: Collection[str] | None) ->
         ("{'", "Hugging Face Trainer's printed log", trainer.read),
     ]
     collectors = [Collector(path, only) for _ in readers]
+    wrong: dict[int, UserError] = {}  # of a reader whose lines these may not be, so that it counts at the end alone
     for line in lines:
         if line.cut or not (line.whole or line.text.rstrip().endswith(("|", "}"))):
             continue  # cut off by a kill, and then so may be its last number; or no line of a log at all
-        for collector, (mark, _, read) in zip(collectors, readers, strict=True):
-            if mark in line.text:
-                read(collector, line.text, f"{shown(path)}, line {line.number}")
+        for i, (mark, _, read) in enumerate(readers):
+            if i not in wrong and mark in line.text:
+                try:
+                    read(collectors[i], line.text, f"{shown(path)}, line {line.number}")
+                except UserError as error:
+                    wrong[i] = error
     best = max(range(len(readers)), key=lambda i: len(collectors[i].steps))
     _, kind, read = readers[best]
+    if wrong and (best in wrong or not collectors[best].steps):
+        raise wrong.get(best, next(iter(wrong.values())))
     if not collectors[best].steps:
         return Curves(path, {}, "a console log", frozenset())
     if read == trainer.read:

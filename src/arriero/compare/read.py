@@ -71,7 +71,11 @@ def _read_file(path: Path, only: Collection[str] | None) -> Curves:
             raise UserError(f"{shown(path)}: is UTF-16, as PowerShell writes it", fix)
         file.seek(0)
         lines = read_lines(file)
-        before = list(itertools.islice(lines, _SNIFFED))
+        before = []
+        for line in itertools.islice(lines, _SNIFFED):
+            before.append(line)
+            if line.cut:
+                break
         kind = _kind(path, before)
         if kind == "state":
             return read_trainer_state(path, only)

@@ -15,8 +15,8 @@ from arriero.common.untrusted import parse_json, read_json
 from arriero.compare.curves import VALIDATION, Collector, Curves, meaning, needed, normal, number, twice, whole
 from arriero.compare.lines import MAX_LINE, Line
 
-ITERATION = ("iteration", "iterations", "iter", "global_step", "trainer_global_step", "current_steps", "step", "steps",
-             "_step")  # fmt: skip
+ITERATION = ("iteration", "iterations", "iter", "global_step", "trainer_global_step", "global_step_max_steps",
+             "current_steps", "step", "steps", "_step")  # fmt: skip
 """Names of the column or key that counts steps, the one that is taken first."""
 FIX = "remove the line, or restore the file"
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -131,7 +131,7 @@ def _delimiter(header: str) -> str:
 def read_json_lines(path: Path, lines: Iterable[Line], only: Collection[str] | None) -> Curves:
     """Reads JSON objects, one a line: arriero's metrics.jsonl, LLaMA-Factory's trainer_log.jsonl, others alike.
 
-    A last line without an end, as a kill leaves it, is left out, and so are objects that name no step.
+    A last line that is half written, as a kill leaves it, is left out, and so are objects that name no step.
 
     Raises:
         UserError: a line that is no JSON object, or a metrics record without its iteration, named by file and line.
@@ -140,10 +140,15 @@ def read_json_lines(path: Path, lines: Iterable[Line], only: Collection[str] | N
     for line in lines:
         if line.cut:
             raise too_long(path, line)
-        if not line.whole or not line.text.strip():
+        if not line.text.strip():
             continue
         where = f"{shown(path)}, line {line.number}"
-        record = parse_json(line.text, where, FIX, {})
+        try:
+            record = parse_json(line.text, where, FIX, {})
+        except UserError:
+            if not line.whole:
+                continue  # cut off by a kill
+            raise
         ours |= "kind" in record and "iteration" in record
         _add_record(found, record, where)
     return found.curves("arriero's metrics" if ours else "JSON lines")
@@ -195,4 +200,4 @@ def _value(value: object) -> float | None:
     try:
         return float(value)
     except OverflowError:
-        return math.copysign(math.inf, value)
+        return None  # an integer that no float holds

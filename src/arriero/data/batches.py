@@ -186,7 +186,11 @@ class Batches:
         if config.order == "megatron" and samples is None:
             raise UserError('data.order = "megatron" needs the number of samples of the run', 'use order = "stable"')
         blend = parse_prefix(config.prefix)
-        self._blend = MegatronBlend(blend.weights, samples) if config.order == "megatron" and samples else None
+        several = len(blend.prefixes) > 1
+        self.blend: MegatronBlend | None = None
+        """Megatron's, which a lone set with a weight is as well."""
+        if config.order == "megatron" and samples and (several or blend.weights is not None):
+            self.blend = MegatronBlend(blend.weights, samples)
         shares, self.sets = parse_split(config.split), []
         for number, prefix in enumerate(blend.prefixes):
             wanted = self._wanted(blend, number, samples)
@@ -203,14 +207,16 @@ class Batches:
         lengths = [s.samples_per_epoch for s in self.sets]
         weights = blend.weights or lengths
         self.weights = [weight / sum(weights) for weight in weights]
-        if self._blend is not None and len(blend.prefixes) > 1:
-            self._blend.share_out(lengths)
+        if self.blend is not None and several:
+            self.blend.share_out(lengths)
 
     def _wanted(self, blend: Blend, number: int, samples: int | None) -> int | None:
         """How many samples Megatron's order of one set is made for; None for one pass over it."""
-        if self._blend is None or (blend.weights is None and len(blend.prefixes) > 1):
+        if self.config.order != "megatron":
             return None
-        return samples if blend.weights is None else self._blend.drawn[number]
+        if self.blend is None:
+            return samples
+        return None if blend.weights is None else self.blend.drawn[number]
 
     def _open(
         self, prefix: str, shares: tuple[float, ...], which: int, seed: int, samples: int | None
@@ -267,7 +273,7 @@ class Batches:
         for one, rows, within in self._shared_out(samples):
             one.fill(within, rows, buffer, out)
         if self.vocab_size is not None:
-            self._check_ids(samples, [buffer] if plain else [out.tokens, out.labels])
+            self._check_ids(samples, [buffer] if plain else [out.tokens, out.labels], np.uint64(self.vocab_size))
         return out
 
     def _shared_out(self, samples: np.ndarray) -> Iterator[tuple[_TextSet | InstructionSet, np.ndarray, np.ndarray]]:
@@ -275,21 +281,22 @@ class Batches:
         if len(self.sets) == 1:
             yield self.sets[0], np.arange(len(samples)), samples
             return
-        which, within = self._blend.of(samples) if self._blend is not None else blend_stable(samples, self.weights)
+        which, within = self.blend.of(samples) if self.blend is not None else blend_stable(samples, self.weights)
         for i, one in enumerate(self.sets):
             rows = np.flatnonzero(which == i)
             if len(rows):
                 yield one, rows, np.asarray(within[rows], np.int64)
 
-    def _check_ids(self, samples: np.ndarray, read: list[np.ndarray]) -> None:
+    def _check_ids(self, samples: np.ndarray, read: list[np.ndarray], vocab_size: np.uint64) -> None:
         """Refuses ids that the model has no row for: they are looked at as they are read, not in a pass of their own.
 
         Raises:
             UserError: names the file and the place in it.
         """
+        assert self.vocab_size is not None
         for ids in read:
             # Seen as unsigned, a negative id is above every vocabulary; -100 stands where no loss falls.
-            outside = ids.view(np.uint64) >= np.uint64(self.vocab_size)
+            outside = ids.view(np.uint64) >= vocab_size
             if ids is not read[0]:
                 outside &= ids != -100
             if outside.any():

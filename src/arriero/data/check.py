@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from arriero.common.errors import UserError
 from arriero.common.text import shown
 from arriero.data.batches import Batches, DataConfig
@@ -53,28 +55,35 @@ def check_data_against(config: DataConfig, vocab_size: int, tokenizer_fingerprin
             )
 
 
-def check_part(data: IndexedDataset, vocab_size: int, *, ignored: int | None = None, whole: bool = False) -> None:
+def check_part(data: IndexedDataset, vocab_size: int | None, *, whole: bool = False, **how: Any) -> None:
     """Looks at all ids of a set, or unless `whole` at those of evenly spaced stretches of a large one.
 
     Raises:
-        OutsideVocabulary: names the place of the first that is not in 0 to vocab_size - 1; `ignored` may stand there.
+        OutsideVocabulary: as `IndexedDataset.check_ids`, which takes `how`.
     """
     total = len(data.tokens)
     if whole or total <= MOST_TOKENS:
-        data.check_ids(vocab_size, ignored=ignored)
+        data.check_ids(vocab_size, **how)
         return
     for i in range(_STRETCHES):
         first = (total - MOST_TOKENS // _STRETCHES) * i // (_STRETCHES - 1)
-        data.check_ids(vocab_size, first=first, end=first + MOST_TOKENS // _STRETCHES, ignored=ignored)
+        data.check_ids(vocab_size, first=first, end=first + MOST_TOKENS // _STRETCHES, **how)
 
 
-def label_notices(batches: Batches) -> list[str]:
-    """Lines about records of a split that are cut or left out, and samples in which no label carries a loss.
+def batch_notices(batches: Batches) -> list[str]:
+    """Lines about a split that is read more often than it seems, about records that are cut or left out, and about
+    samples in which no label carries a loss.
 
     Raises:
         UserError: no sample of a set keeps one.
     """
     lines = [f" NOTICE: {batches.split}: {note}" for note in batches.notices()]
+    blend = batches.blend
+    if blend is not None and blend.total < blend.samples:
+        lines.append(
+            f" NOTICE: data.prefix: without weights Megatron-LM passes over a blend once, which is {blend.total} "
+            f"samples; the run reads {blend.samples}, and starts over: give weights, or fewer steps"
+        )
     for prefix, one in zip(parse_prefix(batches.config.prefix).prefixes, batches.sets, strict=True):
         if not isinstance(one, InstructionSet):
             continue

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from arriero.common.errors import UserError
 from arriero.common.text import printable, shown
@@ -68,7 +68,7 @@ def read_columns(path: Path, kind: str, columns: tuple[str, ...] | None, meter: 
             raise _problem(path, kind, code, errors.read()[-20_000:].decode("utf-8", "replace"))
 
 
-def _frame(pipe: BinaryIO) -> bytes | None:
+def _frame(pipe: IO[bytes]) -> bytes | None:
     """The next frame; empty at the proper end, None where the pipe is cut."""
     head = pipe.read(FRAME.size)
     if len(head) < FRAME.size:

@@ -16,6 +16,7 @@ import numpy as np
 from arriero.common.device import trim_memory
 from arriero.common.errors import UserError
 from arriero.data.tokenizer import JsonTokenizer, Tokenizer
+from arriero.data.tokenizer_check import in_time, sentence
 
 # gigatoken remembers every word that it has met (about 2 MB for each MB of program text): it is started over after this
 # much text.
@@ -38,6 +39,13 @@ def _description(reference: Tokenizer) -> dict[str, Any]:
             found = json.loads(sentencepiece_to_tokenizer_json(reference.path.read_bytes()))
         except (ImportError, ValueError) as error:
             raise UnsuitableError(str(error)) from error
+    try:
+        return _without_specials(found)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UnsuitableError(f"gigatoken does not read this tokenizer ({error!r})") from error
+
+
+def _without_specials(found: dict[str, Any]) -> dict[str, Any]:
     model = found["model"]
     if model.get("byte_fallback"):
         lacking = [b for b in range(256) if f"<0x{b:02X}>" not in model["vocab"]]
@@ -74,10 +82,8 @@ class FastTokenizer(Tokenizer):
         from gigatoken.gigatoken_rs import PadTruncate
 
         self._padding = PadTruncate(0)
-        try:
+        with sentence(self.path, "gigatoken does not read this tokenizer"):  # it raises whatever its parser met
             return Gigatoken.from_json(self._json).backend
-        except Exception as error:  # it raises whatever its parser met
-            raise UnsuitableError(f"gigatoken does not read this tokenizer ({error})") from error
 
     def _current(self, size: int) -> Any:
         """The engine for `size` more bytes of text: a fresh one when the cache of the old one has grown."""
@@ -90,7 +96,11 @@ class FastTokenizer(Tokenizer):
             return self._backend
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Raises UserError when a probe's ids differ from the reference tokenizer's."""
+        """Raises UserError when a probe's ids differ from the reference tokenizer's, or gigatoken fails or hangs."""
+        with sentence(self.path, "gigatoken cannot tokenize"):
+            return in_time(self.path, sum(map(len, texts)), lambda: self._encode_all(texts))
+
+    def _encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         raw = [text.encode() for text in texts]
         backend = self._current(sum(map(len, raw)))
         out: list[np.ndarray] = []
@@ -120,7 +130,11 @@ class FastTokenizer(Tokenizer):
     def _compare_one(self, text: str) -> None:
         raw = text.encode()
         # Not `encode`: that call wants the engine for itself, and other threads are using it.
-        rows, lengths = self._current(len(raw)).encode_batch_padded([raw], self._padding, parallel=False)
+        with sentence(self.path, "gigatoken cannot tokenize"):
+            backend = self._current(len(raw))
+            rows, lengths = in_time(
+                self.path, len(text), lambda: backend.encode_batch_padded([raw], self._padding, parallel=False)
+            )
         if not np.array_equal(rows[0][: lengths[0]], self.reference._encode([text])[0]):
             shown = text if len(text) < 80 else text[:80] + "..."
             raise UserError(

@@ -6,6 +6,7 @@ from the parts, never from searching the text.
 
 from __future__ import annotations
 
+import os
 import string
 import tomllib
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from arriero.common.errors import UserError, nearest
+from arriero.common.text import shown
 from arriero.common.untrusted import read_text
 from arriero.data import chat
 from arriero.data.records import CONTENT, BadRecordError, Record, filled, optional, refuse_content
@@ -99,9 +101,9 @@ def load_template(name: str) -> Template:
     if name in TEMPLATES:
         return TEMPLATES[name]
     path = Path(name)
-    if not path.is_file():
+    if not os.path.isfile(name):  # False for names that no file can have
         raise UserError(
-            f"unknown template {name!r}; {nearest(name, TEMPLATES)}", "give one of these names, or a TOML file"
+            f"unknown template {shown(name)!r}; {nearest(name, TEMPLATES)}", "give one of these names, or a TOML file"
         )
     try:
         found = tomllib.loads(read_text(path, "give a template's TOML file", 1_000_000))

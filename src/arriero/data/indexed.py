@@ -25,6 +25,7 @@ import numpy as np
 from arriero.common.errors import UserError
 from arriero.common.files import why
 from arriero.common.text import shown
+from arriero.data.output import create
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # 34 bytes
@@ -144,32 +145,35 @@ class IndexedDataset:
         )
 
     def check_ids(
-        self, vocab_size: int, *, first: int = 0, end: int | None = None, ignored: int | None = None
+        self, vocab_size: int | None, *, first: int = 0, end: int | None = None, ignored: int | None = None,
+        whose: str = "the model's",
     ) -> None:  # fmt: skip
         """Looks for ids that are not in 0 to vocab_size - 1, about 1 GB/s.
 
         Args:
-            vocab_size: rows of the model.
+            vocab_size: rows of the model; None where it is not known: then ids below 0 alone are looked for.
             first, end: the part of `tokens` to look at; all of it by default.
             ignored: a value that is none and may stand there, such as the label of a token that carries no loss.
+            whose: vocabulary it is, for the message.
 
         Raises:
             OutsideVocabulary: for the first one; names the file and the place in it.
         """
         stop = len(self.tokens) if end is None else end
+        most = 1 << 62 if vocab_size is None else vocab_size
+        entries = "ids count from 0" if vocab_size is None else f"{whose} vocabulary has {vocab_size} entries"
         for at in range(first, stop, _CHUNK):
             part = self.tokens[at : min(at + _CHUNK, stop)]
-            if int(part.max()) < vocab_size and (self.dtype.kind == "u" or int(part.min()) >= 0):
+            if int(part.max()) < most and (self.dtype.kind == "u" or int(part.min()) >= 0):
                 continue
-            outside = (part < 0) | (part >= vocab_size)
+            outside = (part < 0) | (part >= most)
             if ignored is not None:
                 outside &= part != ignored
             if outside.any():
                 i = int(np.flatnonzero(outside)[0])
                 place = f"token {at + i}, at byte {(at + i) * self.dtype.itemsize}"
                 raise OutsideVocabulary(
-                    f"{self._name}.bin holds token id {int(part[i])}, the model's vocabulary has {vocab_size} entries "
-                    f"({place})",
+                    f"{self._name}.bin holds token id {int(part[i])}, {entries} ({place})",
                     "prepare the text with the model's own tokenizer",
                 )
 
@@ -194,9 +198,9 @@ class IndexedWriter:
         self._hash = hashlib.sha256()
         Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
         self._parts = {n: Path(f"{self.prefix}.{n}.partial") for n in ("bin", "idx", "sizes", "documents")}
-        self._bin = self._parts["bin"].open("wb")
-        self._sizes = self._parts["sizes"].open("wb")
-        self._docs = self._parts["documents"].open("wb")
+        self._bin = create(self._parts["bin"])
+        self._sizes = create(self._parts["sizes"])
+        self._docs = create(self._parts["documents"])
         self._docs.write(struct.pack("<q", 0))
 
     def add(self, ids: np.ndarray | list[int]) -> None:
@@ -245,7 +249,7 @@ class IndexedWriter:
 
     def _write_index(self) -> str:
         digest = hashlib.sha256()
-        with self._parts["idx"].open("wb") as out:
+        with create(self._parts["idx"]) as out:
 
             def put(raw: bytes) -> None:
                 out.write(raw)

@@ -6,12 +6,14 @@ import contextlib
 import glob
 import gzip
 import io
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from arriero.common.errors import UserError
+from arriero.common.text import shown
 from arriero.common.untrusted import inside
 
 KINDS = {
@@ -55,19 +57,23 @@ def find_inputs(inputs: tuple[str, ...]) -> tuple[str, list[Path]]:
     files: list[Path] = []
     for given in inputs:
         path = Path(given)
-        if path.is_dir():
+        if not given:
+            raise UserError("an input is empty", "give a file, a directory, or a glob in quotes")
+        if os.path.isdir(given):  # as below, False for names that no file can have
             found = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
             files += [inside(path, p) for p in found if kind_of(p)]
             if not any(kind_of(p) for p in found):
                 raise UserError(
                     f"no data file in directory {path}", f"known endings: {', '.join(KINDS)} (also .gz, .zst)"
                 )
-        elif path.is_file():
+        elif os.path.isfile(given):
             files.append(path)
+        elif os.path.exists(given):
+            raise UserError(f"{shown(given)}: is not a regular file", "give a file, a directory, or a glob in quotes")
         elif matched := sorted(p for p in map(Path, glob.glob(given, recursive=True)) if p.is_file()):
             files += matched
         else:
-            raise UserError(f"no such file: {given}", "give a file, a directory, or a glob in quotes")
+            raise UserError(f"no such file: {shown(given)}", "give a file, a directory, or a glob in quotes")
     kinds: dict[str, list[Path]] = {}
     for path in files:
         kind = kind_of(path)

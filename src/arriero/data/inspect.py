@@ -11,7 +11,7 @@ import numpy as np
 
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError
 from arriero.common.files import make_directory
-from arriero.common.text import shown
+from arriero.common.text import printable, shown
 from arriero.data.check import check_part
 from arriero.data.indexed import AGAIN, IndexedDataset, bin_path, idx_path
 from arriero.data.manifest import manifest_of, manifest_path, read_manifest, verify
@@ -91,7 +91,8 @@ def _report(prefix: str, *, deep: bool) -> dict[str, Any]:
         report["lengths"]["mean"] = float(sizes.mean())
         counts = np.bincount(np.log2(np.maximum(sizes, 1)).astype(int))
         report["histogram"] = {str(2**power): int(n) for power, n in enumerate(counts)}
-    tokenizer, vocab_size = None, 1 << 62
+    tokenizer: Tokenizer | None = None
+    vocab_size: int | None = None
     if found is not None:
         name, manifest = found
         report["manifest"] = str(manifest_path(prefix.removesuffix(f"_{name}")))
@@ -104,7 +105,8 @@ def _report(prefix: str, *, deep: bool) -> dict[str, Any]:
     elif deep:
         report["wrong"].append(f"{shown(prefix)} has no manifest to verify against")
     try:
-        check_part(data, vocab_size, ignored=-100 if prefix.endswith("_packed_labels_document") else None, whole=deep)
+        ignored = -100 if prefix.endswith("_packed_labels_document") else None
+        check_part(data, vocab_size, whole=deep, ignored=ignored, whose="its tokenizer's")
         report["first"] = [_show(data, i, prefix, tokenizer) for i in range(min(_SHOWN, len(data)))]
     except UserError as error:
         report["wrong"].append(error.problem)
@@ -194,14 +196,14 @@ def _print(report: dict[str, Any]) -> None:
         for kind, text in stretches:
             print(f"  {kind:>7}  {text!r}")
     for problem in report["wrong"]:
-        print(f"WRONG      {problem}")
+        print(printable(f"WRONG      {problem}"))
     if not report["wrong"]:
         how = "index and payload fit; no manifest (another program wrote it)"
         if report["manifest"]:
             how = (
                 "both files equal the manifest's SHA-256" if report["verified"] else "counts fit; --verify reads it all"
             )
-        print(f"whole      {how}")
+        print(printable(f"whole      {how}"))
 
 
 def _draw(sizes: np.ndarray, prefix: str, figure: Path) -> None:

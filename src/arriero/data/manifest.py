@@ -6,6 +6,7 @@ It is renamed into place last, after every .bin and .idx: a set without it is fo
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from arriero.common.errors import UserError
 from arriero.common.untrusted import plain_name, read_json
 from arriero.data.indexed import bin_path, idx_path
+from arriero.data.output import create
 
 VERSION = 1
 _OUTPUT = {
@@ -44,7 +46,7 @@ def write_manifest(out: str, manifest: dict[str, Any]) -> None:
     """Writes and renames the manifest, flushed to disk."""
     path = manifest_path(out)
     scratch = path.with_name(path.name + ".partial")
-    with scratch.open("w", encoding="utf-8") as file:
+    with io.TextIOWrapper(create(scratch), encoding="utf-8") as file:
         json.dump({"version": VERSION, **manifest}, file, indent=1, ensure_ascii=False)
         file.write("\n")
         file.flush()

@@ -219,25 +219,27 @@ class MegatronBlend:
 
     Attributes:
         drawn: with weights, samples that the order of each set is made for: half a percent more than its share.
+        samples: as given.
+        total: samples that the blend has, after which it starts over; without weights at most one pass.
     """
 
     def __init__(self, weights: Sequence[float] | None, samples: int) -> None:
-        self._weights, self._samples = (None if weights is None else normalised(weights)), samples
+        self._weights, self.samples = (None if weights is None else normalised(weights)), samples
         shares = [math.ceil(samples * weight) for weight in self._weights or []]
         self.drawn = [math.ceil(share * (1 + 0.005)) for share in shares]
-        self._total = sum(shares)
+        self.total = sum(shares)
         self._which = self._within = np.empty(0, np.int64)
 
     def share_out(self, lengths: Sequence[int]) -> None:
         """Decides for every sample which set it comes from; `lengths` are the sets' samples in one pass."""
         if self._weights is None:
-            self._weights, self._total = [float(n) for n in lengths], min(self._samples, sum(lengths))
+            self._weights, self.total = [float(n) for n in lengths], min(self.samples, sum(lengths))
         # A second time: the first quotients need not sum to 1, and a last bit decides between sets that are level.
-        self._which, self._within = blend_megatron(self._total, normalised(self._weights))
+        self._which, self._within = blend_megatron(self.total, normalised(self._weights))
 
     def of(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Set number and sample number within the set of each of these samples; past the end they start over."""
-        return self._which[samples % self._total], self._within[samples % self._total]
+        return self._which[samples % self.total], self._within[samples % self.total]
 
 
 def blend_megatron(count: int, weights: list[float]) -> tuple[np.ndarray, np.ndarray]:

@@ -7,16 +7,20 @@ and there is no worker that can die alone.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from arriero.common.errors import UserError
+from arriero.common.text import shown
 from arriero.data.formats import BadRecordError, Document, Format
-from arriero.data.readers import Bad
+from arriero.data.json_stream import Bad, brief
 from arriero.data.tokenizer import Tokenizer
+from arriero.data.tokenizer_check import TooSlowError
 
 CHUNK_CHARACTERS = 1 << 19  # of text in one unit of work: long enough to hide the hand-over, short enough for memory
 CHUNK_RECORDS = 1024
@@ -81,10 +85,12 @@ class Work:
     format: Format
     bos: int | None
     eos: int | None
+    files: Sequence[Path] = ()
 
     def __call__(self, unit: list[Item]) -> Result:
         """Formats, checks and tokenises one unit."""
         good: list[list[Document]] = []
+        places: list[Place] = []
         rejected: list[Rejected] = []
         for place, record in unit:
             if isinstance(record, Bad):
@@ -96,17 +102,49 @@ class Work:
                     for part in document:
                         _check_unicode(part.text)
             except BadRecordError as error:
-                rejected.append(Rejected(place, str(error), _show(record)))
+                rejected.append(Rejected(place, str(error), brief(record)))
             else:
                 good.append(documents)
-        result = Result([], rejected, documents=len(good))
+                places.append(place)
+        good, columns = self._tokenise(good, places, rejected)
+        result = Result(columns, rejected, documents=len(good))
         for n in range(len(self.format.names)):
             chosen = [documents[n] for documents in good]
-            result.columns += self._masked(chosen) if self.format.masked else self._plain(chosen)
             result.text_bytes += sum(len(part.text.encode()) for document in chosen for part in document)
         ids = result.columns[:1] if self.format.masked else result.columns
         result.largest = max((int(flat.max()) for flat, _ in ids if len(flat)), default=-1)
         return result
+
+    def _tokenise(
+        self, good: list[list[Document]], places: list[Place], rejected: list[Rejected]
+    ) -> tuple[list[list[Document]], list[tuple[np.ndarray, np.ndarray]]]:
+        """The records that the tokenizer takes, and their arrays; each that it fails on is rejected with its place.
+
+        Raises:
+            UserError: the tokenizer takes longer than a sound one does; names where.
+        """
+        try:
+            return good, self._arrays(good)
+        except TooSlowError as error:
+            where = f"records {places[0].number} to {places[-1].number} of {shown(self.files[places[0].file])}"
+            raise UserError(f"{error.problem} (among {where})", error.fix) from None
+        except UserError as error:
+            if len(good) == 1:
+                text = "".join(part.text for part in good[0][0])
+                rejected.append(Rejected(places[0], error.problem, brief(text)))
+                return [], self._arrays([])
+        taken = []
+        for documents, place in zip(good, places, strict=True):
+            taken += self._tokenise([documents], [place], rejected)[0]
+        rejected.sort(key=lambda one: one.place)
+        return taken, self._arrays(taken)
+
+    def _arrays(self, good: list[list[Document]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        columns: list[tuple[np.ndarray, np.ndarray]] = []
+        for n in range(len(self.format.names)):
+            chosen = [documents[n] for documents in good]
+            columns += self._masked(chosen) if self.format.masked else self._plain(chosen)
+        return columns
 
     def _plain(self, documents: list[Document]) -> list[tuple[np.ndarray, np.ndarray]]:
         """One part a document: BOS, text, EOS."""
@@ -157,10 +195,6 @@ def _check_unicode(text: str) -> None:
         if 0xDC80 <= code <= 0xDCFF:  # how the CSV reader passes a foreign byte on
             raise BadRecordError(f"invalid UTF-8 (byte 0x{code - 0xDC00:02x})") from error
         raise BadRecordError(f"lone surrogate U+{code:04X}") from error
-
-
-def _show(record: dict[str, Any]) -> str:
-    return str(record)[:2000].encode("utf-8", "backslashreplace").decode()
 
 
 def in_order(work: Callable[[list[Item]], Result], todo: Iterable[list[Item]], *, workers: int) -> Iterator[Result]:

@@ -15,10 +15,14 @@ import tyro
 from annotated_types import Interval
 
 from arriero.common.errors import EXIT_OK, UserError, join_problems
-from arriero.data.formats import FORMATS, Format, load_template, make_format
+from arriero.common.files import open_regular
+from arriero.common.ranges import PathText
+from arriero.common.text import printable, shown
+from arriero.data.formats import FORMATS, Format, Template, load_template, make_format
 from arriero.data.indexed import bin_path, idx_path
 from arriero.data.inputs import find_inputs
 from arriero.data.manifest import manifest_path, read_manifest
+from arriero.data.output import check_output, make_place, written
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
 from arriero.data.writing import Job, SourceHashes, output_names, sample_texts, write
 
@@ -27,10 +31,10 @@ from arriero.data.writing import Job, SourceHashes, output_names, sample_texts, 
 class PrepareArgs:
     """Tokenise text into a data set."""
 
-    inputs: tyro.conf.Positional[tuple[str, ...]]
+    inputs: tyro.conf.Positional[tuple[Annotated[str, PathText], ...]]
     """Files, directories or quoted globs of one kind: parquet, json, jsonl, csv, txt, arrow, feather (also .gz and
     .zst). With --merge: the data sets to join."""
-    out: str
+    out: Annotated[str, PathText]
     """Path that the written names begin with: OUT_text_document.bin, .idx and OUT.manifest.json."""
     tokenizer: Path | None = None
     """Directory with tokenizer.model or tokenizer.json, or such a file."""
@@ -74,7 +78,10 @@ def run(args: PrepareArgs) -> int:
     if args.merge:
         from arriero.data.merge import merge
 
-        return merge(list(args.inputs), args.out, overwrite=args.overwrite)
+        with written(args.out):
+            check_output(args.out, ())
+            make_place(args.out)
+            return merge(list(args.inputs), args.out, overwrite=args.overwrite)
     kind, files, form, tokenizer = _check(args)
     bos, eos = tokenizer.bos_id if args.bos else None, tokenizer.eos_id if args.eos else None
     job = Job(
@@ -94,10 +101,11 @@ def run(args: PrepareArgs) -> int:
         options={**dataclasses.asdict(args), "tokenizer": str(args.tokenizer)},
     )
     for notice in tokenizer.notices:
-        print(f"note: {notice}")
-    print(f"tokenizer  {tokenizer.path} ({tokenizer.vocab_size} entries)")
+        print(f"note: {printable(notice)}")
+    print(f"tokenizer  {shown(tokenizer.path)} ({tokenizer.vocab_size} entries)")
     print(f"documents  {_policy(tokenizer, bos, eos)}; a literal <s> in the text stays text")
-    with _only_writer(args.out):
+    make_place(args.out)
+    with written(args.out), _only_writer(args.out):
         hashes = SourceHashes(files)
         earlier = read_manifest(args.out)
         if earlier is not None and not args.overwrite:
@@ -130,9 +138,13 @@ def _check(args: PrepareArgs) -> tuple[str, list[Path], Format, Tokenizer]:
         problems.append(error)
     try:
         form = make_format(
-            args.format, keys=args.keys, template=load_template(args.template or "stanford"), loss_on=args.loss_on,
+            args.format, keys=args.keys, template=_template(args), loss_on=args.loss_on,
             ignored=args.ignore,
         )  # fmt: skip
+    except UserError as error:
+        problems.append(error)
+    try:
+        check_output(args.out, output_names(form) if form else ())
     except UserError as error:
         problems.append(error)
     problems += _idle_options(args, kind)
@@ -141,6 +153,10 @@ def _check(args: PrepareArgs) -> tuple[str, list[Path], Format, Tokenizer]:
     assert tokenizer is not None
     assert form is not None
     return kind, files, form, tokenizer
+
+
+def _template(args: PrepareArgs) -> Template:
+    return load_template("stanford" if args.template is None else args.template)
 
 
 def _idle_options(args: PrepareArgs, kind: str) -> list[UserError]:
@@ -183,7 +199,7 @@ def _engine(args: PrepareArgs, job: Job) -> Tokenizer:
     fast, reason = fast_or_reason(job.tokenizer, sample_texts(job.files, job.kind, job.form, per=job.per))
     if fast is None and args.engine == "fast":
         raise UserError(f"--engine fast: {reason}", "pip install 'arriero[fast]', or use --engine auto")
-    print(f"engine     {(fast or job.tokenizer).engine}: {reason}")
+    print(f"engine     {(fast or job.tokenizer).engine}: {printable(reason)}")
     return fast or job.tokenizer
 
 
@@ -191,12 +207,13 @@ def _engine(args: PrepareArgs, job: Job) -> Tokenizer:
 def _only_writer(out: str) -> Iterator[None]:
     """Holds OUT.lock: two runs cannot write the same names at once. The lock dies with its process."""
     path = Path(f"{out}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with open(open_regular(path, os.O_RDWR | os.O_CREAT), "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"another process is preparing {out}", "wait for it, or choose another --out") from error
+            raise UserError(
+                f"another process is preparing {shown(out)}", "wait for it, or choose another --out"
+            ) from error
         try:
             yield
         finally:
@@ -205,7 +222,7 @@ def _only_writer(out: str) -> Iterator[None]:
 
 def _request(args: PrepareArgs, tokenizer: Tokenizer, form: Format) -> dict[str, Any]:
     """Everything that decides the output, apart from the sources. Neither workers nor engine do."""
-    template = dataclasses.asdict(load_template(args.template or "stanford")) if args.format != "text" else None
+    template = dataclasses.asdict(_template(args)) if args.format != "text" else None
     return {
         "format": args.format,
         "keys": list(form.names),
@@ -234,7 +251,7 @@ def _reuse(out: str, earlier: dict[str, Any], request: dict[str, Any], hashes: l
                 "give --overwrite to write it anew",
             )
         print(
-            f"reused     {out}_{name}: same inputs and options, {entry['documents']:,} documents, "
+            f"reused     {shown(out)}_{shown(name)}: same inputs and options, {entry['documents']:,} documents, "
             f"{entry['tokens']:,} tokens"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from dataclasses import dataclass, field
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import TextIO
 
 from arriero.common.errors import UserError
+from arriero.common.text import shown
+from arriero.data.output import create
 from arriero.data.pipeline import Rejected
 
 
@@ -45,8 +48,8 @@ class Quarantine:
             tally.rejected += 1
             tally.empty += one.reason.endswith((" is empty", " is blank"))
             if len(tally.first_bad) < 3:
-                tally.first_bad.append(f"{where}: {one.reason}")
-            self._file = self._file or self._scratch.open("w", encoding="utf-8")
+                tally.first_bad.append(shown(f"{where}: {one.reason}", 500))
+            self._file = self._file or io.TextIOWrapper(create(self._scratch), encoding="utf-8")
             line = {
                 "file": str(self._files[one.place.file]),
                 "line": one.place.number,

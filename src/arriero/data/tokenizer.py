@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,23 @@ from typing import Any
 import numpy as np
 
 from arriero.common.errors import UserError
+from arriero.common.files import make_directory, write_atomic
+from arriero.common.text import shown
 from arriero.common.untrusted import inside, read_bytes, read_json
+from arriero.data.tokenizer_check import check_description, check_sentencepiece, in_time, sentence
 
-# Files that travel with a tokenizer, in the order in which they are looked for.
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+VOCABULARIES = ("tokenizer.model", "tokenizer.json")
+"""The files that decide ids, in the order in which they are looked for."""
+TOKENIZER_FILES = (
+    *VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json", "vocab.json", "merges.txt",
+)  # fmt: skip
+"""Every file that belongs to a tokenizer."""
+TEMPLATES = "additional_chat_templates"
+"""transformers' folder of further chat templates, *.jinja."""
+GENERATION = "generation_config.json"
+"""What travels with a tokenizer into a run: how the model that both belong to is sampled."""
+_MOST_TEMPLATES = 100
 # Names that tokenizers give to the two ids when no configuration file says which they are.
 _KNOWN_BOS = ("<s>", "<|begin_of_text|>", "<bos>")
 _KNOWN_EOS = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
@@ -142,14 +155,51 @@ class Tokenizer:
         return True
 
     def save_to(self, directory: Path) -> None:
-        """Copies the tokenizer's files into `directory`."""
-        directory.mkdir(parents=True, exist_ok=True)
-        for name in TOKENIZER_FILES:
-            source = self.path.parent / name
-            if source.is_file():
-                if source != self.path:  # which the user may have named, link or not
-                    inside(self.path.parent, source)
-                shutil.copyfile(source, directory / name)
+        """Copies the tokenizer's files, and the generation_config.json beside them, into `directory`."""
+        copy_files(self.path, directory)
+        if _is_there(self.path.parent / GENERATION):
+            _copy(self.path.parent, GENERATION, directory)
+
+
+def copy_files(source: Path, directory: Path) -> list[str]:
+    """Copies a tokenizer's files: the one place that knows which they are.
+
+    Args:
+        source: its directory, or the file in it that decides the ids. A file gets the name that the directory will be
+            searched for, and no other vocabulary comes with it that would decide in its place.
+        directory: where to; made if it is not there. Links in it are replaced, not followed.
+
+    Returns:
+        The names of the files in `directory`.
+
+    Raises:
+        UserError: a file is no regular one, is too large, or a link leads out of the directory.
+    """
+    fix = "name a directory that can be written"
+    make_directory(directory, fix)
+    folder, named = (source, None) if source.is_dir() else (source.parent, source)
+    names = [name for name in TOKENIZER_FILES if _is_there(folder / name)]
+    copied = []
+    if named is not None:
+        copied = [VOCABULARIES[1] if named.suffix == ".json" else VOCABULARIES[0]]
+        write_atomic(directory / copied[0], read_bytes(named, "give the tokenizer's own file"))
+        harmless = VOCABULARIES[1:] if named.name == VOCABULARIES[0] else ()
+        names = [name for name in names if name not in VOCABULARIES or name in harmless]
+    templates = sorted((folder / TEMPLATES).glob("*.jinja"))[:_MOST_TEMPLATES]
+    if templates:
+        make_directory(directory / TEMPLATES, fix)
+    for name in (*names, *(f"{TEMPLATES}/{template.name}" for template in templates)):
+        _copy(folder, name, directory)
+        copied.append(name)
+    return copied
+
+
+def _is_there(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
+
+
+def _copy(folder: Path, name: str, directory: Path) -> None:
+    write_atomic(directory / name, read_bytes(inside(folder, folder / name), f"put the file itself into {folder}"))
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -161,6 +211,7 @@ class SentencePieceTokenizer(Tokenizer):
         import sentencepiece
 
         super().__init__(path)
+        check_sentencepiece(path, read_bytes(path, "give the tokenizer's own file"))
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
             self.vocab_size = len(self._processor)
@@ -197,12 +248,12 @@ class JsonTokenizer(Tokenizer):
         import tokenizers
 
         super().__init__(path)
-        try:
+        check_description(path)
+        with sentence(path, "is not a tokenizer.json"):
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise UserError(
-                f"{path} is not a tokenizer.json ({error})", "give the file that tokenizers wrote"
-            ) from error
+        if getattr(self._tokenizer.model, "dropout", None):
+            self._tokenizer.model.dropout = None
+            self.notices.append(f"{path}: its dropout, which would draw the ids at random, is left out")
         self._tokenizer.encode_special_tokens = True  # a literal <s> stays text
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -210,6 +261,8 @@ class JsonTokenizer(Tokenizer):
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.fingerprint = _hash_pieces(sorted(vocabulary, key=vocabulary.__getitem__))
         self._cuts = self._may_cut(list(vocabulary))
+        if not len(self._encode(["\U00013000"])[0]):  # a hieroglyph, which no small vocabulary has
+            self.notices.append(f"{path}: characters that its vocabulary lacks are lost: it has no unk_token for them")
         config = _special_names(path.parent)
         self.bos_id = self._find(config.get("bos_token"), _KNOWN_BOS)
         self.eos_id = self._find(config.get("eos_token"), _KNOWN_EOS)
@@ -219,18 +272,27 @@ class JsonTokenizer(Tokenizer):
         return next((i for name in candidates if (i := self._tokenizer.token_to_id(name)) is not None), None)
 
     def _adds_blank(self) -> bool:
-        raw = json.loads(self._tokenizer.to_str())
+        with sentence(self.path, "cannot be written"):
+            raw = json.loads(self._tokenizer.to_str())
         return _mentions_prefix(raw.get("normalizer")) or _mentions_prefix(raw.get("pre_tokenizer"))
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         for text in texts:
             text.encode()  # the same exception for a lone surrogate from every engine
-        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        if not texts:
+            return []
+
+        def call() -> list[Any]:
+            return self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+
+        with sentence(self.path, "cannot tokenize"):
+            found = in_time(self.path, sum(map(len, texts)), call)
         return [np.array(one.ids, np.int32) for one in found]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """See `Tokenizer`."""
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        with sentence(self.path, "cannot give the text of ids"):
+            return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def piece(self, token: int) -> str:
         """See `Tokenizer`."""
@@ -312,16 +374,17 @@ def load_tokenizer(path: Path) -> Tokenizer:
         UserError: nothing there, or a file that is not a tokenizer.
     """
     path = Path(path)
-    if path.is_dir():
-        found = next((path / n for n in TOKENIZER_FILES[:2] if (path / n).is_file()), None)
+    if os.path.isdir(path):  # as below, False for names that no file can have
+        found = next((path / n for n in VOCABULARIES if (path / n).is_file()), None)
         if found is None:
             raise UserError(
-                f"{path} holds no tokenizer.model and no tokenizer.json", "give the directory of the model's tokenizer"
+                f"{shown(path)} holds no tokenizer.model and no tokenizer.json",
+                "give the directory of the model's tokenizer",
             )
         path = inside(path, found)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(
-            f"no tokenizer at {path}", "give a directory with tokenizer.model or tokenizer.json, or such a file"
+            f"no tokenizer at {shown(path)}", "give a directory with tokenizer.model or tokenizer.json, or such a file"
         )
     tokenizer: Tokenizer = JsonTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
     _mend(tokenizer)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 import arriero
+from arriero.common.text import shown
 from arriero.data.formats import BadRecordError, Format
 from arriero.data.indexed import IndexedWriter, best_dtype
 from arriero.data.instruct import INSTRUCTION_FIELDS
@@ -85,7 +86,7 @@ def write(job: Job, hashes: SourceHashes) -> None:
     quarantine, tally = Quarantine(job.out, job.files, strict=job.strict), Tally()
     try:
         with _sigterm_raises(), Progress(job.files, job.log_interval) as progress:
-            work = Work(job.tokenizer, job.form, job.bos, job.eos)
+            work = Work(job.tokenizer, job.form, job.bos, job.eos, job.files)
             for result in in_order(work, units(_records(job, progress)), workers=job.workers):
                 _take(result, writers, tally)
                 quarantine.add(result.rejected, tally)
@@ -187,13 +188,14 @@ def _manifest(job: Job, hashes: list[str], tally: Tally, outputs: dict[str, Any]
 def _report(out: str, outputs: dict[str, Any], tally: Tally, seconds: float) -> None:
     for name, entry in outputs.items():
         print(
-            f"wrote      {out}_{name}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, {entry['dtype']}"
+            f"wrote      {shown(out)}_{name}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, "
+            f"{entry['dtype']}"
         )
     print(
         f"records    {tally.records:,} in = {tally.documents:,} out + {tally.rejected:,} quarantined "
         f"({tally.empty:,} empty)"
     )
     if tally.rejected:
-        print(f"           see {out}.quarantine.jsonl; first: {tally.first_bad[0]}")
+        print(f"           see {shown(out)}.quarantine.jsonl; first: {tally.first_bad[0]}")
     megabytes = tally.text_bytes / 1e6
     print(f"speed      {megabytes:.1f} MB of text in {seconds:.1f} s, {megabytes / max(seconds, 1e-9):.1f} MB/s")

@@ -13,29 +13,24 @@ from typing import Annotated, Any
 
 from annotated_types import Interval
 
-from arriero.common.errors import UserError, join_problems, nearest
+from arriero.common.errors import UserError, join_problems
 from arriero.common.ranges import field_ranges, range_problems, value_problem, wanted
 from arriero.common.untrusted import inside, misfit, read_json
+from arriero.model.config_keys import ROPE_KEYS, family, other_keys, rope_settings
 
 FIX = "restore the file from where the model came from"
 
 MOST_LAYERS = 1000
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
-_ROPE_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
 
-
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _OPTIONAL = {
     "num_key_value_heads": int, "head_dim": int, "rms_norm_eps": float, "max_position_embeddings": int,
     "tie_word_embeddings": bool, "attention_bias": bool, "mlp_bias": bool, "initializer_range": float,
-    "bos_token_id": int, "eos_token_id": (int, [int]), "rope_theta": float, "rope_scaling": dict,
-    "rope_parameters": dict,
+    "bos_token_id": int, "eos_token_id": (int, [int]), "pad_token_id": int, "rope_theta": float, "rope_scaling": dict,
+    "rope_parameters": dict, "original_max_position_embeddings": int,
 }  # fmt: skip
 """What else is read from config.json, null allowed."""
+READ = frozenset({*_SIZES, *_OPTIONAL})
 
 
 @dataclass(frozen=True)
@@ -52,6 +47,9 @@ class RopeScaling:
     """llama3 only: wavelengths shorter than original / high_freq_factor are kept."""
     original_max_position_embeddings: Annotated[int, Interval(ge=1, lt=2**31)] | None = None
     """llama3 only: context length before stretching, in tokens."""
+
+
+TokenId = Annotated[int, Interval(ge=-1, lt=2**31)]
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,19 @@ class LlamaConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     initializer_range: Annotated[float, Interval(ge=0, le=10)] = 0.02
-    bos_token_id: Annotated[int, Interval(ge=-1, lt=2**31)] | None = 1
-    eos_token_id: Annotated[int, Interval(ge=-1, lt=2**31)] | None = 2
+    bos_token_id: TokenId | None = 1
+    eos_token_id: TokenId | tuple[TokenId, ...] | None = 2
+    """Ends of a text; Llama 3.1 Instruct has several."""
+    pad_token_id: TokenId | None = None
+    """Kept for other programs: batches here have no padding."""
+    notices: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    """What of the file is not taken into account, one sentence each; the caller prints them."""
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Every id that ends a text."""
+        ends = self.eos_token_id
+        return frozenset(ends) if isinstance(ends, tuple) else frozenset(() if ends is None else (ends,))
 
     @classmethod
     def from_json(cls, path: Path | str) -> LlamaConfig:
@@ -92,48 +101,47 @@ class LlamaConfig:
     @classmethod
     def from_dict(cls, raw: dict[str, Any], *, where: str = "config") -> LlamaConfig:
         """Builds the shape from the decoded `config.json`; `where` names the source in errors."""
-        problems: list[UserError] = []
+        problems, notices = family(raw, where)
         ranges = field_ranges(cls)
-        if raw.get("model_type", "llama") != "llama":
-            problems.append(
-                UserError(f"{where}: model_type is {raw['model_type']!r}", "arriero trains llama models only")
-            )
-        if raw.get("hidden_act", "silu") != "silu":
-            problems.append(UserError(f"{where}: hidden_act is {raw['hidden_act']!r}", "LLaMA's activation is silu"))
-        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if wrong := value_problem(raw.get(key), ranges[key]):
-                problems.append(UserError(f"{where}: {key} {wrong}", f"give {key} as {wanted(ranges[key])}"))
-        for key, form in _OPTIONAL.items():
-            if wrong := misfit(raw.get(key), (form, None), key):
+        for key, form in (*dict.fromkeys(_SIZES, int).items(), *_OPTIONAL.items()):
+            if key not in _SIZES and (wrong := misfit(raw.get(key), (form, None), key)):
                 problems.append(UserError(f"{where}: {wrong}", FIX))
-            elif form in (int, float) and raw.get(key) is not None and (wrong := value_problem(raw[key], ranges[key])):
-                problems.append(UserError(f"{where}: {key} {wrong}", f"give {key} as {wanted(ranges[key])}"))
+            elif key in ranges and (key in _SIZES or raw.get(key) is not None):
+                value = tuple(raw[key]) if isinstance(raw.get(key), list) else raw.get(key)
+                if wrong := value_problem(value, ranges[key]):
+                    problems.append(UserError(f"{where}: {key} {wrong}", f"give {key} as {wanted(ranges[key])}"))
         if problems:
             raise join_problems(problems)
-        heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
-        parameters = raw.get("rope_parameters") or {}
-        if wrong := misfit(parameters.get("rope_theta"), (float, None), "rope_theta"):
-            raise UserError(f"{where}: {wrong}", FIX)
+        heads, hidden, head_dim = raw["num_attention_heads"], raw["hidden_size"], raw.get("head_dim")
+        if head_dim is None:
+            head_dim = hidden // heads
+            if hidden % heads:
+                fix = "give head_dim, or a hidden_size that divides"
+                problems.append(UserError(f"{where}: hidden_size {hidden} does not divide into {heads} heads", fix))
+        rope, kind, wrong_rope, more = rope_settings(raw, where)
+        wrong_keys, ignored = other_keys(raw, READ, where=where, head_dim=max(1, head_dim))
+        problems += [*wrong_rope, *wrong_keys]
+        for key in ("rope_theta", *ROPE_KEYS[kind]):
+            whole = key == "original_max_position_embeddings"
+            if key in rope and (wrong := misfit(rope[key], int if whole else float, key)):
+                problems.append(UserError(f"{where}: {wrong}", FIX))
+        if problems:
+            raise join_problems(problems)
         simple = {
             key: raw[key]
             for key in ("rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "attention_bias", "mlp_bias",
-                        "initializer_range", "bos_token_id", "eos_token_id")
+                        "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")
             if raw.get(key) is not None or (key in raw and key.endswith("token_id"))
         }  # fmt: skip
-        if isinstance(
-            simple.get("eos_token_id"), list
-        ):  # llama 3.1 instruct lists several ends; the first is the text's
-            simple["eos_token_id"] = next(iter(simple["eos_token_id"]), None)
+        if isinstance(simple.get("eos_token_id"), list):
+            simple["eos_token_id"] = tuple(simple["eos_token_id"]) or None
         config = cls(
-            vocab_size=raw["vocab_size"],
-            hidden_size=hidden,
-            intermediate_size=raw["intermediate_size"],
-            num_hidden_layers=raw["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or hidden // heads,
-            rope_theta=float(parameters.get("rope_theta") or raw.get("rope_theta") or 10000.0),
-            rope_scaling=_read_scaling(raw.get("rope_scaling") or parameters, where),
+            **{key: raw[key] for key in _SIZES},
+            num_key_value_heads=heads if raw.get("num_key_value_heads") is None else raw["num_key_value_heads"],
+            head_dim=head_dim,
+            rope_theta=float(rope["rope_theta"]),
+            rope_scaling=RopeScaling(kind, **{key: rope[key] for key in ROPE_KEYS[kind]}),
+            notices=(*notices, *more, *ignored),
             **simple,
         )
         problems = config.problems(where)
@@ -156,6 +164,8 @@ class LlamaConfig:
         if self.head_dim % 2:
             found.append(UserError(f"{where}: head_dim {self.head_dim} is odd", "rotary embedding needs pairs"))
         scaling = self.rope_scaling
+        if scaling.rope_type == "dynamic" and self.head_dim == 2:  # its exponent is head_dim / (head_dim - 2)
+            found.append(UserError(f"{where}: head_dim 2 with dynamic rope_scaling", "use a head_dim of 4 or more"))
         if scaling.rope_type == "llama3" and scaling.low_freq_factor >= scaling.high_freq_factor:
             fix = "use those of the original config.json, such as 1 and 4"
             found.append(UserError(f"{where}: rope_scaling's low_freq_factor is not below its high_freq_factor", fix))
@@ -165,7 +175,7 @@ class LlamaConfig:
         """The `config.json` that transformers 4 and 5 read as this shape."""
         scaling = self.rope_scaling
         rope: dict[str, Any] = {"rope_type": scaling.rope_type}
-        for key in _ROPE_KEYS[scaling.rope_type]:
+        for key in ROPE_KEYS[scaling.rope_type]:
             rope[key] = getattr(scaling, key)
         old_style = dict(rope) if scaling.rope_type != "default" else None
         return {
@@ -189,22 +199,9 @@ class LlamaConfig:
             "mlp_bias": self.mlp_bias,
             "initializer_range": self.initializer_range,
             "bos_token_id": self.bos_token_id,
-            "eos_token_id": self.eos_token_id,
+            "eos_token_id": list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id,
+            "pad_token_id": self.pad_token_id,
         }
-
-
-def _read_scaling(raw: dict[str, Any], where: str) -> RopeScaling:
-    """Reads `rope_scaling`, whose type key was `type` before transformers 4.43 and `rope_type` since."""
-    kind = raw.get("rope_type") or raw.get("type") or "default"
-    if wrong := misfit(raw, {key: float for key in _ROPE_KEYS.get(str(kind), ()) if key in raw}, "rope_scaling"):
-        raise UserError(f"{where}: {wrong}", FIX)
-    if kind not in ROPE_TYPES:
-        raise UserError(f"{where}: rope_scaling of type {kind!r} is not supported", nearest(str(kind), ROPE_TYPES))
-    missing = [key for key in _ROPE_KEYS[kind] if key not in raw]
-    if missing:
-        raise UserError(f"{where}: rope_scaling of type {kind} lacks {', '.join(missing)}", "add it to config.json")
-    values = {key: raw[key] for key in _ROPE_KEYS[kind]}
-    return RopeScaling(rope_type=kind, **values)
 
 
 def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:

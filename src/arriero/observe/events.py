@@ -7,26 +7,33 @@ are seconds by the clock of the first process's machine.
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from arriero.common.errors import UserError
+from arriero.common.files import make_directory
 from arriero.common.untrusted import misfit, read_bytes
+from arriero.observe.lines import LineFile, Trouble
 
 FILE = "events.jsonl"
 FORM = {"event": str, "at": float}
+NUMBERS = {"at": float, "step": float, "seconds": float, "data": float}
+MAX_LINE = 10_000
 KINDS = ("productive", "checkpoint", "restart", "lost", "data wait", "other")
 
 
 class Events:
-    """Appends to a run's `events.jsonl`; a line costs 20 microseconds, and a full disk costs the line."""
+    """Appends to a run's `events.jsonl`; a line costs 20 microseconds."""
 
-    def __init__(self, out: Path, *, first: bool, since_start: float) -> None:
-        """Notes the start of this process, `since_start` seconds ago; only the `first` of all writes anything."""
-        self._file: BinaryIO | None = None
+    def __init__(self, out: Path, *, first: bool, since_start: float, trouble: Trouble | None = None) -> None:
+        """Notes the start of this process, `since_start` seconds ago; only the `first` of all writes anything, and
+        tells `trouble` where it cannot."""
+        self._file: LineFile | None = None
         if first:
-            out.mkdir(parents=True, exist_ok=True)
-            self._file = (out / FILE).open("ab", buffering=0)
+            make_directory(out, "name a directory that can be written")
+            self._file = LineFile(out / FILE, trouble or Trouble())
             self.note("begin", at=time.time() - since_start)
 
     def note(self, event: str, *, at: float | None = None, **values: Any) -> None:
@@ -35,10 +42,7 @@ class Events:
         if self._file is None:
             return
         record = {"event": event, "at": round(time.time() if at is None else at, 4)} | values
-        try:
-            self._file.write(json.dumps(record).encode() + b"\n")
-        except OSError:
-            return  # the reporter tells of a full disk
+        self._file.write(json.dumps(record).encode())
 
     def close(self) -> None:
         """Notes the end."""
@@ -48,16 +52,20 @@ class Events:
 
 
 def read_events(out: Path) -> list[dict[str, Any]]:
-    """A run's events in order; lines that a kill cut off, or that are none, are left out."""
-    if not (out / FILE).is_file():
+    """A run's events in order; lines that a kill cut off, or that are none, are left out, and so is a file that cannot
+    be read."""
+    try:
+        lines = read_bytes(out / FILE, "remove it", 2 << 30).split(b"\n")
+    except UserError:
         return []
     found = []
-    for line in read_bytes(out / FILE, "remove it", 2 << 30).split(b"\n"):
+    for line in lines:
         try:
-            record = json.loads(line)
+            record: Any = json.loads(line) if len(line) < MAX_LINE else None
         except (ValueError, RecursionError):
             continue
-        if not misfit(record, FORM) and not misfit(record, {str: (float, str)}):
+        fits = not misfit(record, FORM) and not misfit(record, {key: NUMBERS.get(key, object) for key in record})
+        if fits and all(math.isfinite(record.get(key, 0)) for key in NUMBERS):
             found.append(record)
     return found
 

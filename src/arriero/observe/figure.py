@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import math
-import os
+from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from operator import mul
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arriero.common.errors import UserError
+from arriero.common.files import make_directory, write_atomic
+from arriero.common.untrusted import misfit
 from arriero.observe.metrics import read_metrics
 
 if TYPE_CHECKING:
@@ -23,6 +27,9 @@ INK, BLUE, ORANGE, RED = (
     "#c53030",
 )  # told apart by colour-blind eyes, and in grey print
 
+LOSS = {"iteration": int, "lm_loss": float}
+DRAWN = {**LOSS, "consumed_tokens": int}
+
 
 def loss_figure(metrics_path: Path, png_path: Path, *, title: str = "") -> None:
     """Draws `metrics.jsonl` to a PNG: train and validation loss over iterations, tokens on the upper axis.
@@ -30,13 +37,15 @@ def loss_figure(metrics_path: Path, png_path: Path, *, title: str = "") -> None:
     Raises:
         UserError: the metrics hold no step, or cannot be read.
     """
-    records = read_metrics(metrics_path)
-    steps = [r for r in records if r.get("kind") == "step"]
+    records = read_metrics(metrics_path, skipped=[])
+    steps = [r for r in records if r.get("kind") == "step" and not misfit(r, DRAWN)]
     if not steps:
         raise UserError(f"{metrics_path}: no training step in it", "draw the figure after the first step")
     figure, (axes,) = new_figure(height=4.5)
     _draw_training(axes, steps)
-    checks = [r for r in records if r.get("kind") == "validation" and math.isfinite(r["lm_loss"])]
+    checks = [
+        r for r in records if r.get("kind") == "validation" and not misfit(r, LOSS) and math.isfinite(r["lm_loss"])
+    ]
     if checks:
         last = checks[-1]["lm_loss"]
         axes.plot(*_xy(checks), "o-", color=ORANGE, markersize=4.5, label=f"validation, last {last:.4g}")
@@ -45,14 +54,33 @@ def loss_figure(metrics_path: Path, png_path: Path, *, title: str = "") -> None:
     axes.legend(frameon=False)
     if title:
         axes.set_title(title, loc="left", fontsize=11)
-    per_step = steps[-1]["consumed_tokens"] / steps[-1]["iteration"]
+    per_step = steps[-1]["consumed_tokens"] / max(1, steps[-1]["iteration"])
     if per_step > 0:
         unit, name = (1e9, "billion") if steps[-1]["consumed_tokens"] >= 1e9 else (1e6, "million")
-        ratio = per_step / unit
-        upper = axes.secondary_xaxis("top", functions=(partial(mul, ratio), partial(mul, 1 / ratio)))
+        upper = axes.secondary_xaxis("top", functions=_tokens_of(steps, unit))
         upper.set_xlabel(f"tokens ({name})", fontsize=9)
         upper.spines["top"].set_visible(False)
     save_figure(figure, png_path)
+
+
+def _tokens_of(steps: list[dict[str, Any]], unit: float) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """Tokens of an iteration, in units, and back. Where the batch was changed this is no straight line."""
+    first, last = steps[0], steps[-1]
+    ratio = last["consumed_tokens"] / last["iteration"] / unit
+    straight = partial(mul, ratio), partial(mul, 1 / ratio)
+    points = [(r["iteration"], r["consumed_tokens"] / unit) for r in steps]
+    rises = all(a[0] < b[0] and a[1] < b[1] for a, b in pairwise(points))
+    if not rises or all(math.isclose(tokens, ratio * at) for at, tokens in points):
+        return straight
+    import numpy as np
+
+    # The axis reaches beyond the steps on both sides: there the line goes on as in the first and the last step.
+    span = last["iteration"]
+    low, high = (r["global_batch"] * r["sequence_length"] / unit for r in (first, last))
+    ends = (points[0][0] - span, points[0][1] - low * span), (points[-1][0] + span, points[-1][1] + high * span)
+    points = [ends[0], *points, ends[1]]
+    at, tokens = (np.array(column, float) for column in zip(*points, strict=True))
+    return lambda x: np.interp(x, at, tokens), lambda x: np.interp(x, tokens, at)
 
 
 def new_figure(*, rows: int = 1, columns: int = 1, width: float = 8, height: float) -> tuple[Figure, list[Axes]]:
@@ -71,11 +99,11 @@ def new_figure(*, rows: int = 1, columns: int = 1, width: float = 8, height: flo
 
 
 def save_figure(figure: Figure, png_path: Path) -> None:
-    """Writes the PNG beside its place and renames it, so that a reader never sees half a picture."""
-    png_path.parent.mkdir(parents=True, exist_ok=True)
-    beside = png_path.with_name(png_path.name + ".tmp")
-    figure.savefig(beside, format="png")
-    os.replace(beside, png_path)
+    """Writes the PNG all at once, so that a reader never sees half a picture. Raises OSError or UserError."""
+    make_directory(png_path.parent, "name a directory that can be written")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_atomic(png_path, picture.getvalue())
 
 
 def _draw_training(axes: Axes, steps: list[dict[str, Any]]) -> None:

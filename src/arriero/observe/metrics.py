@@ -8,16 +8,21 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 from arriero.common.errors import UserError
-from arriero.common.untrusted import misfit, parse_json, read_bytes
+from arriero.common.files import make_directory, open_regular, why, write_atomic
+from arriero.common.text import shown
+from arriero.common.untrusted import misfit, parse_json
+from arriero.observe.lines import LineFile, Trouble
 
 FORM = {"iteration": int}
 FIX = "remove the line, or restore the file"
+MAX_BYTES, MAX_LINE = 2 << 30, 1 << 20
 VALUES = {str: (float, str, bool, None, list, dict)}
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -122,32 +127,54 @@ class MetricsWriter:
     """Appends metrics to `path`; a half-written last line, as a kill leaves it, is cut off first.
 
     A resumed run calls `truncate_after(iteration)` with the iteration of its checkpoint, so that none appears twice.
-    Use it as a context manager, or call `close`.
+    Use it as a context manager, or call `close`. A file that cannot be written stops nothing: see observe/lines.py.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, trouble: Trouble | None = None) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _cut_half_line(path)
-        self._file: BinaryIO = path.open("ab")
+        make_directory(path.parent, "name a directory that can be written")
+        self._trouble = trouble or Trouble()
+        self._file = LineFile(path, self._trouble)
 
     def write(self, metrics: StepMetrics | ValidationMetrics | RankMetrics) -> None:
         """Appends one line and hands it to the operating system at once."""
         record = {"kind": metrics.kind} | {k: _encode(v) for k, v in asdict(metrics).items()}
-        self._file.write(json.dumps(record).encode() + b"\n")
-        self._file.flush()
+        self._file.write(json.dumps(record).encode())
 
-    def truncate_after(self, iteration: int) -> None:
-        """Removes every line of a later iteration; the file is replaced whole, so a kill in between harms nothing."""
-        self._file.close()
-        kept = [line for line, record in _lines(self.path) if record["iteration"] <= iteration]
-        beside = self.path.with_name(self.path.name + ".tmp")
-        with open(beside, "wb") as file:
-            file.writelines(line + b"\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, self.path)
-        self._file = self.path.open("ab")
+    def truncate_after(self, iteration: int) -> list[str]:
+        """Removes every line of a later iteration; a kill in between harms nothing.
+
+        Returns:
+            A sentence for each line that is no metrics record; such a line stays where it is.
+        """
+        self._file.drop(lambda line: json.loads(line)["iteration"] > iteration)
+        self._file.release()
+        try:
+            return self._truncate(iteration)
+        except (OSError, UserError) as error:
+            return [] if self._trouble.includes(self.path) else [str(error)]
+
+    def _truncate(self, iteration: int) -> list[str]:
+        end, bad, later = 0, [], []
+        for line in _lines(self.path):
+            if isinstance(line.found, dict) and line.found["iteration"] > iteration:
+                later.append(line.start)
+                continue
+            if isinstance(line.found, UserError):
+                bad.append(line.found.problem)
+            end = line.end
+        if later and later[0] >= end:  # nothing that stays comes after it: needs no room on the disk
+            handle = open_regular(self.path, os.O_RDWR)
+            try:
+                os.ftruncate(handle, later[0])
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        elif later:
+            unwanted = set(later)
+            kept = (raw for start, raw in _raw_lines(self.path) if start not in unwanted)
+            write_atomic(self.path, kept, durable=True)
+        return bad
 
     def close(self) -> None:
         """Closes the file; every line is on its way already."""
@@ -162,39 +189,83 @@ class MetricsWriter:
         self.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Each line with the byte at which it begins."""
+    with open(open_regular(path), "rb") as file:
+        start = 0
+        for raw in file:
+            yield start, raw
+            start += len(raw)
+
+
+def read_metrics(path: Path, *, skipped: list[str] | None = None) -> list[dict[str, Any]]:
     """Reads `metrics.jsonl` in file order, non-finite numbers as floats; a half-written last line is left out.
+
+    Args:
+        path: the file.
+        skipped: takes a sentence for each line that is no metrics record; without it such a line is an error.
 
     Raises:
         UserError: no such file, or a line that is not a metrics record, named by its number.
     """
-    return [record for _, record in _lines(path)]
-
-
-def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Each whole line with its decoded record."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file", "name a run directory that has trained at least one step")
-    whole, _, _ = read_bytes(path, FIX, 2 << 30).rpartition(b"\n")
     found = []
-    for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
-        record = parse_json(line, f"{path}, line {number}", FIX, FORM)
-        if wrong := misfit(record, VALUES):
-            raise UserError(f"{path}, line {number}: {wrong}", FIX)
-        found.append((line, {k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()}))
+    for line in _lines(path):
+        if not isinstance(line.found, UserError):
+            found.append(line.found)
+        elif skipped is None:
+            raise line.found
+        else:
+            skipped.append(line.found.problem)
     return found
+
+
+class _Line(NamedTuple):
+    start: int
+    end: int
+    found: dict[str, Any] | UserError
+
+
+def _lines(path: Path) -> Iterator[_Line]:
+    """Each whole line: its place in the file, and its record or what is wrong with it."""
+    try:
+        handle = open_regular(path, follow=True)
+    except FileNotFoundError:
+        fix = "name a run directory that has trained at least one step"
+        raise UserError(f"{shown(path)}: no such file", fix) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{shown(path)}: cannot be read ({why(error)})", FIX) from None
+    with open(handle, "rb") as file:
+        if os.fstat(file.fileno()).st_size > MAX_BYTES:
+            raise UserError(f"{shown(path)}: is larger than {MAX_BYTES:,} bytes", FIX)
+        start = number = 0
+        while raw := file.readline(MAX_LINE):
+            number, end = number + 1, start + len(raw)
+            long = not raw.endswith(b"\n") and len(raw) == MAX_LINE
+            while long and (rest := file.readline(MAX_LINE)):
+                end += len(rest)
+                raw = rest
+                if rest.endswith(b"\n"):
+                    break
+            if not raw.endswith(b"\n"):
+                return  # cut off by a kill
+            where = f"{shown(path)}, line {number}"
+            yield _Line(
+                start, end, UserError(f"{where}: longer than {MAX_LINE:,} bytes", FIX) if long else _record(raw, where)
+            )
+            start = end
+
+
+def _record(line: bytes, where: str) -> dict[str, Any] | UserError:
+    try:
+        record = parse_json(line, where, FIX, FORM)
+    except UserError as error:
+        return error
+    if wrong := misfit(record, VALUES):
+        return UserError(f"{where}: {shown(wrong)}", FIX)
+    return {k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()}
 
 
 def _encode(value: object) -> object:
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
-
-
-def _cut_half_line(path: Path) -> None:
-    """Shortens the file to its last newline; whatever follows it was cut off by a kill."""
-    if not path.exists():
-        return
-    data = path.read_bytes()
-    if data and not data.endswith(b"\n"):
-        os.truncate(path, data.rfind(b"\n") + 1)

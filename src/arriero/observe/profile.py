@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from arriero.common.errors import UserError
+from arriero.common.files import make_directory
+from arriero.common.text import shown
 
 
 def profile_steps(text: str) -> tuple[int, int] | None:
@@ -19,10 +23,10 @@ def profile_steps(text: str) -> tuple[int, int] | None:
     """
     if not text:
         return None
-    found = re.fullmatch(r"(?:steps=)?(\d+):(\d+)", text.strip())
+    found = re.fullmatch(r"(?:steps=)?([0-9]{1,10}):([0-9]{1,10})", text.strip())
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
         fix = 'give the first and the last step, from 1, such as "10:13"'
-        raise UserError(f"log.profile is {text!r}", fix)
+        raise UserError(f"log.profile is '{shown(text)}'", fix)
     return int(found[1]), int(found[2])
 
 
@@ -45,6 +49,7 @@ class Profile:
         self.path = directory / f"rank-{rank}.json"
         self._profiler: Any = None
         self._written = False
+        self._problem = ""
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -63,11 +68,19 @@ class Profile:
             self._write()
 
     def _write(self) -> None:
-        if self._profiler is not None:
-            self._profiler.stop()
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._profiler.export_chrome_trace(str(self.path))
-            self._profiler, self._written = None, True
+        if self._profiler is None:
+            return
+        profiler, self._profiler = self._profiler, None
+        profiler.stop()
+        try:
+            make_directory(self.directory, "", follow=False)
+            with tempfile.TemporaryDirectory(prefix=".profile-", dir=self.directory) as made:
+                beside = Path(made) / self.path.name  # the profiler opens by name, and would follow a link
+                profiler.export_chrome_trace(str(beside))
+                os.replace(beside, self.path)
+            self._written = True
+        except (OSError, RuntimeError, UserError) as error:
+            self._problem = str(error)
 
     def finish(self) -> str:
         """Ends what still runs; returns what to tell of it, empty where nothing was asked."""
@@ -75,4 +88,6 @@ class Profile:
         if self.span is None:
             return ""
         first, last = self.span
+        if self._problem:
+            return f" NO profile: {shown(self._problem)}"
         return f" profile: {self.path}" if self._written else f" NO profile: steps {first} to {last} were not run"

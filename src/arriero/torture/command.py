@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from arriero.common.errors import EXIT_OK, CheckFailed, UserError
+from arriero.common.files import make_directory
+from arriero.common.ranges import PathText
 from arriero.torture.outcome import EVERY, STEPS, Outcome
 from arriero.torture.rack import KINDS, Rack, Tally
 
@@ -29,7 +31,7 @@ from arriero.torture.rack import KINDS, Rack, Tally
 class TortureArgs:
     """Kill a small run again and again; exit code 0 if its final SHA-256 never changed, 1 if it did."""
 
-    recipe: tyro.conf.Positional[str] = ""
+    recipe: tyro.conf.Positional[Annotated[str, PathText]] = ""
     """Whose model and layout to use, at reduced width; by default a small model on 2 x tensor and 2 x data parallel."""
     processes: Annotated[int, Interval(ge=0, le=4096)] = 0
     """Processes of a run; 0 takes as many as the layout's model-parallel ranks, twice."""
@@ -37,7 +39,7 @@ class TortureArgs:
     """How many times something is killed."""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
     """Decides what is killed, and when."""
-    out: str = ""
+    out: Annotated[str, PathText] = ""
     """Where to leave the runs; by default they are removed."""
     json: bool = False
     """Print the result as JSON."""
@@ -48,7 +50,7 @@ def run(args: TortureArgs) -> int:
     root = Path(args.out or tempfile.mkdtemp(prefix="arriero-torture-"))
     if args.out and root.exists() and any(root.iterdir()):
         raise UserError(f"{root}: is not empty", "name a directory that is new")
-    root.mkdir(parents=True, exist_ok=True)
+    make_directory(root, "name a directory that can be written with --out")
     try:
         rack = Rack(root, recipe=args.recipe, processes=args.processes, kills=args.kills, seed=args.seed)
         began = time.monotonic()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from arriero.common.errors import EXIT_OK, EXIT_STOPPED, CheckFailed, join_problems
+from arriero.torture.fault import install
 from arriero.torture.outcome import EVERY, STEPS, Outcome, largest_difference, last_step, log_size, outcome, tail
 
 DEAD = (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM)  # by the signal, or by a SIGTERM that came too early
@@ -82,9 +83,7 @@ class Rack:
                 os.dup2(log, 1)
                 os.dup2(log, 2)
                 sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-                os.environ.pop("ARRIERO_FAULT", None)
-                if fault:
-                    os.environ["ARRIERO_FAULT"] = fault
+                install(fault)
                 from arriero.cli import dispatch
 
                 code = dispatch(command)

@@ -14,12 +14,14 @@ from typing import Annotated, Any
 import tyro
 
 from arriero.agreement import file_sample, run_facts
-from arriero.checkpoint.layout import MANIFEST, committed
+from arriero.checkpoint.layout import MANIFEST, committed, run_of, save_number
 from arriero.checkpoint.load import candidates, find_checkpoint
 from arriero.checkpoint.lock import RunLock
-from arriero.common.device import device_count, device_type, float8_casts
+from arriero.common.device import device_count, device_type
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_STOPPED, UserError, join_problems
-from arriero.data.check import check_data_against, label_notices, size_notices
+from arriero.common.ranges import path_problem
+from arriero.common.text import printable, shown
+from arriero.data.check import batch_notices, check_data_against, size_notices
 from arriero.data.tokenizer import load_tokenizer
 from arriero.launch import (
     LaunchConfig,
@@ -44,11 +46,12 @@ from arriero.recipe import (
     find_bundled,
     parse,
     show_flags,
-    to_toml,
 )  # fmt: skip
 from arriero.secret import Secret
+from arriero.train.directory import out_problems, prepare_run_directory, record_problems, room
 from arriero.train.loop import Continuation, train
 from arriero.train.memory import memory_problems
+from arriero.train.preflight import machine_problems
 from arriero.train.resume import check_changes, readable
 from arriero.train.trainer import open_batches
 from arriero.train.verify import verify_layout
@@ -79,6 +82,8 @@ class Job:
     start: Continuation
     facts: dict[str, str]
     """What all processes must agree on; see agreement.py."""
+    earlier: float = -1.0
+    """Saves up to this number are not of this job: a restart does not go on from them."""
 
 
 def run(words: list[str]) -> int:
@@ -98,25 +103,28 @@ def run(words: list[str]) -> int:
     local = 1 if started_by_another() else here
     changed = check(recipe, world, paths, kind=kind, joining=joining, allowed=start.allow_change, here=local)
     continuation = Continuation(tuple(paths), tuple(changed), duration(start.stop_after))
-    job = Job(recipe, kind, continuation, run_facts(recipe) if world > 1 else {})
+    earlier = -1.0
+    if paths == [Path(start.resume)]:  # one checkpoint, by its name: what was saved after it is another course
+        earlier = max(map(save_number, committed(Path(recipe.out) / "checkpoints")), default=-1.0)
+    job = Job(recipe, kind, continuation, run_facts(recipe) if world > 1 else {}, earlier)
     secret = Secret.find(launch.secret_file, os.environ, Path(recipe.out or "arriero"))
     joining_in: dict[str, Any] = {
         "join_seconds": launch.join_timeout, "collective_seconds": launch.collective_timeout, "secret": secret,
     }  # fmt: skip
     if world == 1 and not launch.max_restarts:
-        complete = in_process_group(work, job)
+        complete = in_process_group(work, job, saves=True)
     elif started_by_another():
         try:
-            complete = in_process_group(work, job, facts=facts, **joining_in)
+            complete = in_process_group(work, job, facts=facts, saves=True, **joining_in)
             if not complete:
                 return leave_last(EXIT_STOPPED)
         except BaseException as error:
             leave(error)
     else:
         try:
-            complete = all(run_processes(work, job, here, launch=launch, facts=facts, secret=secret))
+            complete = all(run_processes(work, job, here, launch=launch, facts=facts, saves=True, secret=secret))
         except ProcessFailed as error:
-            print(f"arriero: {error}", file=sys.stderr)
+            print(printable(f"arriero: {error}"), file=sys.stderr)
             return EXIT_CHECK_FAILED
     return EXIT_OK if complete else EXIT_STOPPED
 
@@ -129,9 +137,9 @@ def duration(text: str) -> float:
     """
     if not text:
         return 0.0
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd])", text)
     if not match or not float(match[1]):
-        raise UserError(f"--stop-after is {text!r}", "give a number and s, m, h or d, such as 55m")
+        raise UserError(f"--stop-after is '{shown(text)}'", "give a number and s, m, h or d, such as 55m")
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
@@ -145,14 +153,19 @@ def read_command(words: list[str]) -> tuple[Recipe, Start]:
     start_settings = [s for s in given if s.key in start_keys]
     words_of = {s.key: s.words for s in start_settings}
     launch = parse(LaunchConfig, [s for s in start_settings if s.key in launch_keys], prog="arriero pretrain")
+    for key in ("resume", "stop_after", "allow_change"):
+        if key in words_of and not all(words_of[key] or [""]):
+            raise UserError(f"--{key.replace('_', '-')} is empty", "give it a value, or leave it out")
     resume = " ".join(words_of.get("resume", []))
     settings: list[Setting] = []
     if resume == "auto":
         resume = _begun(named, given)
+    if resume and (wrong := path_problem(resume)):
+        raise UserError(f"--resume {wrong}", "name a run directory, or one of its checkpoints")
     if resume:
         find_checkpoint(Path(resume))  # a wrong directory is named before its missing recipe is
     if resume and not named:
-        named = str(Path(resume) / "recipe.toml")
+        named = str(_recipe_in(Path(resume)))
     if named:
         settings += file_settings(find_bundled("", named, ".toml"))
     elif not given:
@@ -160,21 +173,49 @@ def read_command(words: list[str]) -> tuple[Recipe, Start]:
             "no recipe named", "arriero pretrain RECIPE, such as: arriero pretrain my.toml --out runs/first"
         )
     settings += [s for s in given if s.key not in start_keys]
-    if resume:
-        settings.append(Setting("out", [resume], "--resume"))
+    if resume and not any(s.key == "out" for s in given):
+        settings += _continued(Path(resume), settings)
     start = Start(
-        resume=resume, verify_layout="verify_layout" in words_of, launch=launch,
-        allow_change=tuple(words_of.get("allow_change", [])), stop_after=" ".join(words_of.get("stop_after", [])),
+        resume=resume, verify_layout=_flag("verify-layout", words_of.get("verify_layout")),
+        launch=launch, allow_change=tuple(w.replace("-", "_") for w in words_of.get("allow_change", [])),
+        stop_after=" ".join(words_of.get("stop_after", [])),
     )  # fmt: skip
     if start.allow_change and not resume:
         raise UserError("--allow-change without --resume has no effect", "leave it out, or say what is resumed")
     return parse(Recipe, settings, prog="arriero pretrain"), start
 
 
+def _flag(name: str, words: list[str] | None) -> bool:
+    """Whether `--name` is given, without a word or with true."""
+    text = "false" if words is None else " ".join(words).lower() or "true"
+    if text not in ("true", "false"):
+        raise UserError(f"--{name} is {shown(text)!r}", "give it alone, or with true or false")
+    return text == "true"
+
+
+def _recipe_in(resume: Path) -> Path:
+    """The run's own recipe; its checkpoint's where that is not whole."""
+    own = resume / "recipe.toml"
+    return own if os.path.isfile(own) and os.path.getsize(own) else find_checkpoint(resume) / "recipe.toml"
+
+
+def _continued(resume: Path, settings: list[Setting]) -> list[Setting]:
+    """Where a run goes on: in its own directory. A checkpoint is only read."""
+    run = run_of(resume)
+    if run is not None:
+        return [Setting("out", [str(run)], "--resume")]
+    if any(s.key == "out" and not s.origin.startswith(str(resume)) for s in settings):
+        return []  # a recipe that the user has named
+    fix = "name the run directory to write: --out runs/again"
+    raise UserError(f"--resume {shown(resume)}: is a checkpoint that lies in no run directory", fix)
+
+
 def _begun(named: str, given: list[Setting]) -> str:
     """The run directory that these settings name, if it holds a checkpoint already; else nothing."""
     settings = file_settings(find_bundled("", named, ".toml")) if named else []
     out = next((" ".join(s.words) for s in reversed([*settings, *given]) if s.key == "out"), "")
+    if path_problem(out):
+        return ""  # the recipe's own check names it
     return out if out and committed(Path(out) / "checkpoints") else ""
 
 
@@ -196,6 +237,9 @@ def process_count(recipe: Recipe, launch: LaunchConfig, kind: str) -> int:
 def verify(recipe: Recipe, processes: int) -> int:
     """The proof of `--verify-layout`, once the recipe's layout is possible at all."""
     problems = recipe.layout_problems(processes)
+    if started_by_another():
+        fix = "leave torchrun or srun out: --nproc-per-node N gives the number of processes"
+        problems.append(UserError("--verify-layout starts its own processes, on one machine", fix))
     if recipe.train.compile:
         problems += compile_machine_problems("cpu")
     if problems:
@@ -225,13 +269,8 @@ def check(
     Raises:
         UserError: what is wrong, each with its fix.
     """
-    problems = recipe.problems(processes)
-    if recipe.optim.offload and kind == "cpu":
-        problems.append(UserError("optim.offload has no effect on the CPU", "leave it out"))
-    if recipe.train.float8 != "none" and not float8_casts(kind):
-        problems.append(UserError(f"train.float8 does not work on {kind}", "use train.float8 none"))
-    if recipe.train.compile:
-        problems += compile_machine_problems(kind)
+    problems = record_problems(recipe) or recipe.problems(processes)
+    problems += machine_problems(recipe, kind)
     changed: list[str] = []
     scarce: list[str] = []
     notices: list[str] = []
@@ -242,9 +281,11 @@ def check(
         problems += wrong
     if not problems and checkpoints:
         changed, problems = check_changes(recipe, readable(checkpoints), allowed)
-    if recipe.out and not joining and not checkpoints and committed(Path(recipe.out) / "checkpoints"):
-        fix = f"continue it with --resume {recipe.out}, or write elsewhere with --out"
-        problems.append(UserError(f"out: {recipe.out} already holds a run", fix))
+    if recipe.out and not joining and not record_problems(recipe):
+        problems += out_problems(Path(recipe.out), checkpoints)
+        if not problems:
+            warnings, problems = room(Path(recipe.out), recipe)
+            changed += warnings
     if problems:
         raise join_problems(problems)
     return scarce + changed + notices
@@ -260,26 +301,17 @@ def _check_inputs(recipe: Recipe) -> tuple[list[UserError], list[str]]:
             tokenizer_size=tokenizer.vocab_size if tokenizer else None, tokenizer=recipe.tokenizer,
         )  # fmt: skip
         for split in ("train", *(["valid"] if recipe.train.eval_every else [])):
-            notices += label_notices(open_batches(recipe, split))
+            notices += batch_notices(open_batches(recipe, split))
         check_data_against(recipe.data, model.vocab_size, tokenizer.fingerprint if tokenizer else None)
     except UserError as error:
         return [error], []
     return [], notices
 
 
-def prepare_run_directory(recipe: Recipe) -> None:
-    """Writes the resolved recipe and the tokenizer into the run directory."""
-    out = Path(recipe.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
-    if recipe.tokenizer:
-        load_tokenizer(Path(recipe.tokenizer)).save_to(out / "tokenizer")
-
-
 def present_checkpoints(job: Job) -> tuple[Path, ...]:
     """Where this start may begin: after a loss, from what the run itself has written."""
     written = committed(Path(job.recipe.out) / "checkpoints") if start_number() > 0 else []
-    return tuple(written[::-1]) or job.start.checkpoints
+    return tuple(p for p in reversed(written) if save_number(p) > job.earlier) or job.start.checkpoints
 
 
 def facts(job: Job) -> dict[str, str]:

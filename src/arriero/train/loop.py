@@ -11,11 +11,13 @@ from arriero.checkpoint.load import newest_that_verifies
 from arriero.checkpoint.save import Saved, last_word
 from arriero.common.device import device_name, float8_units
 from arriero.common.errors import UserError
+from arriero.common.text import shown
 from arriero.observe.events import Events, goodput_line
 from arriero.observe.profile import Profile
 from arriero.parallel.mesh import Ranks
-from arriero.process import seconds_since_start, stop_wanted
+from arriero.process import seconds_since_start
 from arriero.recipe import Recipe
+from arriero.signals import Phase, set_phase, stop_wanted
 from arriero.train.garbage import collected_between_steps
 from arriero.train.reporter import Reporter, StepResult
 from arriero.train.schedule import moved_rate
@@ -51,7 +53,7 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, st
         recomputed=recipe.recompute.layers(recipe.parallel, trainer.config.num_hidden_layers),
     )  # fmt: skip
     profile = Profile(recipe.log.profile, out / "profile", ranks.rank)
-    events = Events(out, first=ranks.first, since_start=seconds_since_start())
+    events = Events(out, first=ranks.first, since_start=seconds_since_start(), trouble=reporter.trouble)
     watchdog = Watchdog(out, ranks, recipe.watch, reporter.say)
     begin(trainer, start, reporter)
     comparison = Comparison(ranks, recipe.watch, trainer.device)
@@ -82,9 +84,10 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, st
                 trainer.save(wait=last or stopping)
                 events.note("saved", step=trainer.done, seconds=time.perf_counter() - began)
             saved = trainer.saver.results()
+            set_phase(Phase.SAVED if (last or stopping) and saved and not saved[-1].problem else Phase.TRAINING)
             reporter.saved(saved)
     if stopping:
-        reporter.say(f" stopped after step {trainer.done}; go on with: arriero pretrain --resume {recipe.out}")
+        reporter.say(f" stopped after step {trainer.done}; go on with: arriero pretrain --resume {shown(recipe.out)}")
     if told := profile.finish():
         reporter.say(told)
     watchdog.close()
@@ -114,20 +117,29 @@ def begin(trainer: Trainer, start: Continuation, reporter: Reporter) -> None:
     """Loads the first checkpoint that is whole, or draws the weights, and tells which."""
     checkpoint = None
     if start.checkpoints:
-        checkpoint = newest_that_verifies(list(start.checkpoints), trainer.ranks, say=reporter.say)
+        checkpoint = newest_that_verifies(
+            list(start.checkpoints), trainer.ranks, say=reporter.say, model=trainer.config
+        )
     trainer.start(checkpoint)
     reporter.resume_after(trainer.done)
     if trainer.recipe.train.float8 != "none" and not float8_units(trainer.kind):
         reporter.say(" float8 is emulated: this device has no units for it; same rounding, and no time is saved")
-    for line in start.notices:
+    for line in (*start.notices, *(f" note: {notice}" for notice in trainer.config.notices)):
         reporter.say(line)
     if checkpoint is not None:
-        reporter.say(f" resumed from {checkpoint} after step {trainer.done}")
-        if trainer.ranks.first and (line := moved_from(checkpoint, trainer)):
-            reporter.say(f" NOTICE: {line}")
+        reporter.say(f" resumed from {shown(checkpoint)} after step {trainer.done}")
+        if trainer.done >= trainer.recipe.train.steps:
+            told = f"step {trainer.done} of train.steps {trainer.recipe.train.steps}"
+            reporter.say(f" the run is complete: {told}; give a larger --train.steps to go on")
         if trainer.position.samples != trainer.done * trainer.recipe.train.global_batch:
             reporter.say(f" goes on with sample {trainer.position.place}, {trainer.recipe.train.global_batch} a step")
+        if trainer.ranks.first and (line := moved_from(checkpoint, trainer)):
+            reporter.say(f" NOTICE: {line}")
+        if line := trainer.order_notice():
+            reporter.say(f" NOTICE: {line}")
     trainer.saver.reserve(trainer.parts_to_save())
+    trainer.ranks.barrier()  # so that a signal finds all processes in one phase
+    set_phase(Phase.TRAINING)
 
 
 def moved_from(checkpoint: Path, trainer: Trainer) -> str:

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import sys
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Interval
@@ -23,9 +22,13 @@ from annotated_types import Interval
 from arriero import __version__
 from arriero.checkpoint.save import Saved
 from arriero.common.errors import UserError
+from arriero.common.files import make_directory, why, write_atomic
+from arriero.common.output import new_notes
 from arriero.common.ranges import range_problems
+from arriero.common.text import printable, shown
 from arriero.model.config import LlamaConfig
 from arriero.observe.figure import loss_figure
+from arriero.observe.lines import LineFile, Trouble
 from arriero.observe.logline import arriero_line, megatron_line, validation_line
 from arriero.observe.metrics import MetricsWriter, RankMetrics, StepMetrics, ValidationMetrics
 from arriero.observe.step_time import BETWEEN, IN_STEP
@@ -96,37 +99,28 @@ class Reporter:
         self._peak = peak or None
         self._recent: deque[float] = deque(maxlen=20)
         self._skipped = self._nan = 0
-        self._full = False
-        self._text: TextIO | None = None
+        self.trouble = Trouble()
+        """What is known of files of the run that cannot be written."""
+        self._text: LineFile | None = None
         self._metrics: MetricsWriter | None = None
         if first:
-            out.mkdir(parents=True, exist_ok=True)
-            self._text = (out / "log.txt").open("a", encoding="utf-8")
-            self._metrics = MetricsWriter(out / "metrics.jsonl")
+            make_directory(out, "name a directory that can be written with --out")
+            self._text = LineFile(out / "log.txt", self.trouble, whole_lines=False)
+            self._metrics = MetricsWriter(out / "metrics.jsonl", self.trouble)
             environment = {
                 "arriero": __version__, "torch": torch.__version__, "python": platform.python_version(),
                 "devices": devices, "device": device_name, "host": platform.node(), "threads": torch.get_num_threads(),
                 "started": datetime.now().astimezone().isoformat(timespec="seconds"), "command": sys.argv,
             }  # fmt: skip
-            (out / "env.json").write_text(json.dumps(environment, indent=1) + "\n", encoding="utf-8")
+            if problem := keep_environment(out, environment):
+                self.say(f" NOTICE: {problem}")
 
     def say(self, text: str) -> None:
-        """Prints a line, and keeps it in log.txt."""
+        """Prints a line, and keeps it in log.txt; what a terminal would obey is shown instead (common/text.py)."""
         if self._text is not None:
-            print(text, flush=True)
-            self._text.write(text + "\n")
-            self._keep(self._text.flush)
-
-    def _keep(self, write: Callable[[], object]) -> None:
-        """Writes to a file of the run. A full disk is told of and does not end the run: what waits is written later."""
-        try:
-            write()
-            self._full = False
-        except OSError as error:
-            if not self._full:
-                told = f"{self.out}: {error.strerror}: log.txt and metrics.jsonl wait until there is room"
-                print(f"arriero: {told}", file=sys.stderr, flush=True)
-            self._full = True
+            print(printable(text), flush=True)
+            for line in (text, *(f" NOTICE: {note}" for note in new_notes())):
+                self._text.write(printable(line).encode())
 
     def saved(self, results: list[Saved]) -> None:
         """Tells what became of saves that have ended."""
@@ -134,14 +128,17 @@ class Reporter:
             if one.problem:
                 self.say(f" CHECKPOINT of step {one.step} NOT written: {one.problem}; the run goes on without it")
             else:
-                self.say(f" saved checkpoint: {one.path} (held up {one.blocked:.2f} s, on disk in {one.seconds:.2f} s)")
+                times = f"held up {one.blocked:.2f} s, on disk in {one.seconds:.2f} s"
+                self.say(f" saved checkpoint: {shown(one.path)} ({times})")
             if one.notice:
                 self.say(f" NOTICE: {one.notice}")
 
     def resume_after(self, step: int) -> None:
         """Drops the metrics of steps that will be run again."""
         if self._metrics is not None:
-            self._metrics.truncate_after(step)
+            bad = self._metrics.truncate_after(step)
+            for line in [*bad[:4], *([f"and {len(bad) - 4} lines more"] if len(bad) > 4 else [])]:
+                self.say(f" NOTICE: {line}; it is passed over")
 
     def step(self, result: StepResult) -> None:
         """Takes note of a step: metrics always, a line when it is due."""
@@ -180,7 +177,7 @@ class Reporter:
             hfu=figures.hfu,
             **times,
         )
-        self._keep(partial(self._metrics.write, metrics))
+        self._metrics.write(metrics)
         if result.step % self.log.every == 0 or result.step == train.steps:
             self.say(megatron_line(metrics, datetime.now()) if self.log.style == "megatron" else arriero_line(metrics))
             self._skipped = self._nan = 0
@@ -191,7 +188,7 @@ class Reporter:
             return
         if self._metrics is not None:
             metrics = RankMetrics(step, found.rank, found.seconds * 1000, found.median * 1000, found.ratio)
-            self._keep(partial(self._metrics.write, metrics))
+            self._metrics.write(metrics)
         if found.ratio > factor:
             times = (
                 f"{found.seconds:.3f} s of its own a step, {found.ratio:.1f} times the median of {found.median:.3f} s"
@@ -203,13 +200,31 @@ class Reporter:
         if self._metrics is not None:
             perplexity = math.exp(min(loss, 20.0)) if math.isfinite(loss) else math.nan  # as Megatron caps it
             metrics = ValidationMetrics(iteration=step, lm_loss=loss, perplexity=perplexity)
-            self._keep(partial(self._metrics.write, metrics))
+            self._metrics.write(metrics)
             self.say(validation_line(metrics, framed=self.log.style == "megatron"))
 
     def finish(self) -> None:
         """Draws the figure and closes the files."""
         if self._metrics is not None and self._text is not None:
-            self._keep(self._metrics.close)
-            self._keep(partial(loss_figure, self.out / "metrics.jsonl", self.out / "loss.png"))
-            self.say(f" figure: {self.out / 'loss.png'}")
-            self._keep(self._text.close)
+            self._metrics.close()
+            picture = self.out / "loss.png"
+            try:
+                loss_figure(self.out / "metrics.jsonl", picture)
+                self.say(f" figure: {shown(picture)}")
+            except (OSError, UserError) as error:
+                reason = error.problem if isinstance(error, UserError) else why(error)
+                self.say(f" NO figure: {shown(picture)}: {reason}")
+            self._text.close()
+
+
+def keep_environment(out: Path, environment: dict[str, Any]) -> str:
+    """Writes env.json at the first start of a run, env-2.json at its second, and so on; why it could not be written."""
+    number, path = 1, out / "env.json"
+    while os.path.lexists(path):
+        number += 1
+        path = out / f"env-{number}.json"
+    try:
+        write_atomic(path, json.dumps(environment, indent=1) + "\n")
+    except OSError as error:
+        return f"{shown(path)} cannot be written: {why(error)}"
+    return ""

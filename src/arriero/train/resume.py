@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from arriero.agreement import flat, input_changes
-from arriero.checkpoint.layout import DAMAGED, read_json
-from arriero.checkpoint.load import STATE
+from arriero.checkpoint.load import load_state
 from arriero.checkpoint.verify import verify_small
 from arriero.common.errors import UserError, nearest
-from arriero.common.untrusted import misfit
+from arriero.common.text import shown
 from arriero.model.config import LlamaConfig
 from arriero.recipe import Recipe, file_settings, parse
 
@@ -43,10 +42,7 @@ def changes(recipe: Recipe, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
     found = {k: (then[k], now[k]) for k in now if k not in BY_CONTENT and then.get(k) != now[k]}
     saved, model = LlamaConfig.from_json(checkpoint).to_json(), recipe.model_config().to_json()
     found |= {f"model {k}": (saved.get(k), model[k]) for k in model if saved.get(k) != model[k]}
-    before = read_json(checkpoint / STATE).get("inputs", {})
-    if wrong := misfit(before, {str: str}, "inputs"):
-        raise UserError(f"{checkpoint / STATE}: {wrong}", DAMAGED)
-    return found | input_changes(before, recipe)
+    return found | input_changes(load_state(checkpoint, {}).get("inputs", {}), recipe)
 
 
 def check_changes(recipe: Recipe, checkpoint: Path, allowed: Sequence[str]) -> tuple[list[str], list[UserError]]:
@@ -66,12 +62,12 @@ def check_changes(recipe: Recipe, checkpoint: Path, allowed: Sequence[str]) -> t
         if key.startswith("model "):
             fix = "resume with the model that the run began with"
         if not free and (key not in allowed or key.startswith("model ")):
-            refused.append(UserError(f"{key} is {now!s}, and the run began with {then!s}", fix))
+            refused.append(UserError(f"{shown(key)} is {shown(now)}, and the run began with {shown(then)}", fix))
         elif key != "out":
-            lines.append(f" changed since the checkpoint: {key}: {then!s} -> {now!s}")
+            lines.append(f" changed since the checkpoint: {shown(key)}: {shown(then)} -> {shown(now)}")
     for key in allowed:
         if key not in found:
             known = [k for k in found if not any(fnmatch.fnmatchcase(k, p) for p in FREE)]
             hint = nearest(key, known) if known else "nothing that needs it has changed: leave it out"
-            refused.append(UserError(f"--allow-change {key}: it has not changed", hint))
+            refused.append(UserError(f"--allow-change {shown(key)}: it has not changed", hint))
     return lines, refused

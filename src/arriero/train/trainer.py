@@ -164,6 +164,18 @@ class Trainer:
         if self.position.ordered != planned:  # the run began with another length: its order stays
             self.batches = self._open("train")
 
+    def order_notice(self) -> str:
+        """What is to be known of the order where the run has become longer than it was when it began; often empty."""
+        train, made_for = self.recipe.train, self.position.ordered
+        wanted = self.position.samples + (train.steps - self.done) * train.global_batch
+        if not made_for or wanted <= made_for:
+            return ""
+        return (
+            f"data.order megatron: the order stays as it was made for {made_for} samples when the run began; the run "
+            f"now reads {wanted}, and starts the order over where it ends (Megatron-LM would make another order, and "
+            "read some samples again and others never)"
+        )
+
     def rewind(self, checkpoints: list[Path], *, say: Callable[[str], None]) -> None:
         """Goes back to the newest of these checkpoints that is whole, or to the start of the run where there are none,
         and leaves out the samples that were read since.
@@ -175,7 +187,8 @@ class Trainer:
         self.rewinds += 1
         if self.rewinds > MOST_REWINDS:
             raise UserError(f"rewound {MOST_REWINDS} times: it is not the data", "lower the rate, or look at the model")
-        checkpoint = newest_that_verifies(checkpoints, self.ranks, say=say) if checkpoints else None
+        verified = partial(newest_that_verifies, say=say, model=self.config)
+        checkpoint = verified(checkpoints, self.ranks) if checkpoints else None
         if self._feed is not None:
             self._feed.close()
             self._feed = None

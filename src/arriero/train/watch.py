@@ -21,7 +21,9 @@ from annotated_types import Interval
 
 from arriero.agreement import ranges
 from arriero.common.errors import UserError
+from arriero.common.files import make_directory, open_regular
 from arriero.common.ranges import range_problems
+from arriero.common.text import shown
 from arriero.parallel.mesh import DIMENSIONS, Ranks
 
 FLOOR = 30.0
@@ -138,12 +140,15 @@ class Watchdog:
     def _open(self, head: str) -> IO[str] | None:
         """This process's file, new, with its first line; None where it cannot be written."""
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            file = (self._folder / f"rank-{self._rank:05d}.txt").open("w", encoding="utf-8")
+            make_directory(self._folder, "", follow=False)
+            path = self._folder / f"rank-{self._rank:05d}.txt"
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+            file = path.open("x", encoding="utf-8")  # new, and so neither a link nor a pipe
             file.write(f"{head}\nprocess {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n\n")
             file.flush()
             return file
-        except OSError:
+        except (OSError, UserError):
             return None
 
     def _told(self) -> list[str]:
@@ -151,8 +156,10 @@ class Watchdog:
         at: dict[str, list[int]] = {}
         for rank in range(self._world):
             head = ""
-            with contextlib.suppress(OSError), (self._folder / f"rank-{rank:05d}.txt").open(encoding="utf-8") as file:
-                head = file.readline().strip()
+            with contextlib.suppress(OSError):
+                handle = open_regular(self._folder / f"rank-{rank:05d}.txt")
+                with open(handle, encoding="utf-8", errors="replace") as file:
+                    head = shown(file.readline(1000).strip())
             ours = head.startswith(f"step {self._step} ")
             at.setdefault(head.partition(" s: ")[2] if ours else "wrote nothing", []).append(rank)
         places = sorted(at.items(), key=lambda item: len(item[1]))

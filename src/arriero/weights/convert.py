@@ -10,7 +10,7 @@ import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from annotated_types import Interval
@@ -18,14 +18,17 @@ from tyro.conf import Positional
 
 from arriero.common.errors import EXIT_OK, CheckFailed, UserError, join_problems
 from arriero.common.ranges import flag, range_problems
-from arriero.weights.dialects import ASCENDSPEED, ASCENDSPEED_FUSED, MCORE
+from arriero.common.text import printable, shown
+from arriero.model.config import LlamaConfig
+from arriero.weights.dialects import ASCENDSPEED, ASCENDSPEED_FUSED, MCORE, MCORE_TE
 from arriero.weights.foreign_config import ConfigHints
 from arriero.weights.huggingface import bytes_as, plan_safetensors, write_beside
 from arriero.weights.layout import Cut, check_cut, padded
+from arriero.weights.megatron_args import beyond_megatron, saved_arguments, start_flags
 from arriero.weights.megatron_write import RankFormat, plan_ranks
 from arriero.weights.progress import Progress
 from arriero.weights.sources import Opened, open_model
-from arriero.weights.transfer import new_directory, read_fingerprints, transfer
+from arriero.weights.transfer import new_directory, transfer
 from arriero.weights.values import fingerprint
 
 DTYPES = {"keep": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -55,6 +58,8 @@ class ConvertArgs:
     """What the weights are written as."""
     make_vocab_size_divisible_by: Annotated[int, Interval(ge=1, le=2**24)] = 128
     """Pad the vocabulary to a multiple of this times --tp, as Megatron does; 1 pads no further than --tp needs."""
+    spec: Literal["te", "local"] = "te"
+    """Megatron only: the layers' names, Transformer Engine's (Megatron-LM's default) or its own (MindSpeed's)."""
     fused_mlp: bool = False
     """AscendSpeed only: gate and up in one matrix, for training with --mlp-layer-fusion."""
     deepspeed: bool = False
@@ -94,10 +99,11 @@ def run(args: ConvertArgs) -> int:
         if args.to == "hf":
             files = plan_safetensors(partial, hub, dtype=dtype, max_shard_bytes=args.max_shard_gb * 1e9)
         else:
-            dialect = {"megatron": MCORE, "ascendspeed": ASCENDSPEED_FUSED if args.fused_mlp else ASCENDSPEED}[args.to]
-            files = plan_ranks(partial, hub, config, RankFormat(dialect, cut, dtype, args.iteration, args.deepspeed))
-        write_beside(partial, config, dtype=dtype or next(iter(hub.values())).dtype, tokenizer=opened.tokenizer)
-        _check_twins(opened)
+            files = plan_ranks(partial, hub, config, _rank_format(args, config, cut, dtype))
+        write_beside(
+            partial, config, dtype=dtype or next(iter(hub.values())).dtype, tokenizer=opened.tokenizer,
+            generation=opened.generation,
+        )  # fmt: skip
         prints, again = transfer(
             hub,
             files,
@@ -114,10 +120,27 @@ def run(args: ConvertArgs) -> int:
         "fingerprint": fingerprint(hub, dtype, prints), "notes": opened.notes,
         "seconds": round(time.perf_counter() - started, 2),
     }  # fmt: skip
+    if args.to == "megatron":
+        arguments = _arguments(args, config, cut)
+        report["start_with"] = start_flags(args.destination, arguments, iteration=args.iteration)
+        report["notes"] = [*opened.notes, *beyond_megatron(config)]
     if args.verify:
         report["largest_logit_difference"] = _verify(opened, open_model(args.destination, args.to), dtype)
     _print(report, args.json)
     return EXIT_OK
+
+
+def _arguments(args: ConvertArgs, config: LlamaConfig, cut: Cut) -> dict[str, Any]:
+    return saved_arguments(config, cut, multiple=args.make_vocab_size_divisible_by, local=args.spec == "local")
+
+
+def _rank_format(args: ConvertArgs, config: LlamaConfig, cut: Cut, dtype: str | None) -> RankFormat:
+    """What the files of ranks are to be."""
+    if args.to == "megatron":
+        dialect = MCORE if args.spec == "local" else MCORE_TE
+        return RankFormat(dialect, cut, dtype, args.iteration, arguments=_arguments(args, config, cut))
+    dialect = ASCENDSPEED_FUSED if args.fused_mlp else ASCENDSPEED
+    return RankFormat(dialect, cut, dtype, args.iteration, args.deepspeed)
 
 
 def _check_options(args: ConvertArgs) -> None:
@@ -127,6 +150,8 @@ def _check_options(args: ConvertArgs) -> None:
         problems.append(UserError("--tp, --pp and --vpp have no effect with --to hf", "leave them out"))
     if args.to != "ascendspeed" and (args.fused_mlp or args.deepspeed):
         problems.append(UserError("--fused-mlp and --deepspeed belong to --to ascendspeed", "leave them out"))
+    if args.to != "megatron" and args.spec != "te":
+        problems.append(UserError("--spec belongs to --to megatron", "leave it out"))
     if args.to == "ascendspeed" and args.vpp > 1:
         problems.append(UserError("AscendSpeed has no files for virtual stages", "leave --vpp out"))
     if args.deepspeed and args.pp > 1:
@@ -135,22 +160,6 @@ def _check_options(args: ConvertArgs) -> None:
         )
     if problems:
         raise join_problems(problems)
-
-
-def _check_twins(opened: Opened) -> None:
-    """A second copy of tied embeddings must equal the first, or a head that was trained apart would be lost.
-
-    Raises:
-        UserError: they differ.
-    """
-    for name, copy in opened.twins:
-        pair = {name: opened.reader.assembly(name), "copy": copy}
-        prints = read_fingerprints(pair)
-        if prints[name] != prints["copy"]:
-            raise UserError(
-                f"{opened.path}: config.json ties the embeddings, but the checkpoint's head differs from them",
-                "set tie_word_embeddings to false in its config.json",
-            )
 
 
 def prove(source: Opened, written: Opened, *, prints: dict[str, int], again: dict[str, int], dtype: str | None) -> None:
@@ -175,7 +184,6 @@ def prove(source: Opened, written: Opened, *, prints: dict[str, int], again: dic
             raise CheckFailed(f"{written.path}: {name} is {said} after writing, not {expected[1]} {list(expected[0])}")
     if len(after) != len(before) or written.config != source.config:
         raise CheckFailed(f"{written.path}: reads back as another model than was written")
-    _check_twins(written)
     wrong = [name for name in before if again[name] != prints[name]]
     if wrong:
         raise CheckFailed(
@@ -198,7 +206,8 @@ def _print(report: dict[str, object], as_json: bool) -> None:
     if as_json:
         print(json.dumps(report))
         return
-    print(f"{report['source']} ({report['kind']}, {report['layout']}) -> {report['destination']} ({report['to']})")
+    source, destination = shown(report["source"]), shown(report["destination"])
+    print(f"{source} ({report['kind']}, {shown(report['layout'])}) -> {destination} ({report['to']})")
     vocabulary = f"vocabulary {report['vocab_size']:,}"
     if report["padded_vocab"] != report["vocab_size"]:
         vocabulary += f" padded to {report['padded_vocab']:,}"
@@ -206,5 +215,7 @@ def _print(report: dict[str, object], as_json: bool) -> None:
     print(f"read back and compared: names, shapes, dtypes, fingerprint {str(report['fingerprint'])[:16]}")
     if "largest_logit_difference" in report:
         print(f"largest logit difference on random tokens: {report['largest_logit_difference']:.3g}")
+    if "start_with" in report:
+        print(f"start Megatron-LM with: {report['start_with']}")
     for note in report["notes"]:  # type: ignore[attr-defined]
-        print(f"note: {note}")
+        print(printable(f"note: {note}"))

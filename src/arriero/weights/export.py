@@ -12,6 +12,7 @@ from tyro.conf import Positional
 
 from arriero.common.errors import EXIT_OK, CheckFailed, join_problems
 from arriero.common.ranges import flag, range_problems
+from arriero.common.text import shown
 from arriero.model.config import LlamaConfig
 from arriero.weights.huggingface import open_huggingface, write_huggingface
 from arriero.weights.progress import Progress
@@ -51,8 +52,9 @@ def run(args: ExportArgs) -> int:
     dtype = torch_dtype(NAMES[args.dtype]) if args.dtype != "keep" else None
     with Progress("writing", sum(t.nbytes for t in opened.reader.tensors.values())) as progress:
         prints = write_huggingface(
-            args.destination, opened.reader, config=opened.config, tokenizer_dir=tokenizer, dtype=dtype,
-            max_shard_bytes=args.max_shard_gb * 1e9, advance=progress.advance,
+            args.destination, opened.reader, config=opened.config, tokenizer_dir=tokenizer,
+            generation=opened.generation, dtype=dtype, max_shard_bytes=args.max_shard_gb * 1e9,
+            advance=progress.advance,
         )  # fmt: skip
     reloaded = open_huggingface(args.destination)
     if read_fingerprints(reloaded.tensors) != prints:
@@ -62,10 +64,13 @@ def run(args: ExportArgs) -> int:
     parameters = sum(t.numel for t in reloaded.tensors.values())
     if args.json:
         keys = {"source": str(opened.path), "destination": str(args.destination), "parameters": parameters}
-        print(json.dumps({**keys, "fingerprint": digest, "largest_logit_difference": difference}))
+        facts = {**keys, "fingerprint": digest, "largest_logit_difference": difference, "notes": opened.notes}
+        print(json.dumps(facts))
         return EXIT_OK
-    print(f"{args.destination}: {parameters:,} parameters from {opened.path}")
+    print(f"{shown(args.destination)}: {parameters:,} parameters from {shown(opened.path)}")
     print(f"fingerprint {digest[:16]}; largest logit difference after reloading {difference:.3g}")
+    for note in opened.notes:
+        print(f"note: {note}")
     if tokenizer is None:
         print("no tokenizer was found beside the source: give one with --tokenizer DIR")
     return EXIT_OK

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from arriero.common.errors import UserError
+from arriero.common.errors import UserError, join_problems
 from arriero.model.config import LlamaConfig, RopeScaling
 from arriero.weights.dialects import Dialect
+from arriero.weights.megatron_args import LLAMA3_ORIGINAL, check_arguments
 from arriero.weights.pickle_symbols import Call
 from arriero.weights.stream import Assembly
 from arriero.weights.tokenizer_json import vocabulary_size
@@ -27,17 +28,36 @@ class ConfigHints:
     """A tokenizer's directory, whose size is the vocabulary's."""
 
 
-def apply_vocabulary(config: LlamaConfig, hints: ConfigHints, *, known: bool) -> tuple[LlamaConfig, list[str]]:
-    """Sets the true vocabulary size; `known` says that the config already has it."""
-    size = hints.vocab_size
-    if size is None and hints.tokenizer is not None and not known:
-        size = vocabulary_size(hints.tokenizer)
-    if size is not None:
-        return replace(config, vocab_size=size), []
+def apply_vocabulary(
+    config: LlamaConfig, hints: ConfigHints, *, known: bool, rows: int
+) -> tuple[LlamaConfig, list[str]]:
+    """Sets the true vocabulary size.
+
+    Args:
+        config: the shape so far.
+        hints: what the user said, and the tokenizer that was found.
+        known: whether the config already has the true size.
+        rows: how many rows the checkpoint has, padding included.
+
+    Returns:
+        The config, and what had to be assumed.
+    """
+    if hints.vocab_size is not None:
+        config = replace(config, vocab_size=hints.vocab_size)
+        if problems := config.problems("--vocab-size"):
+            raise join_problems(problems)
+        return config, []
     if known:
         return config, []
-    note = f"all {config.vocab_size} vocabulary rows were kept, padding included: give --vocab-size or --tokenizer"
-    return config, [note]
+    if hints.tokenizer is None:
+        note = f"all {config.vocab_size} vocabulary rows were kept, padding included: give --vocab-size or --tokenizer"
+        return config, [note]
+    size = vocabulary_size(hints.tokenizer)
+    if size <= rows:
+        left = f"{rows - size} rows beyond the tokenizer's {size} ids were left out as padding: else give --vocab-size"
+        return replace(config, vocab_size=size), [left] if size < rows else []
+    note = f"the tokenizer has {size} ids, the checkpoint {rows} rows: all rows were kept"
+    return replace(config, vocab_size=rows), [note]
 
 
 def resolve_config(
@@ -58,13 +78,15 @@ def resolve_config(
     """
     given = hints.config or next((d for d in (root, folder) if (d / "config.json").is_file()), None)
     if given is not None:
-        return apply_vocabulary(LlamaConfig.from_json(given), hints, known=True)
+        return apply_vocabulary(LlamaConfig.from_json(given), hints, known=True, rows=0)
     args = payload.get("args")
     saved = args.state if isinstance(args, Call) and isinstance(args.state, dict) else {}
+    check_arguments(saved, str(folder))
     # Only plain numbers, of a sane size: what is worse than absent is treated as absent.
     state = {k: v for k, v in saved.items() if isinstance(v, bool) or (isinstance(v, (int, float)) and 0 < v < 2**31)}
     inferred, notes = _from_tensors(root, tensors, dialect, tensor=tensor, layers=layers, args=state)
-    config, more = apply_vocabulary(inferred, hints, known=isinstance(state.get("vocab_size"), int))
+    rows = tensors[dialect.embedding].shape[0] * tensor
+    config, more = apply_vocabulary(inferred, hints, known=isinstance(state.get("vocab_size"), int), rows=rows)
     return config, notes + more
 
 
@@ -101,9 +123,11 @@ def _from_tensors(
         )
     untied = args.get("untie_embeddings_and_output_weights")
     scaling = RopeScaling()
+    if isinstance(args.get("rotary_seq_len_interpolation_factor"), (int, float)):
+        scaling = RopeScaling("linear", factor=float(args["rotary_seq_len_interpolation_factor"]))
     if args.get("use_rope_scaling"):  # Megatron's flag means Llama 3.1's scaling, whose other constants it fixes
         factor = float(args.get("rope_scaling_factor") or 8.0)
-        scaling = RopeScaling("llama3", factor=factor, original_max_position_embeddings=8192)
+        scaling = RopeScaling("llama3", factor=factor, original_max_position_embeddings=LLAMA3_ORIGINAL)
     true_vocab = args.get("vocab_size")
     config = LlamaConfig(
         vocab_size=true_vocab if isinstance(true_vocab, int) else vocab * tensor,
@@ -117,6 +141,7 @@ def _from_tensors(
         rope_theta=float(theta or 10000.0),
         max_position_embeddings=int(args.get("max_position_embeddings") or 2048),
         rope_scaling=scaling,
+        initializer_range=float(args.get("init_method_std") or 0.02),
         tie_word_embeddings=dialect.head not in tensors if untied is None else not untied,
         attention_bias=f"{prefix}{dialect.qkv}.bias" in tensors,
         mlp_bias=f"{prefix}{dialect.down}.bias" in tensors,

@@ -6,17 +6,21 @@ of another shape is reported in one message.
 
 from __future__ import annotations
 
+import functools
 import json
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arriero.common.errors import UserError, join_problems
-from arriero.common.untrusted import inside, plain_name, read_json
+from arriero.common.files import write_atomic
+from arriero.common.text import shown
+from arriero.common.untrusted import inside, parse_json, plain_name, read_json, read_text
+from arriero.data.tokenizer import GENERATION, VOCABULARIES, copy_files
 from arriero.model.config import LlamaConfig, parameter_shapes
 from arriero.weights.held import assemblies
+from arriero.weights.names import explain, plain_names
 from arriero.weights.safetensors_file import SafetensorsFile, build_header
 from arriero.weights.stream import (
     ITEMSIZE,
@@ -27,31 +31,64 @@ from arriero.weights.stream import (
     dtype_name,
     matrix_shape,
 )
+from arriero.weights.tied import settle_head
 from arriero.weights.torch_file import TorchFile
 from arriero.weights.transfer import OutFile, Put, new_directory, transfer
 
 if TYPE_CHECKING:
     import torch
 
-TOKENIZER_FILES = (
-    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja",
-)  # fmt: skip
 _SINGLES = ("model.safetensors", "pytorch_model.bin")
 FIX_SHARD = "fetch the whole directory again"
+FIX_GENERATION = "restore the file, or remove it"
 
 
 def open_huggingface(directory: Path) -> PieceReader:
-    """Opens a directory for reading any slice of any parameter, under Hugging Face's names.
+    """Opens a directory for reading any slice of any parameter, under Hugging Face's names; see `open_with_config`."""
+    return open_with_config(directory)[0]
 
-    Old checkpoints' `rotary_emb.inv_freq`, and the spare `lm_head.weight` of a tied model, are left out.
+
+def open_with_config(directory: Path, config: LlamaConfig | None = None) -> tuple[PieceReader, LlamaConfig]:
+    """Opens a directory, and gives the shape that its files have.
+
+    Prefixes that training programs put before the names are taken off; old checkpoints' `rotary_emb.inv_freq`, and a
+    head that equals the embedding it is tied to, are left out.
+
+    Args:
+        directory: with config.json and weights.
+        config: in place of its config.json.
+
+    Returns:
+        The reader; the config, untied where the files hold a head that differs from the embedding.
 
     Raises:
-        UserError: no weights, a missing or broken shard, or names and shapes that disagree with `config.json`.
+        UserError: no weights, a missing or broken shard, or names and shapes that disagree with the config.
     """
-    directory = Path(directory)
-    config = LlamaConfig.from_json(directory)
-    return checked(open_files(directory), config, where=str(directory))
+    directory, where = Path(directory), str(directory)
+    config = config or LlamaConfig.from_json(directory)
+    tensors, config = settle_head(plain_names(open_files(directory).tensors, where), config, where=where)
+    return checked(PieceReader(tensors, where=where), config, where=where), config
+
+
+def read_shape(path: Path) -> LlamaConfig:
+    """The shape of the model in a directory: config.json's, untied where the files hold a head of their own.
+
+    Raises:
+        UserError: as `open_with_config`, but nothing about names and shapes, and weights may be missing.
+    """
+    path = Path(path)
+    config = LlamaConfig.from_json(path)
+    if not (config.tie_word_embeddings and path.is_dir() and has_weights(path)):
+        return config
+    files = [(file.name, file.lstat()) for file in sorted(path.glob("*model*"))]
+    changed = tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in files)
+    return _settled_shape(path, config, changed)
+
+
+@functools.lru_cache(maxsize=4)
+def _settled_shape(path: Path, config: LlamaConfig, changed: tuple[tuple[str, int, int], ...]) -> LlamaConfig:
+    """Remembers the answer, for which two large tensors may have to be read, until a file has `changed`."""
+    return settle_head(plain_names(open_files(path).tensors, str(path)), config, where=str(path))[1]
 
 
 def open_files(directory: Path) -> PieceReader:
@@ -97,32 +134,42 @@ def _open_shards(directory: Path, index: Path) -> PieceReader:
     return PieceReader(tensors, where=str(directory))
 
 
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
 def checked(reader: PieceReader, config: LlamaConfig, *, where: str) -> PieceReader:
     """The parameters of `config` in the model's order; a UserError lists all that is missing, extra or misshapen."""
     expected = parameter_shapes(config)
     found = {n: t for n, t in reader.tensors.items() if not n.endswith("rotary_emb.inv_freq")}
-    if config.tie_word_embeddings:
-        found.pop("lm_head.weight", None)
-    problems = []
     missing = [name for name in expected if name not in found]
-    if missing == ["lm_head.weight"]:
-        problems.append(UserError(f"{where}: lacks lm_head.weight", "set tie_word_embeddings to true in config.json"))
-    elif missing:
-        problems.append(UserError(f"{where}: lacks {_some(missing)}", "compare num_hidden_layers, or fetch it again"))
     extra = sorted(found.keys() - expected.keys())
-    if extra:
-        problems.append(UserError(f"{where}: holds {_some(extra)}, unknown to config.json", "is it a LLaMA?"))
+    problems = []
+    if missing or extra:
+        cause, fix = explain(config, missing, extra)
+        parts = [f"lacks {_some(missing)}"] if missing else []
+        parts += [f"holds {_some(extra)}, unknown to config.json"] if extra else []
+        problems.append(UserError(f"{where}: {'; '.join(parts)}" + (f": {cause}" if cause else ""), fix))
     for name, shape in expected.items():
-        if name in found and found[name].shape != shape:
+        if name not in found:
+            continue
+        if found[name].shape != shape:
             problem = f"{where}: {name} is {list(found[name].shape)}, config.json says {list(shape)}"
-            problems.append(UserError(problem, "mend config.json, or fetch the matching one"))
+            fix = "mend config.json, or fetch the matching one"
+            if len(found[name].shape) == 1 and len(shape) == 2:
+                fix = "these are flat or packed weights, of FSDP or a quantized model: save the plain state dict"
+            problems.append(UserError(problem, fix))
+        elif found[name].dtype not in FLOATS:
+            fix = "save the model in float32, bfloat16 or float16: a quantized one must be dequantized"
+            problems.append(UserError(f"{where}: {name} is {found[name].dtype}", fix))
     if problems:
         raise join_problems(problems[:6])
     return PieceReader({name: found[name] for name in expected}, where=where)
 
 
 def _some(names: list[str]) -> str:
-    return f"{', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{', '.join(shown(name, 120) for name in names[:3])}" + (
+        f" and {len(names) - 3} more" if len(names) > 3 else ""
+    )
 
 
 def write_huggingface(
@@ -131,6 +178,7 @@ def write_huggingface(
     *,
     config: LlamaConfig,
     tokenizer_dir: Path | None = None,
+    generation: Path | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: float = 5e9,
     advance: Callable[[int], None] | None = None,
@@ -142,6 +190,7 @@ def write_huggingface(
         reader: the model's parameters under Hugging Face's names.
         config: the model's shape.
         tokenizer_dir: where the tokenizer's files lie; None leaves them out.
+        generation: the generation_config.json to copy; None writes one of config.json's token ids.
         dtype: float32, bfloat16 or float16; None keeps each tensor's own.
         max_shard_bytes: a shard grows no larger, unless one tensor is.
         advance: told the bytes read so far.
@@ -153,11 +202,13 @@ def write_huggingface(
         UserError: names or shapes disagree with the config, a value is not finite, the disk is too small.
     """
     name = dtype_name(dtype) if dtype is not None else None
-    hub = checked(PieceReader(assemblies(reader), where="the weights"), config, where="the weights").tensors
+    held, config = settle_head(assemblies(reader), config, where="the model")
+    hub = checked(PieceReader(held, where="the weights"), config, where="the weights").tensors
     with new_directory(directory, need_bytes=bytes_as(hub, name)) as partial:
         files = plan_safetensors(partial, hub, dtype=name, max_shard_bytes=max_shard_bytes)
         prints, _ = transfer(hub, files, dtype=name, advance=advance)
-        write_beside(partial, config, dtype=name or next(iter(hub.values())).dtype, tokenizer=tokenizer_dir)
+        kind = name or next(iter(hub.values())).dtype
+        write_beside(partial, config, dtype=kind, tokenizer=tokenizer_dir, generation=generation)
     return prints
 
 
@@ -166,9 +217,15 @@ def bytes_as(hub: Mapping[str, Assembly], dtype: str | None) -> int:
     return sum(t.numel * ITEMSIZE[dtype or t.dtype] for t in hub.values()) + (64 << 20)
 
 
-def write_beside(directory: Path, config: LlamaConfig, *, dtype: str, tokenizer: Path | None) -> None:
+def write_beside(
+    directory: Path, config: LlamaConfig, *, dtype: str, tokenizer: Path | None, generation: Path | None = None
+) -> None:
     """What lies beside the weights: config.json, generation_config.json, the tokenizer's files."""
     write_config(directory, config, dtype=dtype)
+    if generation is not None:
+        text = read_text(generation, FIX_GENERATION)
+        parse_json(text, str(generation), FIX_GENERATION, dict)
+        write_atomic(directory / GENERATION, text)
     if tokenizer is not None:
         notice = copy_tokenizer(tokenizer, directory)
         if notice:
@@ -211,8 +268,8 @@ def write_config(directory: Path, config: LlamaConfig, *, dtype: str) -> None:
     """config.json and generation_config.json; transformers 4 reads `torch_dtype`, 5 reads `dtype`."""
     kind = TORCH_NAMES[dtype]
     write_json(directory / "config.json", {**config.to_json(), "torch_dtype": kind, "dtype": kind})
-    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    write_json(directory / "generation_config.json", {"_from_model_config": True, **ids})
+    ids = {key: value for key, value in config.to_json().items() if key.endswith("token_id")}
+    write_json(directory / GENERATION, {"_from_model_config": True, **ids})
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -230,14 +287,11 @@ def copy_tokenizer(source: Path, directory: Path) -> str:
         UserError: there is no tokenizer at `source`.
     """
     source = Path(source)
-    folder = source if source.is_dir() else source.parent
-    present = [file for file in TOKENIZER_FILES if (folder / file).is_file()]
-    if "tokenizer.model" not in present and "tokenizer.json" not in present:
+    held = [name for name in VOCABULARIES if source.is_file() or (source / name).is_file()]
+    if not held:
         raise UserError(f"{source}: holds no tokenizer.model or tokenizer.json", "name the tokenizer's directory")
-    for file in present:
-        shutil.copyfile(inside(folder, folder / file), directory / file)
-    if "tokenizer.json" in present:
+    if "tokenizer.json" in copy_files(source, directory):
         return ""
     from arriero.weights.tokenizer_json import write_tokenizer_json
 
-    return write_tokenizer_json(folder / "tokenizer.model", directory)
+    return write_tokenizer_json(directory / "tokenizer.model", directory, source=source)

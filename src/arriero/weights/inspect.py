@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError
+from arriero.common.text import printable, shown
 from arriero.weights.huggingface import open_file
 from arriero.weights.progress import Progress
 from arriero.weights.sources import detect, open_model
@@ -80,8 +81,10 @@ def _describe(path: Path, facts: dict[str, Any]) -> dict[str, Assembly]:
     else:
         facts["tokenizer_ids"] = vocabulary_size(opened.tokenizer)
         if facts["tokenizer_ids"] > config.vocab_size:
-            ids = f"{facts['tokenizer_ids']} ids, the model {config.vocab_size} rows"
-            raise UserError(f"{opened.tokenizer}: the tokenizer has {ids}", "put the model's own tokenizer there")
+            ids = f"the tokenizer has {facts['tokenizer_ids']} ids, the model {config.vocab_size} rows"
+            if vocabulary_size(opened.tokenizer, added=False) > config.vocab_size:
+                raise UserError(f"{opened.tokenizer}: {ids}", "put the model's own tokenizer there")
+            notes.append(f"{ids}: tokens that were added to it have no row, and cannot be used")
     facts["notes"] = notes
     return opened.reader.tensors
 
@@ -103,7 +106,7 @@ def _count(tensors: dict[str, Assembly]) -> dict[str, Any]:
 
 
 def _print(facts: dict[str, Any]) -> None:
-    print(f"{facts['path']}: {facts['kind']}" + (f" ({facts['layout']})" if "layout" in facts else ""))
+    print(f"{shown(facts['path'])}: {facts['kind']}" + (f" ({facts['layout']})" if "layout" in facts else ""))
     if "hidden" in facts:
         print(
             f"{facts['layers']} layers, hidden {facts['hidden']}, {facts['heads']} heads of {facts['head_dim']} "
@@ -116,5 +119,5 @@ def _print(facts: dict[str, Any]) -> None:
     if "fingerprint" in facts:
         print(f"every value read and finite, fingerprint {facts['fingerprint'][:16]}")
     for note in facts.get("notes", []):
-        print(f"note: {note}")
-    print("whole" if facts["whole"] else f"not whole: {facts['problem']}")
+        print(printable(f"note: {note}"))
+    print("whole" if facts["whole"] else printable(f"not whole: {facts['problem']}"))

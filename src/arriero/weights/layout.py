@@ -6,13 +6,14 @@ follows it from right to left, reading from left to right, so a round trip canno
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from arriero.common.errors import UserError, join_problems
 from arriero.model.config import LlamaConfig, layer_shapes
 from arriero.weights.dialects import Dialect
 from arriero.weights.stream import Assembly, Piece, matrix_shape
+from arriero.weights.tied import EMBEDDING, HEAD
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,17 @@ class RankTable:
             elif dialect.always_head or not first:
                 yield replace(self._vocabulary(dialect.tied_head, "model.embed_tokens.weight"), tied=True)
 
+    def readable_slots(self, stage: int, chunk: int, layers: range, held: Container[str]) -> Iterator[Slot]:
+        """As `slots`, and the head that the last chunk of a tied model may hold besides, if `held` has its key."""
+        last = None
+        for last in self.slots(stage, chunk, layers):
+            yield last
+        at_end = (stage, chunk) == (self.cut.pipeline - 1, self.cut.virtual - 1)
+        if self.config.tie_word_embeddings and at_end and not (last and last.tied):
+            key = next((key for key in (self.dialect.head, self.dialect.tied_head) if key in held), None)
+            if key is not None:
+                yield replace(self._vocabulary(key, EMBEDDING), tied=True)
+
     def _vocabulary(self, key: str, name: str) -> Slot:
         vocab, width = self.config.vocab_size, self.config.hidden_size
         total = self.cut.padded_vocab or vocab
@@ -199,6 +211,8 @@ def cut_rows(parts: Iterable[Part], start: int, count: int) -> tuple[Part, ...]:
 def gather(pairs: Iterable[tuple[Assembly, Slot]], shapes: dict[str, tuple[int, ...]]) -> dict[str, Assembly]:
     """Hugging Face tensors out of slots that were read: the table from left to right.
 
+    Copies of tied embeddings become the head, for `settle_head` to compare.
+
     Raises:
         UserError: two ranks hold parts of one tensor in different dtypes.
     """
@@ -206,11 +220,13 @@ def gather(pairs: Iterable[tuple[Assembly, Slot]], shapes: dict[str, tuple[int, 
     dtypes: dict[str, str] = {}
     for tensor, slot in pairs:
         for part in slot.parts:
-            if part.padding or slot.tied:
+            if part.padding:
                 continue
-            if dtypes.setdefault(part.name, tensor.dtype) != tensor.dtype:
-                raise UserError(f"{slot.key} is {tensor.dtype} on one rank and {dtypes[part.name]} on another", "")
+            name = HEAD if slot.tied else part.name
+            if dtypes.setdefault(name, tensor.dtype) != tensor.dtype:
+                raise UserError(f"{slot.key} is {tensor.dtype} on one rank and {dtypes[name]} on another", "")
             for piece in tensor.window(part.at_row, 0, part.rows, part.columns):
                 placed = replace(piece, at_row=piece.at_row + part.row, at_column=piece.at_column + part.column)
-                pieces.setdefault(part.name, []).append(placed)
+                pieces.setdefault(name, []).append(placed)
+    shapes = {HEAD: shapes[EMBEDDING], **shapes} if HEAD in pieces else shapes
     return {name: Assembly(dtypes[name], shapes[name], tuple(pieces[name])) for name in shapes if name in pieces}

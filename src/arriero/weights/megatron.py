@@ -12,19 +12,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from arriero.common.errors import UserError, join_problems
+from arriero.common.text import shown
 from arriero.common.untrusted import inside, read_text
 from arriero.model.config import MOST_LAYERS, LlamaConfig, parameter_shapes
 from arriero.weights.dialects import Dialect, recognise
 from arriero.weights.foreign_config import ConfigHints, resolve_config
+from arriero.weights.huggingface import checked
 from arriero.weights.layout import Cut, RankTable, Slot, gather
 from arriero.weights.stream import Assembly, PieceReader
+from arriero.weights.tied import settle_head
 from arriero.weights.torch_file import TorchFile
 
 TRACKER, DEEPSPEED_TRACKER = "latest_checkpointed_iteration.txt", "latest"
@@ -132,7 +135,6 @@ class RankModels:
     config: LlamaConfig
     dialect: Dialect
     cut: Cut
-    twins: list[tuple[str, Assembly]]
     notes: list[str]
 
 
@@ -178,11 +180,9 @@ def open_ranks(path: Path, hints: ConfigHints) -> RankModels:
             f"{folder}: has {cut.padded_vocab} vocabulary rows, fewer than the {config.vocab_size} of its config", FIX
         )
     pairs = list(_match(ranks, config, dialect, cut, layers))
-    shapes = parameter_shapes(config)
-    copies = [(tensor_, replace(slot, tied=False)) for tensor_, slot in pairs if slot.tied]
-    twins = list(gather(copies, shapes).items())
-    hub = gather(pairs, shapes)
-    return RankModels(PieceReader(hub, where=str(folder)), config, dialect, cut, twins, notes)
+    hub, config = settle_head(gather(pairs, parameter_shapes(config)), config, where=str(folder))
+    reader = checked(PieceReader(hub, where=str(folder)), config, where=str(folder))
+    return RankModels(reader, config, dialect, cut, notes)
 
 
 def _count_layers(chunk: Mapping[str, Assembly], dialect: Dialect) -> int:
@@ -205,7 +205,7 @@ def _match(
         table = RankTable(config, dialect, cut, t)
         for v, chunk in enumerate(rank.chunks):
             known = set()
-            for slot in table.slots(p, v, layers[p, v]):
+            for slot in table.readable_slots(p, v, layers[p, v], chunk):
                 known.add(slot.key)
                 tensor = chunk.get(slot.key)
                 if tensor is None:
@@ -224,7 +224,9 @@ def _match(
             extra = sorted(k for k in chunk.keys() - known if not k.endswith("inv_freq"))
             if extra:
                 problems.append(
-                    UserError(f"{rank.path}: holds {extra[0]} and {len(extra) - 1} more unknown", "is it a LLaMA?")
+                    UserError(
+                        f"{rank.path}: holds {shown(extra[0], 120)} and {len(extra) - 1} more unknown", "is it a LLaMA?"
+                    )
                 )
     if problems:
         raise join_problems(problems[:6])

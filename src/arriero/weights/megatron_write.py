@@ -15,7 +15,7 @@ from arriero.weights.dialects import Dialect
 from arriero.weights.layout import Cut, RankTable, Slot, even_layers
 from arriero.weights.megatron import DEEPSPEED_TRACKER, RANK_FILE_NAME, TRACKER
 from arriero.weights.stream import ITEMSIZE, Assembly
-from arriero.weights.torch_write import TensorSpec, plan_archive
+from arriero.weights.torch_write import Namespace, TensorSpec, plan_archive
 from arriero.weights.transfer import OutFile, Put
 
 
@@ -31,6 +31,8 @@ class RankFormat:
     """The iteration to claim; 0 is `release`, which makes Megatron start at 0 without an optimizer."""
     deepspeed: bool = False
     """AscendSpeed's DeepSpeed flavour."""
+    arguments: dict[str, Any] | None = None
+    """Megatron's own, written under `args` (weights/megatron_args.py)."""
 
 
 def plan_ranks(directory: Path, hub: Mapping[str, Assembly], config: LlamaConfig, form: RankFormat) -> list[OutFile]:
@@ -80,6 +82,8 @@ def _plan_rank(
         root |= {"module": models[0], "dp_world_size": 0}
     else:
         root["iteration"] = form.iteration
+        if form.arguments is not None:
+            root["args"] = Namespace(form.arguments)
         root |= {"model": models[0]} if len(models) == 1 else {f"model{v}": model for v, model in enumerate(models)}
     size, blobs, offsets = plan_archive(root)
     puts = []

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from arriero.common.errors import UserError, join_problems
+from arriero.common.text import shown
 from arriero.common.untrusted import inside, misfit, read_json
 from arriero.model.config import MOST_LAYERS, LlamaConfig, RopeScaling, parameter_shapes
 from arriero.weights.foreign_config import ConfigHints
+from arriero.weights.huggingface import checked
 from arriero.weights.stream import Assembly, Piece, PieceReader
+from arriero.weights.tied import EMBEDDING, HEAD, settle_head
 from arriero.weights.torch_file import TorchFile
 
 FIX = "fetch the whole directory again"
@@ -33,6 +36,11 @@ _LAYER_NAMES = {
 _OPTIONAL = {
     "n_kv_heads": int, "norm_eps": float, "rope_theta": float, "use_scaled_rope": bool, "rope_scaling_factor": float,
 }  # fmt: skip
+_NEUTRAL = {
+    "dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "max_batch_size", "max_seq_len",
+    "model_parallel_size", "use_flash", "flash",
+}  # fmt: skip
+"""Keys of params.json that the tensors tell, or that change nothing."""
 _COLUMNS = ("o_proj.weight", "down_proj.weight")  # cut by columns whatever their shapes say
 
 
@@ -56,16 +64,19 @@ def open_meta(path: Path, hints: ConfigHints) -> tuple[PieceReader, LlamaConfig,
     readers = [TorchFile(inside(path, f)).reader() for f in files]
     shards = [{_name(key): t for key, t in r.tensors.items() if key != "rope.freqs"} for r in readers]
     config, notes = _config(path, hints, shards)
-    tensors = {}
-    for name, shape in parameter_shapes(config).items():
+    tensors, shapes = {}, parameter_shapes(config)
+    if config.tie_word_embeddings and HEAD in shards[0]:
+        shapes[HEAD] = shapes[EMBEDDING]
+    for name, shape in shapes.items():
         absent = [f.name for f, shard in zip(files, shards, strict=True) if name not in shard]
         if absent:
             raise UserError(f"{path / absent[0]}: lacks {name} (in Meta's naming)", FIX)
         tensors[name] = _join(name, shape, [shard[name] for shard in shards], config, str(path))
-    extra = sorted(set(shards[0]) - set(tensors))
-    if extra and not (extra == ["lm_head.weight"] and config.tie_word_embeddings):
-        raise UserError(f"{files[0]}: holds {extra[0]}, unknown to LLaMA", "is it a LLaMA?")
-    return PieceReader(tensors, where=str(path)), config, len(files), notes
+    extra = sorted({name for shard in shards for name in shard} - set(tensors))
+    if extra:
+        raise UserError(f"{files[0]}: holds {shown(extra[0], 120)}, unknown to LLaMA", "is it a LLaMA?")
+    tensors, config = settle_head(tensors, config, where=str(path))
+    return checked(PieceReader(tensors, where=str(path)), config, where=str(path)), config, len(files), notes
 
 
 def _name(key: str) -> str:
@@ -87,6 +98,9 @@ def _config(path: Path, hints: ConfigHints, shards: list[dict[str, Assembly]]) -
     for key, form in _OPTIONAL.items():
         if wrong := misfit(params.get(key), (form, None), key):
             raise UserError(f"{file}: {wrong}", FIX)
+    other = [k for k, v in params.items() if k not in _NEUTRAL | _OPTIONAL.keys() and v not in (None, False, 0)]
+    if refused := [key for key in other if re.match(r"quantization|lora|moe|vision|num_experts|use_qk_norm", key)]:
+        raise UserError(f"{file}: holds {shown(refused[0], 60)}", "arriero reads dense LLaMA models only")
     hidden, layers, heads = params["dim"], params["n_layers"], params["n_heads"]
     if min(hidden, layers, heads) < 1 or layers > MOST_LAYERS or hidden % heads:
         raise UserError(f"{file}: {layers} layers of {heads} heads in {hidden}", FIX)
@@ -100,6 +114,8 @@ def _config(path: Path, hints: ConfigHints, shards: list[dict[str, Assembly]]) -
     if params.get("use_scaled_rope"):
         scaling = RopeScaling("llama3", factor=float(params.get("rope_scaling_factor") or 8.0),
                               original_max_position_embeddings=8192)  # fmt: skip
+    if other:
+        notes.append(f"{shown(file)}: not taken into account: {', '.join(shown(key, 60) for key in other[:12])}")
     notes.append("max_position_embeddings 2048 is assumed, params.json does not tell it: else give --config")
     theta = float(params.get("rope_theta") or 10000.0)
     config = LlamaConfig(
@@ -108,9 +124,11 @@ def _config(path: Path, hints: ConfigHints, shards: list[dict[str, Assembly]]) -
         rms_norm_eps=float(params.get("norm_eps") or 1e-5), rope_theta=theta, rope_scaling=scaling,
         tie_word_embeddings="lm_head.weight" not in shards[0],
     )  # fmt: skip
+    if hints.vocab_size is not None:
+        config = replace(config, vocab_size=hints.vocab_size)
     if problems := config.problems(str(file)):
         raise join_problems(problems)
-    return replace(config, vocab_size=hints.vocab_size or config.vocab_size), notes
+    return config, notes
 
 
 def _join(name: str, shape: tuple[int, ...], parts: list[Assembly], config: LlamaConfig, where: str) -> Assembly:

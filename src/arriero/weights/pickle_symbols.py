@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pickletools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from arriero.common.errors import UserError
+from arriero.common.text import shown
+from arriero.weights.stream import ITEMSIZE, TORCH_NAMES
 
 MAX_PICKLE_BYTES = 256 << 20  # structure only; the weights lie in records of their own
 MAX_NODES = 1_000_000  # a few KB of pickle can describe a tree of any size by naming one branch again and again
@@ -17,7 +20,12 @@ STORAGES = {
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
     "BoolStorage": "BOOL", "Float8_e4m3fnStorage": "F8_E4M3", "Float8_e5m2Storage": "F8_E5M2", "UntypedStorage": "U8",
 }  # fmt: skip
-_FAMILIES = ("torch", "numpy", "megatron", "mindspeed", "ascendspeed", "modellink", "deepspeed", "transformer_engine")
+TORCH_DTYPES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
+_FAMILIES = (
+    "torch", "numpy", "megatron", "mindspeed", "ascendspeed", "modellink", "deepspeed", "transformer_engine", "torchao",
+    "transformers", "accelerate", "peft", "lightning", "lightning_fabric", "pytorch_lightning", "omegaconf",
+)  # fmt: skip
+_PLAIN_TENSORS = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
 _INERT = {
     "argparse.Namespace", "collections.OrderedDict", "collections.defaultdict", "signal.Signals", "_codecs.encode",
     "builtins.set", "builtins.dict", "builtins.list", "builtins.int", "builtins.slice", "builtins.bytearray",
@@ -87,7 +95,7 @@ def _named(module: str, name: str, where: str) -> Global:
         raise ValueError("a global whose name is no text")
     full = f"{module}.{name}"
     if module.partition(".")[0] not in _FAMILIES and full not in _INERT:
-        raise UserError(f"{where}: the pickle asks for {full}, which no checkpoint needs", FIX)
+        raise UserError(f"{where}: the pickle asks for {shown(full)}, which no checkpoint needs", FIX)
     return Global(full)
 
 
@@ -106,7 +114,7 @@ def naturals(values: Any) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _call(function: Any, args: Any) -> Any:
+def _call(function: Any, args: Any) -> Any:  # noqa: PLR0911 - one a function
     name = function.name if isinstance(function, Global) else ""
     if name in ("collections.OrderedDict", "builtins.dict"):
         pairs = args[0].items() if args and isinstance(args[0], dict) else args[0] if args else ()
@@ -115,13 +123,25 @@ def _call(function: Any, args: Any) -> Any:
         if not isinstance(args[0], StorageRef):
             raise ValueError("a tensor without a storage")
         return TensorRef(args[0], naturals([args[1]])[0], naturals(args[2]), naturals(args[3]))
-    if name == "torch._utils._rebuild_parameter":
+    if name == "torch._utils._rebuild_tensor_v3":  # dtypes that have no storage class, such as float8
+        return _typed_tensor(args[0], args[1], args[2], args[3], dtype=args[6])
+    if name in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
         return args[0]
+    if name == "torch._tensor._rebuild_from_type_v2" and getattr(args[1], "name", "") in _PLAIN_TENSORS:
+        return _call(args[0], args[2])
     if name == "torch.Size":
         return naturals(args[0])
     if name.endswith("Path"):
         return "/".join(args)  # only of strings
     return Call(function, args)
+
+
+def _typed_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *, dtype: Any) -> TensorRef:
+    kind = TORCH_DTYPES.get(dtype.name.removeprefix("torch.")) if isinstance(dtype, Global) else None
+    if not isinstance(storage, StorageRef) or kind is None:
+        raise ValueError("a tensor of an unknown dtype")
+    typed = StorageRef(kind, storage.key, storage.elements // ITEMSIZE[kind])
+    return TensorRef(typed, naturals([offset])[0], naturals(shape), naturals(stride))
 
 
 def _append(target: Any, items: list[Any]) -> None:
@@ -146,7 +166,10 @@ def _storage(pid: Any, where: str) -> StorageRef:
         case ("storage", Global(name), str(key), _, int(elements)) if name.rsplit(".", 1)[-1] in STORAGES:
             return StorageRef(STORAGES[name.rsplit(".", 1)[-1]], key, elements)
     kind = pid[1] if isinstance(pid, tuple) and len(pid) > 1 and isinstance(pid[1], Global) else type(pid).__name__
-    raise UserError(f"{where}: holds an unknown kind of storage: {str(kind)[:80]}", "save it again with a recent torch")
+    name, fix = kind.name if isinstance(kind, Global) else kind, "save it again with a recent torch"
+    if re.search(r"\.QU?Int\w*Storage$", name):
+        fix = "these are quantized weights: save the model dequantized"
+    raise UserError(f"{where}: holds an unknown kind of storage: {shown(name, 80)}", fix)
 
 
 def follow(data: bytes, where: str) -> Any:

@@ -2,31 +2,55 @@
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
 
+from arriero.common.checkpoint_names import MARKER, STATE, step_of
 from arriero.common.errors import UserError
-from arriero.common.untrusted import inside, read_json
+from arriero.common.untrusted import inside, parse_json, read_json, read_text
 from arriero.model.config import LlamaConfig
 from arriero.weights.huggingface import checked
 from arriero.weights.safetensors_file import SafetensorsFile
 from arriero.weights.stream import Assembly, Piece, PieceReader, matrix_shape
 
 FIX = "the checkpoint is damaged: use another one"
-
-
-MARKER = "COMMITTED"  # checkpoint/layout.py has the rest of the names
 _INDEX = {"tensors": {str: {"shape": [int], "offset": [int]}}}
+_MAX_STATE_BYTES = 10_000_000
 
 
-def step_of(path: Path) -> int:
-    """The step that a checkpoint's directory is named after."""
-    return int(path.name.removeprefix("step-"))
+def save_number(path: Path) -> float:
+    """Of all saves of its run, which one wrote this checkpoint; 0 for one of before they were counted.
+
+    A run that goes on from an older checkpoint leaves later steps behind, which are not its newest then. One whose
+    state cannot be read counts as the newest, so that its damage is found and named.
+    """
+    try:
+        text = read_text(path / STATE, FIX, _MAX_STATE_BYTES)
+        found = parse_json(text, str(path / STATE), FIX, dict).get("save", 0)
+    except UserError:
+        return math.inf
+    return found if type(found) is int and 0 <= found < 1 << 53 else math.inf
 
 
 def committed(root: Path) -> list[Path]:
-    """All checkpoints below `root` that were written to the end, oldest first."""
-    named = [p for p in root.glob("step-*") if p.name.removeprefix("step-").isdigit() and (p / MARKER).is_file()]
-    return sorted(named, key=step_of)
+    """All checkpoints below `root` that were written to the end, in the order in which they were saved."""
+    try:
+        named = [p for p in root.iterdir() if step_of(p) >= 0 and (p / MARKER).is_file()]
+    except OSError:
+        return []
+    return sorted(named, key=lambda p: (save_number(p), step_of(p)))
+
+
+def run_of(path: Path) -> Path | None:
+    """The run directory that a path means: itself, or for `RUN/checkpoints/step-N`, RUN; None for a checkpoint that
+    lies in no run."""
+    if not os.path.isfile(path / STATE):
+        return path
+    for one in (path, path.resolve()):
+        if one.parent.name == "checkpoints" and one.name not in ("", "..") and ".." not in one.parts[-2:]:
+            return one.parent.parent
+    return None
 
 
 def places(index: Path) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -41,12 +65,12 @@ def places(index: Path) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether `path` is one checkpoint of a run."""
-    return (path / "state.json").is_file() and any(path.glob("rank-*.json"))
+    return (path / STATE).is_file() and any(path.glob("rank-*.json"))
 
 
 def is_run(path: Path) -> bool:
-    """Whether `path` is a run directory."""
-    return (path / "checkpoints").is_dir()
+    """Whether `path` is a run directory, one without a checkpoint included."""
+    return (path / "checkpoints").is_dir() or all((path / name).is_file() for name in ("recipe.toml", "lock.json"))
 
 
 def newest_checkpoint(path: Path) -> Path:

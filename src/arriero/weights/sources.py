@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from arriero.checkpoint.verify import verify
 from arriero.common.errors import UserError
+from arriero.common.untrusted import inside, misfit, read_json
+from arriero.data.tokenizer import GENERATION, VOCABULARIES
 from arriero.model.config import LlamaConfig
 from arriero.weights import megatron, meta, run, torch_dist
 from arriero.weights.foreign_config import ConfigHints
-from arriero.weights.huggingface import checked, has_weights, open_files, open_huggingface
-from arriero.weights.stream import Assembly, PieceReader
+from arriero.weights.huggingface import has_weights, open_with_config
+from arriero.weights.stream import PieceReader
 
 if TYPE_CHECKING:
     import torch
@@ -31,10 +34,15 @@ class Opened:
     """Directory of the tokenizer's files, where the source has one."""
     layout: str = "whole"
     """How the source is cut, in words."""
-    notes: list[str] = field(default_factory=list)
+    generation: Path | None = None
+    """generation_config.json, where the source has one."""
+    assumed: list[str] = field(default_factory=list)
     """What was assumed, one sentence each."""
-    twins: list[tuple[str, Assembly]] = field(default_factory=list)
-    """Copies of a parameter that the source holds besides, and that must equal it."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What was assumed, and what of the config is not taken into account."""
+        return [*self.assumed, *self.config.notices]
 
 
 def detect(path: Path) -> str:
@@ -73,33 +81,63 @@ def open_model(path: Path, kind: str | None = None, hints: ConfigHints | None = 
     """
     path, hints = Path(path), hints or ConfigHints()
     kind = kind or detect(path)
-    tokenizer = hints.tokenizer or tokenizer_in(path)
+    opened = _open(path, kind, hints)
+    places = [path, opened.path]
+    if kind == "run":
+        places.append(opened.path.parent.parent / "tokenizer")
+    tokenizer = hints.tokenizer or next((place for place in places if holds_tokenizer(place)), None)
+    files = [place / GENERATION for place in places if (place / GENERATION).is_file()]
+    generation = inside(files[0].parent, files[0]) if files else None
+    return replace(opened, tokenizer=tokenizer, generation=generation)
+
+
+def _open(path: Path, kind: str, hints: ConfigHints) -> Opened:
+    """The model itself, by its kind's own opener."""
     if kind == "run":
         reader, config, directory = run.open_run(path)
-        home = directory.parent.parent / "tokenizer"
-        tokenizer = tokenizer or tokenizer_in(directory) or tokenizer_in(home)
-        return Opened("run", directory, reader, config, tokenizer, layout=directory.name)
+        if damage := verify(directory):
+            fix = "name an earlier checkpoint of the run: RUN/checkpoints/step-..."
+            raise UserError(f"{damage[0]}", fix)
+        return Opened("run", directory, reader, config, layout=directory.name)
     if kind in ("megatron", "ascendspeed"):
         ranks = megatron.open_ranks(path, hints)
         kind = "ascendspeed" if ranks.dialect.inv_freq else "megatron"
         layout = f"{ranks.dialect.name}, {ranks.cut.words()}"
-        return Opened(kind, path, ranks.reader, ranks.config, tokenizer, layout, ranks.notes, ranks.twins)
+        return Opened(kind, path, ranks.reader, ranks.config, layout=layout, assumed=ranks.notes)
     if kind == "torch_dist":
         reader, config, notes = torch_dist.open_torch_dist(path, hints)
-        return Opened(kind, path, reader, config, tokenizer, "torch_dist", notes)
+        return Opened(kind, path, reader, config, layout="torch_dist", assumed=notes)
     if kind == "meta":
         reader, config, count, notes = meta.open_meta(path, hints)
-        return Opened(kind, path, reader, config, tokenizer, f"{count} model-parallel ranks", notes)
-    if hints.config is not None:
-        config = LlamaConfig.from_json(hints.config)
-        return Opened("hf", path, checked(open_files(path), config, where=str(path)), config, tokenizer)
-    return Opened("hf", path, open_huggingface(path), LlamaConfig.from_json(path), tokenizer)
+        return Opened(kind, path, reader, config, layout=f"{count} model-parallel ranks", assumed=notes)
+    reader, config = open_with_config(path, None if hints.config is None else LlamaConfig.from_json(hints.config))
+    return Opened("hf", path, reader, config)
 
 
-def tokenizer_in(directory: Path) -> Path | None:
-    """The directory, if it holds a tokenizer."""
-    held = (directory / "tokenizer.model").is_file() or (directory / "tokenizer.json").is_file()
-    return directory if held else None
+def holds_tokenizer(directory: Path) -> bool:
+    """Whether a directory holds a tokenizer."""
+    return any((directory / name).is_file() for name in VOCABULARIES)
+
+
+def end_ids(opened: Opened, eos_id: int | None) -> frozenset[int]:
+    """Every token id that ends a text of this model.
+
+    Args:
+        opened: the model; its config.json and generation_config.json may name several.
+        eos_id: the tokenizer's own. Where it is none of theirs, they belong to another tokenizer, and it alone counts.
+
+    Raises:
+        UserError: generation_config.json is broken.
+    """
+    ends = set(opened.config.end_ids)
+    if opened.generation is not None:
+        form = {"eos_token_id": (int, [int], None)}
+        raw = read_json(opened.generation, "restore the file, or remove it", dict)
+        if wrong := misfit({"eos_token_id": None, **raw}, form):
+            raise UserError(f"{opened.generation}: {wrong}", "restore the file, or remove it")
+        given = raw.get("eos_token_id")
+        ends |= set(given if isinstance(given, list) else [] if given is None else [given])
+    return frozenset(ends if eos_id is None or eos_id in ends else {eos_id})
 
 
 def load_model(

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from arriero.common.errors import UserError
-from arriero.common.untrusted import inside, read_bytes, read_json
+from arriero.common.files import write_atomic
+from arriero.common.untrusted import inside, misfit, read_bytes, read_json
+from arriero.data.tokenizer import VOCABULARIES
+from arriero.data.tokenizer_check import MAX_ID, check_sentencepiece, sentence
 
 PROBES = (
     "Hello world", "  two  blanks", "a  b   c", "tab\tand\nnewline\n\n", "naïve café — “quotes”", "日本語 и русский 🦙",
@@ -26,55 +30,109 @@ _NORMAL, _UNKNOWN, _CONTROL, _DEFINED, _BYTE = 1, 2, 3, 4, 6  # sentencepiece's 
 _CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
 
 
-def write_tokenizer_json(model: Path, directory: Path) -> str:
+def write_tokenizer_json(model: Path, directory: Path, *, source: Path | None = None) -> str:
     """Writes tokenizer.json and, if there is none, tokenizer_config.json into `directory`.
+
+    Args:
+        model: the tokenizer.model, beside its added_tokens.json if it has one.
+        directory: where to.
+        source: what messages name in place of `model`.
 
     Returns:
         "" if written; else why not, one sentence: the model is no BPE, or the two disagree on some text.
+
+    Raises:
+        UserError: the file is no SentencePiece model.
     """
+    where, raw = source or model, read_bytes(model, "copy it again")
+    check_sentencepiece(where, raw)
+    with sentence(where, "is no SentencePiece model"):
+        return _write(model, raw, directory, str(where))
+
+
+def _write(model: Path, content: bytes, directory: Path, where: str) -> str:
     import sentencepiece
     import tokenizers
 
-    raw = _fields(model.read_bytes())
+    raw = _fields(content)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     if _number(_fields(raw.get(2, [b""])[0]), 3, 1) != _BPE:
-        return f"{model} is not a BPE model, so no tokenizer.json was written: open it with sentencepiece"
+        return f"{where} is not a BPE model, so no tokenizer.json was written: open it with sentencepiece"
     kinds = [_number(_fields(piece), 3, 1) for piece in raw[1]]
     built = _build(processor, kinds, _fields(raw.get(3, [b""])[0]))
+    added = sorted((i, token) for token, i in added_tokens(model.parent).items() if i >= len(kinds))
+    if [i for i, _ in added] != list(range(len(kinds), len(kinds) + len(added))):
+        return f"{where}: added tokens leave ids out, so no tokenizer.json was written"
+    built["added_tokens"] += [_added(i, token, special=True) for i, token in added]
     text = json.dumps(built, ensure_ascii=False)
     fast = tokenizers.Tokenizer.from_str(text)
     fast.encode_special_tokens = True
     defined = [processor.id_to_piece(i) for i, kind in enumerate(kinds) if kind == _DEFINED]
     for probe in (*PROBES, *(f"a {symbol} b" for symbol in defined)):
         if fast.encode(probe, add_special_tokens=False).ids != processor.encode(probe):
-            return f"{model}: a tokenizer.json would tokenize {probe!r} differently, so none was written"
-    (directory / "tokenizer.json").write_text(text, encoding="utf-8")
+            return f"{where}: a tokenizer.json would tokenize {probe!r} differently, so none was written"
+    write_atomic(directory / "tokenizer.json", text)
     config = directory / "tokenizer_config.json"
     if not config.exists():
         ids = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
         names = {key: processor.id_to_piece(i) for key, i in ids.items() if i >= 0}
-        config.write_text(json.dumps({**_CONFIG, **names}, indent=2) + "\n", encoding="utf-8")
+        write_atomic(config, json.dumps({**_CONFIG, **names}, indent=2) + "\n")
     return ""
 
 
-def vocabulary_size(directory: Path) -> int:
-    """How many ids the tokenizer in a directory has, added tokens included.
+def vocabulary_size(tokenizer: Path, *, added: bool = True) -> int:
+    """How many ids a tokenizer has.
+
+    Args:
+        tokenizer: its directory, or its tokenizer.model or tokenizer.json.
+        added: whether to count the tokens that were added to the vocabulary later, in tokenizer.json,
+            added_tokens.json or tokenizer_config.json.
 
     Raises:
-        UserError: there is no tokenizer, or a broken one.
+        UserError: there is no tokenizer, or a broken one, or one with an id that no vocabulary has.
     """
-    model, fast = directory / "tokenizer.model", directory / "tokenizer.json"
+    folder = tokenizer if tokenizer.is_dir() else tokenizer.parent
+    model, fast = (folder / name for name in VOCABULARIES)
+    if not tokenizer.is_dir():
+        model, fast = (model, tokenizer) if tokenizer.suffix == ".json" else (tokenizer, fast)
     if not (model.is_file() or fast.is_file()):
-        raise UserError(f"{directory}: holds no tokenizer", "name the directory of tokenizer.model or .json")
+        raise UserError(f"{tokenizer}: holds no tokenizer", "name the directory of tokenizer.model or .json")
     try:
-        if model.is_file():
-            return len(_fields(read_bytes(inside(directory, model), "copy it again"))[1])
-        raw = read_json(inside(directory, fast), "copy it again")
-        vocab = raw["model"]["vocab"]
-        ids = list(vocab.values()) if isinstance(vocab, dict) else [len(vocab) - 1]
-        return int(max(ids + [token["id"] for token in raw.get("added_tokens", [])])) + 1
+        if model.is_file() and not (tokenizer.is_file() and tokenizer.suffix == ".json"):
+            largest = len(_fields(read_bytes(inside(folder, model), "copy it again"))[1]) - 1
+        else:
+            raw = read_json(inside(folder, fast), "copy it again")
+            vocab = raw["model"]["vocab"]
+            ids = list(vocab.values()) if isinstance(vocab, dict) else [len(vocab) - 1]
+            largest = max([*ids, *(token["id"] for token in raw.get("added_tokens") or [] if added)])
+        largest = max([largest, *(added_tokens(folder).values() if added else ())])
+        if type(largest) is not int:
+            raise ValueError("an id that is no whole number")
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError):
-        raise UserError(f"{directory}: holds a broken tokenizer", "copy it again") from None
+        raise UserError(f"{tokenizer}: holds a broken tokenizer", "copy it again") from None
+    if not 0 <= largest <= MAX_ID:
+        raise UserError(f"{tokenizer}: has a token of id {largest:,}, which no vocabulary has", "copy it again")
+    return largest + 1
+
+
+def added_tokens(folder: Path) -> dict[str, int]:
+    """Tokens and ids that lie beside a vocabulary: added_tokens.json, added_tokens_decoder of tokenizer_config.json.
+
+    Raises:
+        UserError: a file is broken, or holds an id that is no whole number.
+    """
+    found: dict[str, int] = {}
+    config = folder / "tokenizer_config.json"
+    if config.is_file():
+        raw = read_json(inside(folder, config), "restore it from the tokenizer's source", dict)
+        decoder = raw.get("added_tokens_decoder") or {}
+        if wrong := misfit(decoder, {str: {"content": str}}, "added_tokens_decoder"):
+            raise UserError(f"{config}: {wrong}", "restore it from the tokenizer's source")
+        found |= {entry["content"]: int(key) for key, entry in decoder.items() if re.fullmatch("[0-9]{1,4000}", key)}
+    beside = folder / "added_tokens.json"
+    if beside.is_file():
+        found |= read_json(inside(folder, beside), "restore it from the tokenizer's source", {str: int})
+    return found
 
 
 def _build(processor: Any, kinds: list[int], normalizer: dict[int, list[Any]]) -> dict[str, Any]:

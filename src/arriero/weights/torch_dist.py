@@ -13,16 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from arriero.common.errors import UserError
+from arriero.common.text import shown
 from arriero.common.untrusted import inside, plain_name, read_bytes
 from arriero.model.config import MOST_LAYERS, LlamaConfig, parameter_shapes
 from arriero.weights.dialects import MCORE, MCORE_TE, Dialect
 from arriero.weights.foreign_config import ConfigHints, resolve_config
+from arriero.weights.huggingface import checked
 from arriero.weights.layout import Cut, RankTable, Slot, gather
 from arriero.weights.megatron import TRACKER, iteration_directory
 from arriero.weights.pickle_symbols import MAX_PICKLE_BYTES, Call, TensorRef, follow, naturals
 from arriero.weights.raw_file import RawFile
 from arriero.weights.run import check_cover
 from arriero.weights.stream import ITEMSIZE, Assembly, Piece, PieceReader, Stored, matrix_shape
+from arriero.weights.tied import settle_head
 from arriero.weights.torch_file import TorchFile
 
 FIX = "copy the whole directory again"
@@ -66,7 +69,12 @@ def _open(
     rows = tensors[dialect.embedding].shape[0]
     table = RankTable(config, dialect, Cut(padded_vocab=max(rows, config.vocab_size)), 0)
     pairs: list[tuple[Assembly, Slot]] = []
-    for slot in table.slots(0, 0, range(config.num_hidden_layers)):
+    slots = list(table.readable_slots(0, 0, range(config.num_hidden_layers), tensors))
+    extra = sorted(tensors.keys() - {slot.key for slot in slots})
+    if extra:
+        problem = f"{folder}: holds {shown(extra[0], 120)} and {len(extra) - 1} more unknown"
+        raise UserError(problem, "is it a dense LLaMA?")
+    for slot in slots:
         tensor = tensors.get(slot.key)
         if tensor is None:
             raise UserError(f"{folder}: lacks {slot.key}", FIX)
@@ -76,7 +84,8 @@ def _open(
                 "give the right --config",
             )
         pairs.append((tensor, slot))
-    return PieceReader(gather(pairs, parameter_shapes(config)), where=str(folder)), config, notes
+    hub, config = settle_head(gather(pairs, parameter_shapes(config)), config, where=str(folder))
+    return checked(PieceReader(hub, where=str(folder)), config, where=str(folder)), config, notes
 
 
 def _tensors(folder: Path) -> dict[str, Assembly]:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from arriero.common.errors import UserError
-from arriero.weights.pickle_symbols import MAX_NODES, MAX_PICKLE_BYTES, TensorRef, follow
+from arriero.common.text import shown
+from arriero.weights.pickle_symbols import MAX_NODES, MAX_PICKLE_BYTES, Call, Global, TensorRef, follow
 from arriero.weights.raw_file import RawFile
 from arriero.weights.stream import ITEMSIZE, Assembly, PieceReader, Stored, matrix_shape
 
@@ -84,7 +85,11 @@ class TorchFile:
         return Assembly.whole(stored, ref.shape)
 
     def tensors(self, tree: Any) -> dict[str, Assembly]:
-        """All tensors below a nested dict, named by their joined keys."""
+        """All tensors below a nested dict, named by their joined keys.
+
+        Raises:
+            UserError: a tensor is of a kind that is no plain array, such as quantized, sparse or distributed ones.
+        """
         found: dict[str, Assembly] = {}
         waiting, seen = [("", 0, tree)], 0
         while waiting:
@@ -101,12 +106,23 @@ class TorchFile:
                     below.append((f"{prefix}{key}.", depth + 1, value))
                 elif isinstance(value, TensorRef):
                     found[f"{prefix}{key}"] = self.tensor(value, f"{prefix}{key}")
+                elif special := _special_tensor(value):
+                    fix = "save it as a plain tensor: dequantized, dense and whole"
+                    raise UserError(f"{self.path}: {shown(f'{prefix}{key}')} is rebuilt by {shown(special)}", fix)
             waiting += reversed(below)
         return found
 
     def reader(self) -> PieceReader:
         """All tensors of a file that holds one flat state dict."""
         return PieceReader(self.tensors(self.root), where=str(self.path))
+
+
+def _special_tensor(value: Any) -> str:
+    """The function that would make a tensor of this, if it is one that is no plain array; else empty."""
+    if not (isinstance(value, Call) and isinstance(value.function, Global)):
+        return ""
+    name = value.function.name
+    return name if name.rpartition(".")[2].startswith("_rebuild_") else ""
 
 
 def _row_stride(ref: TensorRef) -> int | None:

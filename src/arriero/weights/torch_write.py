@@ -20,6 +20,13 @@ _BIG = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
+class Namespace:
+    """An `argparse.Namespace` to be, of plain values."""
+
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class TensorSpec:
     """A tensor to be: its storage is a record of its own."""
 
@@ -36,7 +43,7 @@ class TensorSpec:
 
 
 def plan_archive(root: Any) -> tuple[int, list[tuple[int, bytes]], dict[int, int]]:
-    """Lays out a torch.save archive of `root` (dicts, lists, numbers, strings and `TensorSpec`s).
+    """Lays out a torch.save archive of `root` (dicts, tuples, plain values, `TensorSpec`s and `Namespace`s).
 
     Returns:
         The file's size; the (offset, bytes) that are known; where the data of the n-th tensor to appear begin.
@@ -102,6 +109,13 @@ class _Pickler:
         """Appends the opcodes that make `value`."""
         if isinstance(value, TensorSpec):
             self._tensor(value)
+        elif isinstance(value, Namespace):  # as Python pickles one: made without arguments, then its __dict__ is set
+            self._name("argparse", "Namespace")
+            self.out += b")\x81"
+            self.save(value.values)
+            self.out += b"b"
+        elif value is None:
+            self.out += b"N"
         elif isinstance(value, dict):
             self.out += b"}("
             for key, item in value.items():

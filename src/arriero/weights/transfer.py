@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from arriero.common.errors import UserError
+from arriero.common.files import make_directory
+from arriero.common.text import shown
 from arriero.weights.stream import CHUNK_BYTES, ITEMSIZE, Assembly, Bytes, buffer, matrix_shape
 from arriero.weights.values import cast, is_finite, partial_fingerprint
 
@@ -242,9 +244,9 @@ def new_directory(path: Path, *, need_bytes: int = 0) -> Iterator[Path]:
         UserError: `path` exists and is not empty, or the disk has less than `need_bytes` free.
     """
     path = Path(os.path.abspath(path))
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path}: already exists", "name a new directory, or remove this one first")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+        raise UserError(f"{shown(path)}: already exists", "name a new directory, or remove this one first")
+    make_directory(path.parent, "name a directory that can be made")
     free = shutil.disk_usage(path.parent).free
     if need_bytes > free:
         raise UserError(

@@ -1,0 +1,66 @@
+"""What `state.json` may hold: the form and the range of each of its values, checked before anything uses one."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from arriero.checkpoint.layout import STATE, read_json, step_of
+from arriero.common.text import shown
+from arriero.common.untrusted import misfit
+
+MOST = 1 << 53
+"""Steps, samples and tokens are below it: a float holds each of them exactly."""
+MOST_WINDOWS = 10_000
+SCALE = {"scale": float, "window": int, "hysteresis": int, "clean": int, "patience": int}
+FORM: dict[str, Any] = {
+    "step": int, "updates": int, "save": int, "seed": int, "processes": int, "consumed_samples": int,
+    "consumed_tokens": int, "ordered_samples": int, "loss_scale": SCALE, "inputs": {str: str}, "versions": {str: str},
+    "skipped_windows": [[int]], "skipped_samples": [[int]], "recent_losses": [float],
+}  # fmt: skip
+"""Of each key that this version knows, its form. Another version's keys are not looked at."""
+
+
+def state_problem(directory: Path, needed: dict[str, Any] | None = None) -> str:
+    """What is wrong with a checkpoint's state.json; empty if nothing is.
+
+    Args:
+        directory: the checkpoint.
+        needed: keys that must be there, with their form.
+
+    Raises:
+        UserError: it cannot be read, or is not a JSON object.
+    """
+    state = read_json(directory / STATE)
+    known = {key: form for key, form in FORM.items() if key in state}
+    wrong = misfit(state, {"step": int, **(needed or {})}) or misfit(state, known) or _range(state)
+    if not wrong and 0 <= step_of(directory) != state["step"]:
+        wrong = f"step is {state['step']}, and the directory is named after another"
+    return f"{directory / STATE}: {shown(wrong)}" if wrong else ""
+
+
+def _range(state: dict[str, Any]) -> str:
+    """The first value that no run writes."""
+    for key in ("step", "updates", "save", "processes", "consumed_samples", "consumed_tokens", "ordered_samples"):
+        if not 0 <= state.get(key, 0) < MOST:
+            return f"{key} is {state[key]}, not from 0 to 2^53"
+    if state.get("updates", 0) > state["step"]:
+        return f"updates is {state['updates']}, more than the {state['step']} steps"
+    for key in ("skipped_windows", "skipped_samples"):
+        pairs = state.get(key, [])
+        if len(pairs) > MOST_WINDOWS or any(len(p) != 2 or not all(0 <= n < MOST for n in p) for p in pairs):
+            return f"{key} is not a list of at most {MOST_WINDOWS:,} pairs from 0 to 2^53"
+    losses = state.get("recent_losses", [])
+    if len(losses) > MOST_WINDOWS or not all(map(math.isfinite, losses)):
+        return f"recent_losses is not a list of at most {MOST_WINDOWS:,} finite numbers"
+    return _scale_range(state["loss_scale"]) if "loss_scale" in state else ""
+
+
+def _scale_range(scale: dict[str, Any]) -> str:
+    if unknown := scale.keys() - SCALE.keys():
+        return f"loss_scale holds the unknown key {min(unknown)!r}"
+    if not 0 < scale["scale"] < math.inf:
+        return f"loss_scale.scale is {scale['scale']}, not a positive number"
+    wrong = [key for key, form in SCALE.items() if form is int and not 0 <= scale[key] < MOST]
+    return f"loss_scale.{wrong[0]} is {scale[wrong[0]]}, not from 0 to 2^53" if wrong else ""

@@ -1,0 +1,175 @@
+"""Files of a run that grow line by line: log.txt, metrics.jsonl, events.jsonl.
+
+None of them can stop a run. While one cannot be written (a full disk, something else in its place) its lines wait in
+memory and are written, in order, once that is possible again; the user is told of it once, and when it is over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from arriero.common.files import open_regular, why, write_atomic
+from arriero.common.text import shown
+
+MOST_WAITING = 64 << 20
+"""Bytes of one file that wait in memory: about 90,000 steps of metrics. Lines beyond it are lost, and counted."""
+WHOLE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
+"""Errors that are the disk's, so that one warning is enough for all files on it."""
+
+
+def to_stderr(text: str) -> None:
+    """Prints a line on the terminal, where there is one."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
+class Trouble:
+    """Which files of a run cannot be written now, and what the user was told of it."""
+
+    def __init__(self, tell: Callable[[str], None] = to_stderr) -> None:
+        self._tell = tell
+        self._failing: dict[Path, int | None] = {}
+        self._lost = 0
+
+    def failed(self, path: Path, error: OSError) -> None:
+        """A file could not be written."""
+        if path in self._failing:
+            return
+        known = error.errno in WHOLE_DISK and error.errno in self._failing.values()
+        self._failing[path] = error.errno
+        if not known:
+            until = f"wait in memory until they can be written (at most {MOST_WAITING >> 20} MiB a file)"
+            self._tell(f"arriero: WARNING: {shown(path)}: {why(error)}; the run goes on, and its lines {until}")
+
+    def includes(self, path: Path) -> bool:
+        """Whether the user knows of trouble with this file."""
+        return path in self._failing
+
+    def works(self, path: Path, lost: int) -> None:
+        """All that waited was written; `lost` lines had found no room in memory."""
+        if path in self._failing:
+            del self._failing[path]
+            self._lost += lost
+            if not self._failing:
+                count = f"{self._lost:,} lines are lost" if self._lost else "no line is lost"
+                self._tell(f"arriero: {shown(path.parent)}: its files are written again, and {count}")
+                self._lost = 0
+
+    def ended(self, path: Path, lines: int) -> None:
+        """The run has ended, and so many lines were never written."""
+        self._tell(f"arriero: WARNING: {shown(path)}: {lines:,} lines could not be written")
+
+
+class LineFile:
+    """One such file. Its lines are handed to the operating system at once: a kill loses none that was written."""
+
+    def __init__(self, path: Path, trouble: Trouble, *, whole_lines: bool = True, most: int = MOST_WAITING) -> None:
+        """Opens the file or, where that is impossible now, does so later.
+
+        Args:
+            path: the file; what a kill left of a last line is cut off, or ended where not `whole_lines`.
+            trouble: is told of what cannot be written.
+            whole_lines: whether half a line is of no use.
+            most: bytes that wait in memory.
+        """
+        self.path, self._trouble, self._cut, self._most = path, trouble, whole_lines, most
+        self.waiting: deque[bytes] = deque()
+        """Lines that are not written yet."""
+        self._bytes = self._lost = 0
+        self._handle = -1
+        self.flush()
+
+    def write(self, line: bytes) -> None:
+        """Appends a line (without its end), or several."""
+        self.waiting.append(line + b"\n")
+        self._bytes += len(line) + 1
+        if self._bytes > self._most:
+            self._bytes -= len(self.waiting.pop())
+            self._lost += 1
+        self.flush()
+
+    def flush(self) -> bool:
+        """Writes what waits, as far as possible; whether all of it was."""
+        try:
+            if self._handle < 0:
+                self._handle = self._open()
+            while self.waiting:
+                self._append(self.waiting[0])
+                self._bytes -= len(self.waiting.popleft())
+        except OSError as error:
+            self.release()
+            self._trouble.failed(self.path, error)
+            return False
+        self._trouble.works(self.path, self._lost)
+        self._lost = 0
+        return True
+
+    def drop(self, unwanted: Callable[[bytes], bool]) -> None:
+        """Takes back waiting lines."""
+        self.waiting = deque(line for line in self.waiting if not unwanted(line))
+        self._bytes = sum(map(len, self.waiting))
+
+    def release(self) -> None:
+        """Closes the file; the next line opens it again."""
+        if self._handle >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self._handle)
+        self._handle = -1
+
+    def close(self) -> None:
+        """Writes what waits, tells of what cannot be written, and closes the file."""
+        if not self.flush():
+            self._trouble.ended(self.path, len(self.waiting) + self._lost)
+        self.release()
+
+    def _append(self, line: bytes) -> None:
+        """Writes all of a line or, as far as the system can take back what it wrote, nothing."""
+        start, done = os.fstat(self._handle).st_size, 0
+        try:
+            while done < len(line):
+                done += os.write(self._handle, line[done:])
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._handle, start)
+            raise
+
+    def _open(self) -> int:
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+        handle = open_regular(self.path, flags)
+        try:
+            if os.fstat(handle).st_nlink > 1:  # another name of the file, maybe not the run's: it keeps its content
+                os.close(handle)
+                handle = -1
+                with open(open_regular(self.path), "rb") as old:
+                    write_atomic(self.path, iter(partial(old.read, 1 << 20), b""))
+                handle = open_regular(self.path, flags)
+            end = last_line_end(handle)
+            size = os.fstat(handle).st_size
+            if end < size and self._cut:
+                os.ftruncate(handle, end)
+            elif end < size:
+                os.write(handle, b"\n")
+        except BaseException:
+            if handle >= 0:
+                os.close(handle)
+            raise
+        return handle
+
+
+def last_line_end(handle: int, step: int = 1 << 16) -> int:
+    """The byte behind the last line end of an open file; 0 where it has none."""
+    at = os.fstat(handle).st_size
+    while at > 0:
+        start = max(0, at - step)
+        found = os.pread(handle, at - start, start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        at = start
+    return 0

@@ -1,0 +1,125 @@
+"""The run directory before the first step: may it be written, is there room, and what lies in it from the start."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from arriero.agreement import flat
+from arriero.checkpoint.layout import committed, run_of
+from arriero.checkpoint.size import checkpoint_bytes, disk_room, held_bytes, in_bytes
+from arriero.common.checkpoint_names import inside_checkpoint
+from arriero.common.errors import UserError
+from arriero.common.files import make_directory, open_regular, why, write_atomic
+from arriero.common.text import shown
+from arriero.common.untrusted import inside, read_bytes
+from arriero.data.tokenizer import GENERATION, load_tokenizer
+from arriero.recipe import MAX_RECIPE_BYTES, Recipe, to_toml
+
+
+def out_problems(out: Path, checkpoints: Sequence[Path]) -> list[UserError]:
+    """Why no run may be written to `out`, going on from these checkpoints: another one is there, or a checkpoint."""
+    if holder := inside_checkpoint(out):
+        fix = f"write elsewhere with --out, or go on from it with --resume {shown(holder)}"
+        return [UserError(f"out: {shown(out)} is or lies in the checkpoint {shown(holder)}, which is only read", fix)]
+    try:
+        elsewhere = out.resolve() not in {run.resolve() for path in checkpoints if (run := run_of(path))}
+    except (OSError, ValueError, RuntimeError) as error:
+        said = str(error) if isinstance(error, RuntimeError) else why(error)
+        return [UserError(f"out: {shown(out)}: {shown(said)}", "write elsewhere with --out")]
+    if elsewhere and committed(out / "checkpoints"):
+        fix = f"continue it with --resume {shown(out)}, or write elsewhere with --out"
+        return [UserError(f"out: {shown(out)} already holds a run", fix)]
+    return []
+
+
+def record_problems(recipe: Recipe) -> list[UserError]:
+    """Why the recipe could not be read back from the run and its checkpoints."""
+    found = []
+    for key, value in flat(recipe).items():
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, str) and not _is_text(one):
+                fix = "use a name of whole characters (UTF-8)"
+                found.append(UserError(f"{key}: {shown(one)} is not text that a recipe can hold", fix))
+    if not found and len(to_toml(recipe).encode()) > MAX_RECIPE_BYTES:
+        fix = "use shorter names, such as relative paths"
+        found.append(UserError(f"the recipe is longer than the {MAX_RECIPE_BYTES:,} bytes that are read back", fix))
+    return found
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # a lone surrogate: a byte of a path that is not UTF-8
+        return False
+    return True
+
+
+def room(out: Path, recipe: Recipe) -> tuple[list[str], list[UserError]]:
+    """Lines that warn of a disk without room for the run's checkpoints; what is wrong if it can never hold one."""
+    policy, steps = recipe.checkpoint, recipe.train.steps
+    size, there = checkpoint_bytes(recipe.model_config(), recipe.train.dtype), disk_room(out)
+    if there is None:
+        return [], []
+    total, free = there
+    need, where = f"a checkpoint of this model takes {in_bytes(size)}", shown(out)
+    if size > total:
+        problem = f"out: {need}, and the disk of {where} has {in_bytes(total)} in all"
+        return [], [UserError(problem, "write elsewhere with --out")]
+    if size > free:
+        return [f" WARNING: {need}, and {in_bytes(free)} are free in {where}: make room before the first is due"], []
+    saves = 1 + (steps // policy.every if policy.every else 0)
+    most = saves if not policy.keep else min(
+        saves, policy.keep + 1 + (steps // policy.keep_every if policy.keep_every else 0)
+    )  # fmt: skip
+    held = sum(held_bytes(path) for path in committed(out / "checkpoints"))
+    if size * most > free + held:
+        return [f" WARNING: {need}, up to {most} are there at a time, and {in_bytes(free)} are free in {where}"], []
+    return [], []
+
+
+def prepare_run_directory(recipe: Recipe) -> None:
+    """Writes the resolved recipe and the tokenizer into the run directory, where they are not there yet.
+
+    With them goes the generation_config.json of the model that the run starts from, or else the tokenizer's.
+
+    Raises:
+        UserError: a file or a directory cannot be written, or is a link.
+    """
+    out, fix = Path(recipe.out), "make room or mend it, or write elsewhere with --out"
+    make_directory(out, fix)
+    make_directory(out / "checkpoints", fix, follow=False)
+    try:
+        keep_file(out / "recipe.toml", to_toml(recipe).encode())
+        files: dict[str, bytes] = {}
+        if recipe.tokenizer:
+            with tempfile.TemporaryDirectory(prefix="arriero-tokenizer-") as made:
+                load_tokenizer(Path(recipe.tokenizer)).save_to(Path(made))
+                for path in sorted(path for path in Path(made).rglob("*") if path.is_file()):
+                    files[str(path.relative_to(made))] = path.read_bytes()
+        if recipe.init and (Path(recipe.init) / GENERATION).is_file():
+            source = inside(Path(recipe.init), Path(recipe.init) / GENERATION)
+            files[GENERATION] = read_bytes(source, "restore the file, or remove it")
+        for name, data in files.items():
+            for folder in (out / "tokenizer", (out / "tokenizer" / name).parent):
+                make_directory(folder, fix, follow=False)
+            keep_file(out / "tokenizer" / name, data)
+    except OSError as error:
+        where = shown(error.filename2 or error.filename or out)
+        raise UserError(f"{where}: cannot be written ({why(error)})", fix) from None
+
+
+def keep_file(path: Path, data: bytes) -> None:
+    """Makes a file have this content; one that has it already is left alone, so that a full disk does not matter then.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        with open(open_regular(path), "rb") as file:
+            if file.read(len(data) + 1) == data:
+                return
+    except OSError:
+        pass  # not there, or not what is to be there: it is replaced
+    write_atomic(path, data, durable=True)
