@@ -242,7 +242,7 @@ def test_nodes_that_differ_end_with_the_difference(tmp_path: Path) -> None:
         assert second.returncode == 2
     for text in (first, said):
         assert "schedule.lr: 0.01 on rank 0" in text
-        assert re.search(r"data 0 toy_text_document.idx: \d+ bytes, \w+ on rank 0 .*; \d+ bytes, \w+ on rank 1", text)
+        assert re.search(r"data\[0\].idx: \d+ bytes, \w+ on rank 0 .*; \d+ bytes, \w+ on rank 1", text)
         assert "Traceback" not in text
     assert not (tmp_path / "run").exists()
 
