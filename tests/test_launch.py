@@ -242,7 +242,7 @@ def test_nodes_that_differ_end_with_the_difference(tmp_path: Path) -> None:
         assert second.returncode == 2
     for text in (first, said):
         assert "schedule.lr: 0.01 on rank 0" in text
-        assert re.search(r"data 0 toy_text_document.idx: \d+ bytes, \w+ on rank 0 .*; \d+ bytes, \w+ on rank 1", text)
+        assert re.search(r"data\[0\].idx: \d+ bytes, \w+ on rank 0 .*; \d+ bytes, \w+ on rank 1", text)
         assert "Traceback" not in text
     assert not (tmp_path / "run").exists()
 
@@ -252,18 +252,19 @@ def test_torchrun_and_srun_start_the_same_run(tmp_path: Path) -> None:
     shown = re.search(r"^(torchrun .*) pretrain recipe\.toml$", (HERE.parent / "docs/launch.md").read_text(), re.M)
     assert shown, "docs/launch.md shows no command with torchrun"
     torchrun = [Path(sys.executable).with_name("torchrun"), f"--master-port={free_port()}", *shown[1].split()[1:]]
-    step = STEP | {"SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NUM_TASKS": "2"}
-    step |= {"SLURM_NODEID": "0", "MASTER_PORT": str(free_port())}
+    step = STEP | {"SLURM_STEP_NODELIST": "127.0.0.1,localhost", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+    step |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0", "MASTER_PORT": str(free_port())}
     words = ["pretrain", recipe, "--out"]
     started = [start(*words, tmp_path / "own", "--nproc-per-node", 2)]
     started += [start(*words, tmp_path / "torchrun", program=torchrun)]
     for i in range(2):
-        started += [start(*words, tmp_path / "srun", **step | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)})]
+        started += [start(*words, tmp_path / "srun", **step | {"SLURM_PROCID": str(i), "SLURM_NODEID": str(i)})]
     with group(*started):
         for process in started:
             said, _ = process.communicate(timeout=900)
             assert process.returncode == 0, said
     assert losses(tmp_path / "own") == losses(tmp_path / "torchrun") == losses(tmp_path / "srun")
+    assert not list(tmp_path.glob(".*.secret"))
 
 
 def wait_for_step(run: Path, step: int, *processes: subprocess.Popen[str]) -> None:

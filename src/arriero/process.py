@@ -213,17 +213,19 @@ def _in_process_group(
     place_process(place.local_rank, place.local_world, bind=kind == "cpu")
     if place.world == 1:
         return function(argument)
-    store = open_job_store(place, join_seconds, secret)
-    if facts is not None:
-        agree(store, place.rank, place.world, facts(argument), seconds=join_seconds)
-    refuse_pickled_objects()
-    use_interface_towards("127.0.0.1" if place.one_machine else towards or os.environ["MASTER_ADDR"])
-    dist.init_process_group(
-        process_group_backend(kind), store=store, rank=place.rank, world_size=place.world,
-        timeout=timedelta(seconds=collective_seconds),
-    )  # fmt: skip
-    if place.rank == 0 and ROUND not in os.environ:
-        secret.remove()  # all are in
+    try:
+        store = open_job_store(place, join_seconds, secret)
+        if facts is not None:
+            agree(store, place.rank, place.world, facts(argument), seconds=join_seconds)
+        refuse_pickled_objects()
+        use_interface_towards("127.0.0.1" if place.one_machine else towards or os.environ["MASTER_ADDR"])
+        dist.init_process_group(
+            process_group_backend(kind), store=store, rank=place.rank, world_size=place.world,
+            timeout=timedelta(seconds=collective_seconds),
+        )  # fmt: skip
+    finally:
+        if place.rank == 0 and ROUND not in os.environ:
+            secret.remove()  # all are in, or none will be
     result = function(argument)
     sys.stdout.flush()
     dist.destroy_process_group()
