@@ -42,6 +42,7 @@ def count_pickles() -> None:
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any] | None:
+    PICKLES.clear()
     settings = [Setting(key, list(map(str, value)) if isinstance(value, list) else [str(value)], "case")
                 for key, value in case["settings"].items()]  # fmt: skip
     recipe: Recipe = parse(Recipe, settings, prog="case")
@@ -51,7 +52,6 @@ def run_case(case: dict[str, Any]) -> dict[str, Any] | None:
     trainer.start(Path(case["resume"]) if case.get("resume") else None)
     result: dict[str, Any] = {"name": case["name"], "loss": [], "grad_norm": [], "scale": [], "skipped": []}
     counters.clear()
-    PICKLES.clear()
     while trainer.done < min(5, recipe.train.steps):
         step = trainer.step()
         trainer.check_replicas()  # what several processes hold alike is alike, in every layout
