@@ -81,3 +81,20 @@ def test_a_link_in_a_run_directory_is_no_directory_of_the_run(tmp_path: Path) ->
     make_directory(tmp_path / "link", "fix")
     with pytest.raises(UserError, match="symbolic link"):
         make_directory(tmp_path / "link", "fix", follow=False)
+
+
+PLACES = (".", "hf", "a/b", "link", "link/hf", "../step-00000002/hf")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_nothing_is_made_in_a_whole_checkpoint(tmp_path: Path, place: str) -> None:
+    checkpoint = tmp_path / "checkpoints/step-00000002"
+    checkpoint.mkdir(parents=True)
+    for name in ("COMMITTED", "state.json"):
+        (checkpoint / name).touch()
+    (checkpoint.parent / "link").symlink_to(checkpoint)
+    path = checkpoint.parent / place if place.startswith("link") else checkpoint / place
+    with pytest.raises(UserError, match="which is only read"):
+        make_directory(path, "fix")
+    assert sorted(p.name for p in checkpoint.iterdir()) == ["COMMITTED", "state.json"]
+    make_directory(checkpoint.parent / "step-00000002-hf", "fix")

@@ -22,9 +22,9 @@ from typing import Any
 
 from arriero.checkpoint import disk
 from arriero.common import untrusted
-from arriero.common.files import open_regular
+from arriero.common.files import MARKER, STATE, open_regular
 from arriero.weights.run import FIX as DAMAGED
-from arriero.weights.run import MARKER, committed, inside_checkpoint, run_of, save_number, step_of
+from arriero.weights.run import committed, inside_checkpoint, run_of, save_number, step_of
 
 __all__ = ["DAMAGED", "FORMAT", "MANIFEST", "MARKER", "STATE", "TEMPORARY", "commit", "committed", "file_digest",
            "inside_checkpoint", "read_json", "run_of", "save_number", "step_directory", "step_of",
@@ -32,7 +32,6 @@ __all__ = ["DAMAGED", "FORMAT", "MANIFEST", "MARKER", "STATE", "TEMPORARY", "com
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-STATE = "state.json"
 TEMPORARY = ".tmp"
 
 

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from arriero.common.errors import UserError
+from arriero.common.files import MARKER, STATE, whole_checkpoint
 from arriero.common.untrusted import inside, parse_json, read_json, read_text
 from arriero.model.config import LlamaConfig
 from arriero.weights.huggingface import checked
@@ -17,8 +18,6 @@ from arriero.weights.stream import Assembly, Piece, PieceReader, matrix_shape
 FIX = "the checkpoint is damaged: use another one"
 
 
-MARKER = "COMMITTED"  # checkpoint/layout.py has the rest of the names
-_STATE = "state.json"
 _INDEX = {"tensors": {str: {"shape": [int], "offset": [int]}}}
 _NAME = re.compile(r"step-([0-9]{8,})")
 _MAX_STATE_BYTES = 10_000_000
@@ -37,8 +36,8 @@ def save_number(path: Path) -> float:
     state cannot be read counts as the newest, so that its damage is found and named.
     """
     try:
-        text = read_text(path / _STATE, FIX, _MAX_STATE_BYTES)
-        found = parse_json(text, str(path / _STATE), FIX, dict).get("save", 0)
+        text = read_text(path / STATE, FIX, _MAX_STATE_BYTES)
+        found = parse_json(text, str(path / STATE), FIX, dict).get("save", 0)
     except UserError:
         return math.inf
     return found if type(found) is int and 0 <= found < 1 << 53 else math.inf
@@ -56,7 +55,7 @@ def committed(root: Path) -> list[Path]:
 def run_of(path: Path) -> Path | None:
     """The run directory that a path means: itself, or for `RUN/checkpoints/step-N`, RUN; None for a checkpoint that
     lies in no run."""
-    if not os.path.isfile(path / _STATE):
+    if not os.path.isfile(path / STATE):
         return path
     for one in (path, path.resolve()):
         if one.parent.name == "checkpoints" and one.name not in ("", "..") and ".." not in one.parts[-2:]:
@@ -67,11 +66,11 @@ def run_of(path: Path) -> Path | None:
 def inside_checkpoint(path: Path) -> Path | None:
     """The checkpoint that `path` is or lies in, links followed, or whose place it would take: nothing may be written
     there."""
+    if whole := whole_checkpoint(path):
+        return whole
     try:
         real = path.resolve()
         for p in (real, *real.parents):
-            if (p / MARKER).is_file() and (p / _STATE).is_file():
-                return p
             if p.parent.name == "checkpoints" and step_of(p.with_suffix("") if p.suffix == ".tmp" else p) >= 0:
                 return p
     except (OSError, ValueError, RuntimeError):  # a name that no file can have, or links in a circle
@@ -91,7 +90,7 @@ def places(index: Path) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether `path` is one checkpoint of a run."""
-    return (path / _STATE).is_file() and any(path.glob("rank-*.json"))
+    return (path / STATE).is_file() and any(path.glob("rank-*.json"))
 
 
 def is_run(path: Path) -> bool:
