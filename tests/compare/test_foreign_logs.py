@@ -322,6 +322,12 @@ def test_json_s_non_finite_numbers_are_read(tmp_path: Path, value: str) -> None:
         assert repr(loss) == repr(float(value))
 
 
+@pytest.mark.parametrize(("sign", "loss"), [("", math.inf), ("-", -math.inf)])
+def test_a_whole_number_beyond_all_floats_is_infinite(tmp_path: Path, sign: str, loss: float) -> None:
+    text = f'{{"step": 1, "loss": {sign}{"9" * 4000}}}\n'
+    assert read_curves(written(tmp_path, "a.jsonl", text)).columns["lm_loss"][1] == loss
+
+
 @given(
     st.lists(st.tuples(st.sampled_from([0, 1, 9, 10, 11, 25]), st.sampled_from(["\n", "\r", "\r\n", ""])), max_size=9)
 )
