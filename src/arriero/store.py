@@ -133,12 +133,15 @@ def fork_apart(work: Callable[[], None]) -> int:
     if host == 0:
         try:
             die_with_parent()
+            told = os.dup(2)
+            for stream in (1, 2):  # torch logs what strangers send, and would wait where nobody reads it
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
             for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
                 signal.signal(name, signal.SIG_IGN)  # it is needed until its parent has ended
             if os.getppid() == parent:
                 work()
         except BaseException:
-            traceback.print_exc()
+            os.write(told, traceback.format_exc().encode(errors="backslashreplace"))
         finally:
             os._exit(0)
     return host
