@@ -95,6 +95,7 @@ REFUSED = {
     "missing data": (["--data.prefix", "nowhere"], "nowhere"),
     "too short": (["--train.sequence-length", "100000"], "100000"),
     "resume nothing": (["--resume", "EMPTY"], "holds no checkpoint"),
+    "resume checkpoints": (["--resume", "RUNS_CHECKPOINTS"], "fix: name the run's directory: --resume "),
     "resume missing": (["--resume", "NOWHERE"], "no such directory"),
     "device": (["--device", "npu"], "not available"),
     "stray word": (["stray"], "stray"),
@@ -109,6 +110,7 @@ def test_refused_with_one_message_and_nothing_written(run: Path, tmp_path: Path,
     toy.write_config(tmp_path / "small", vocab_size=100)
     (tmp_path / "EMPTY").mkdir()
     words = [w.replace("SMALL", str(tmp_path / "small")) for w in words]
+    words = [w.replace("RUNS_CHECKPOINTS", str(run / "run" / "checkpoints")) for w in words]
     words = [str(tmp_path / w) if w in ("EMPTY", "NOWHERE") else w for w in words]
     printed = toy.arriero("pretrain", run / "toy.toml", "--out", tmp_path / "out", *words, code=2)
     assert message in printed

@@ -186,6 +186,12 @@ def test_values_that_do_not_belong_into_a_batch_file(tmp_path: Path, flag: str, 
         slurm.run(words)
 
 
+@pytest.mark.parametrize("time", ["UNLIMITED", "30", "2-0", "1-12:00:00"])
+def test_times_that_slurm_takes(tmp_path: Path, time: str) -> None:
+    words = [str(write_recipe(tmp_path)), "--gpus-per-node", "1", "--time", time]
+    assert f"#SBATCH --time={time}\n" in slurm.batch_file(words)[0]
+
+
 def test_the_command_ends_with_the_variable_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

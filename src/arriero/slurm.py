@@ -16,7 +16,7 @@ from annotated_types import Interval
 
 from arriero.common.environment import environment_number
 from arriero.common.errors import EXIT_OK, EXIT_STOPPED, UserError, nearest
-from arriero.common.files import open_regular, why
+from arriero.common.files import make_directory, open_regular, why
 from arriero.common.ranges import PathText
 from arriero.common.text import printable, shown
 from arriero.process import MOST_PROCESSES
@@ -58,6 +58,7 @@ def run(words: list[str]) -> int:
         return _help(words)
     text, file = batch_file(words[1:])
     if file:
+        make_directory(Path(file).parent, "name a file that can be written with --out")
         try:
             handle = open_regular(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, follow=True)
             with open(handle, "w", encoding="utf-8") as out:
@@ -95,9 +96,6 @@ def batch_file(words: list[str]) -> tuple[str, str]:
     given = command_line_settings(words[1:])
     own = {f.name for f in fields(SlurmArgs)}
     args = parse(SlurmArgs, [s for s in given if s.key in own], prog="arriero launch slurm")
-    for key, form in (("time", "[0-9:-]+"), ("partition", "[A-Za-z0-9_.,-]*")):  # a line end would add to the file
-        if not re.fullmatch(form, getattr(args, key)):
-            raise UserError(f"--{key} is '{shown(getattr(args, key))}'", "give it in SLURM's form")
     passed = [w for s in given if s.key not in own for w in (f"--{s.key}", *s.words)]
     passed += ["--out", args.run] if args.run else []
     recipe, _ = read_command(named + passed)
@@ -113,17 +111,8 @@ def batch_file(words: list[str]) -> tuple[str, str]:
 
 
 def _problems(args: SlurmArgs) -> list[UserError]:
-    """What SLURM would not take."""
+    """What SLURM would not take, such as a line end, which would add a line to the file."""
     found = []
-    for name, most in (
-        ("nodes", MOST_NODES),
-        ("gpus_per_node", 4096),
-        ("tasks_per_node", 65_536),
-        ("cpus_per_task", 65_536),
-    ):
-        if not 0 <= getattr(args, name) <= most:
-            flag = "--" + name.replace("_", "-")
-            found.append(UserError(f"{flag} is {getattr(args, name)}", f"give a whole number from 0 to {most}"))
     if not re.fullmatch(r"[0-9]+(-[0-9]+)?(:[0-9]+){0,2}|UNLIMITED", args.time):
         found.append(
             UserError(f"--time is {shown(repr(args.time))}", "give days-hours:minutes:seconds, such as 1-12:00:00")

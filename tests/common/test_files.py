@@ -94,3 +94,20 @@ def test_no_directory_is_made_in_a_committed_checkpoint(tmp_path: Path, below: s
             make_directory(path, "name another")
     assert sorted(p.name for p in checkpoint.iterdir()) == ["COMMITTED", "state.json"]
     assert not (tmp_path / "run").exists()
+
+
+PLACES = (".", "hf", "a/b", "link", "link/hf", "../step-00000002/hf")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_nothing_is_made_in_a_whole_checkpoint(tmp_path: Path, place: str) -> None:
+    checkpoint = tmp_path / "checkpoints/step-00000002"
+    checkpoint.mkdir(parents=True)
+    for name in ("COMMITTED", "state.json"):
+        (checkpoint / name).touch()
+    (checkpoint.parent / "link").symlink_to(checkpoint)
+    path = checkpoint.parent / place if place.startswith("link") else checkpoint / place
+    with pytest.raises(UserError, match="which is only read"):
+        make_directory(path, "fix")
+    assert sorted(p.name for p in checkpoint.iterdir()) == ["COMMITTED", "state.json"]
+    make_directory(checkpoint.parent / "step-00000002-hf", "fix")

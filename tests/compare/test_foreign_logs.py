@@ -322,6 +322,15 @@ def test_json_s_non_finite_numbers_are_read(tmp_path: Path, value: str) -> None:
         assert repr(loss) == repr(float(value))
 
 
+@pytest.mark.parametrize("sign", ["", "-"])
+def test_a_whole_number_beyond_all_floats_is_no_value(tmp_path: Path, sign: str) -> None:
+    huge = f'{{"step": 2, "loss": {sign}{"9" * 4000}}}\n'
+    columns = read_curves(written(tmp_path, "a.jsonl", '{"step": 1, "loss": 3.5}\n' + huge)).columns
+    assert columns["lm_loss"] == {1: 3.5}
+    with pytest.raises(UserError, match="no training step"):
+        read_curves(written(tmp_path, "b.jsonl", huge))
+
+
 @given(
     st.lists(st.tuples(st.sampled_from([0, 1, 9, 10, 11, 25]), st.sampled_from(["\n", "\r", "\r\n", ""])), max_size=9)
 )

@@ -81,6 +81,8 @@ CARRIED: dict[str, tuple[dict[str, object], str]] = {
                                "### Human: Hi\n\n### Assistant: "),
     "both names in a turn": ({"messages": [{**turn, "from": None, "value": None, "tool_calls": []} for turn in PAIR]},
                              "### Human: Hi\n\n### Assistant: "),
+    "no loss on a question": ({"messages": [{**PAIR[0], "train": False, "weight": 0}, PAIR[1]]},
+                              "### Human: Hi\n\n### Assistant: "),
     "blanks and nulls": ({**ASK, "input": " ", "history": [], "tools": "", "system": None, "images": [None]},
                          "### Human: Add.\n\n### Assistant: "),
 }  # fmt: skip
@@ -97,6 +99,8 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "a tool's turn": ({"messages": [*PAIR, {"role": "tool", "content": "x"}]}, "unknown role 'tool'"),
     "tool calls": ({"messages": [PAIR[0], {**PAIR[1], "tool_calls": [{"id": 1}]}]}, "tool_calls is filled"),
     "reasoning": ({"messages": [PAIR[0], {**PAIR[1], "reasoning_content": "hm"}]}, "reasoning_content is filled"),
+    "loss of a turn": ({"messages": [PAIR[0], {**PAIR[1], "loss": False}]}, "loss False"),
+    "train of a turn": ({"messages": [PAIR[0], {**PAIR[1], "train": 0.5}]}, "train 0.5"),
     "weight": ({"messages": [PAIR[0], {**PAIR[1], "weight": 0}]}, "weight 0"),
     "content of parts": ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content is list"),
     "content and value": ({"messages": [{"role": "user", "content": "x", "value": "y"}]}, "both filled, and differ"),
@@ -131,6 +135,13 @@ def test_what_an_alpaca_record_has_no_place_for(column: str) -> None:
         assert column in form.columns  # read from a parquet file too
     with pytest.raises(UserError, match="did you mean 'tools'"):
         make_format("chat", keys=(), template=Template(), loss_on="all", ignored=("tool",))
+
+
+@pytest.mark.parametrize("name", ["Input", "INPUT ", "System"])
+def test_a_column_in_other_letters_is_content_too(name: str) -> None:
+    form = make_format("alpaca", keys=(), template=Template(), loss_on="all")
+    with pytest.raises(BadRecordError, match="is filled"):
+        form.documents({**ASK, name: "x"})
 
 
 def test_no_input_leaves_no_trace() -> None:

@@ -74,6 +74,13 @@ def test_impossible_configs_are_refused(tmp_path: Path, change: dict, message: s
     assert str(tmp_path / "config.json") in str(caught.value)
 
 
+def test_every_size_that_is_not_there_is_named() -> None:
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    for size in sizes:
+        with pytest.raises(UserError, match=f"config: lacks {size}\n.*give {size} as a whole number from 1"):
+            LlamaConfig.from_dict({key: value for key, value in MINIMAL.items() if key != size})
+
+
 def test_missing_and_broken_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         LlamaConfig.from_json(tmp_path)

@@ -10,6 +10,7 @@ from arriero.bench.table import markdown, percent
 from arriero.bench.trial import Result, Trial, ran_out, run_trial
 from arriero.common.device import available_memory
 from arriero.common.errors import CheckFailed, UserError
+from arriero.common.files import write_atomic
 from arriero.common.text import shown
 from arriero.launch import LaunchConfig
 from arriero.parallel.compiled import compile_layout_problems, compile_machine_problems
@@ -153,7 +154,7 @@ def write_best(recipe: Recipe, tried: list[Tried], path: str) -> None:
     assert found.result is not None
     text = to_toml(with_settings(recipe, found.micro_batch, found.recompute, compiled=found.compiled))
     why = f"# By arriero bench --sweep on {found.result.device}: {_name(found)}.\n"
-    Path(path).write_text(why + text, encoding="utf-8")
+    write_atomic(Path(path), why + text)
     print(f"wrote {shown(path)}", file=sys.stderr)
 
 

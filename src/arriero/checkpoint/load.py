@@ -165,9 +165,10 @@ def candidates(path: Path) -> list[Path]:
         return [path]
     found = committed(path / "checkpoints")
     if not found:
-        raise UserError(
-            f"{shown(path)}: holds no checkpoint", "start the run without --resume, or name another directory"
-        )
+        fix = "start the run without --resume, or name another directory"
+        if committed(path):
+            fix = f"name the run's directory: --resume {shown(os.path.normpath(path / os.pardir))}"
+        raise UserError(f"{shown(path)}: holds no checkpoint", fix)
     return found[::-1]
 
 

@@ -31,6 +31,8 @@ class RunLock:
         try:
             self._handle = open_regular(self.path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
+            if os.path.lexists(self.path):
+                fix = "remove it if no job writes this run, or write elsewhere with --out"
             raise UserError(f"{shown(self.path)}: {why(error)}", fix) from None
         until = time.monotonic() + seconds
         while not self._try():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from arriero.data.records import BadRecordError, Record, either, filled, has, optional, refuse_content, text_of
+from arriero.common.text import shown
+from arriero.data.records import WEIGHTS, BadRecordError, Record, either, filled, has, optional, refuse_content, text_of
 
 Turn = tuple[str, str]
 COLUMNS = ("messages", "conversations", "instruction", "input", "output", "system", "history")
@@ -61,11 +62,12 @@ def _listed(record: Record, column: str, ignored: Sequence[str]) -> list[Turn]:
         if not isinstance(turn, dict):
             raise BadRecordError("a turn is not an object")
         refuse_content(turn, ignored, "a turn")
-        if turn.get("weight") not in (None, 1) and "weight" not in ignored:
-            raise BadRecordError(f"a turn has weight {turn['weight']!r}, and --loss-on knows all or last only")
         role = text_of(turn, either(turn, ("role", "from")) or "role")
         if role not in _ROLES:
             raise BadRecordError(f"unknown role {role!r} (known: {', '.join(_ROLES)})")
+        for key in WEIGHTS if _ROLES[role] == "assistant" else ():
+            if turn.get(key) not in (None, 1) and key not in ignored:
+                raise BadRecordError(f"a turn has {key} {shown(turn[key], 40)}, and --loss-on knows all or last only")
         words = either(turn, ("content", "value")) or ("content" if "content" in turn else "value")
         turns.append((_ROLES[role], filled(turn, words)))
     return turns

@@ -18,7 +18,7 @@ from arriero.common.errors import UserError, nearest
 from arriero.common.text import shown
 from arriero.common.untrusted import read_text
 from arriero.data import chat
-from arriero.data.records import CONTENT, BadRecordError, Record, filled, optional, refuse_content
+from arriero.data.records import CONTENT, WEIGHTS, BadRecordError, Record, filled, optional, refuse_content
 
 
 class Part(NamedTuple):
@@ -142,7 +142,7 @@ def _check_slots(path: Path, key: str, value: str) -> None:
 
 
 ALPACA = ("instruction", "input", "output")
-IGNORABLE = (*CONTENT, "weight")
+IGNORABLE = (*CONTENT, *WEIGHTS)
 
 
 def _alpaca(record: Record, template: Template, ignored: Sequence[str]) -> tuple[str, str]:

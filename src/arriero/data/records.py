@@ -18,6 +18,8 @@ CONTENT = (
 )  # fmt: skip
 """Columns, and keys of a turn, that are part of what a model shall read or answer. A format that has no place for one
 refuses the record in which it is filled: without it the record would teach something else."""
+WEIGHTS = ("weight", "loss", "train", "training")
+"""Keys of a turn by which OpenAI's files, ms-swift's and axolotl's say whether a loss falls on it."""
 
 
 def text_of(record: Record, key: str) -> str:
@@ -71,8 +73,8 @@ def refuse_content(record: Record, used: Iterable[str], where: str) -> None:
         used: the columns that the format takes.
         where: the format's name, for the message.
     """
-    for key in CONTENT:
-        if key in record and key not in used and has(record, key):
+    for key in record:
+        if key not in used and str(key).strip().lower() in CONTENT and has(record, key):
             raise BadRecordError(f"{key} is filled, and {where} has no place for it")
 
 

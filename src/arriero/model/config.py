@@ -104,12 +104,7 @@ class LlamaConfig:
         problems, notices = family(raw, where)
         ranges = field_ranges(cls)
         for key, form in (*dict.fromkeys(_SIZES, int).items(), *_OPTIONAL.items()):
-            if key not in _SIZES and (wrong := misfit(raw.get(key), (form, None), key)):
-                problems.append(UserError(f"{where}: {wrong}", FIX))
-            elif key in ranges and (key in _SIZES or raw.get(key) is not None):
-                value = tuple(raw[key]) if isinstance(raw.get(key), list) else raw.get(key)
-                if wrong := value_problem(value, ranges[key]):
-                    problems.append(UserError(f"{where}: {key} {wrong}", f"give {key} as {wanted(ranges[key])}"))
+            problems += _key_problems(raw, key, form, ranges.get(key), where)
         if problems:
             raise join_problems(problems)
         heads, hidden, head_dim = raw["num_attention_heads"], raw["hidden_size"], raw.get("head_dim")
@@ -202,6 +197,18 @@ class LlamaConfig:
             "eos_token_id": list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id,
             "pad_token_id": self.pad_token_id,
         }
+
+
+def _key_problems(raw: dict[str, Any], key: str, form: Any, kind: Any, where: str) -> list[UserError]:
+    """What is wrong with one key of a decoded config.json: it lacks, or is of another type or range than its field."""
+    if key in _SIZES and key not in raw:
+        return [UserError(f"{where}: lacks {key}", f"give {key} as {wanted(kind)}")]
+    if key not in _SIZES and (wrong := misfit(raw.get(key), (form, None), key)):
+        return [UserError(f"{where}: {wrong}", FIX)]
+    value = tuple(raw[key]) if isinstance(raw.get(key), list) else raw.get(key)
+    if kind is not None and (key in _SIZES or value is not None) and (wrong := value_problem(value, kind)):
+        return [UserError(f"{where}: {key} {wrong}", f"give {key} as {wanted(kind)}")]
+    return []
 
 
 def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
