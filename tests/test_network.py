@@ -424,6 +424,7 @@ def run_disturbed(nodes: list[subprocess.Popen[str]]) -> tuple[set[tuple[str, in
     return seen, sent
 
 
+@pytest.mark.timeout(900)
 def test_garbage_on_every_port_changes_nothing(tmp_path: Path) -> None:
     recipe = toy.write_recipe(tmp_path)
     alone, sent = run_disturbed([start_node(recipe, "--out", tmp_path / "one", "--nproc-per-node", 2)])
