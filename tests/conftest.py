@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ sys.path[:0] = [str(HERE), *(str(HERE / part) for part in ("checkpoint", "data",
 # Before torch is imported, and inherited by every process that a test starts: a second thread costs more than it does.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("ARRIERO_THREADS", "1")
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job: what it starts would ignore Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from hypothesis import settings  # noqa: E402
 

@@ -20,7 +20,7 @@ USERS = {"bench": ["benchmarks/*.py"], "dev": ["tests/**/*.py", "src/**/*.py", "
 
 
 def name(requirement: str) -> str:
-    return re.split(r"[<>=!~\[; ]", requirement)[0].lower()
+    return re.split(r"[<>=!~\[; (]", requirement)[0].lower().replace("_", "-")
 
 
 def texts(patterns: list[str]) -> str:
@@ -57,8 +57,8 @@ def test_every_pin_is_of_a_package_that_is_installed_by_something() -> None:
 
 def needed_by(packages: set[str]) -> set[str]:
     """What those of the packages that are installed require themselves."""
-    lines = [r for d in importlib.metadata.distributions() if d.name.lower() in packages for r in d.requires or []]
-    return {name(line) for line in lines} | {name(line).replace("-", "_") for line in lines}
+    lines = [r for d in importlib.metadata.distributions() if name(d.name) in packages for r in d.requires or []]
+    return {name(line) for line in lines}
 
 
 def test_pages_offer_no_extra_that_is_not_there() -> None:

@@ -172,7 +172,7 @@ def test_nodes_that_start_different_numbers_of_processes_are_refused() -> None:
         answers = [pool.submit(m.next_rendezvous) for m in (first, second)]
         for answer in answers:
             with pytest.raises(UserError, match="node 0: 2, node 1: 1"):
-                answer.result(timeout=30)
+                answer.result(timeout=900)
     first.close()
 
 
@@ -199,7 +199,7 @@ def test_a_wrong_address_is_named() -> None:
 @pytest.fixture(scope="module")
 def misbehaved() -> dict[str, dict[str, Any]]:
     command = [sys.executable, HERE / "launch" / "misbehave.py", "well", "raise", "user", "kill", "stop", "hang"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     return {record["way"]: record for record in map(json.loads, done.stdout.splitlines())}
 
@@ -238,11 +238,11 @@ def test_nodes_that_differ_end_with_the_difference(tmp_path: Path) -> None:
     second = start(*both, "--node-rank", 1, "--data.prefix", other, "--schedule.lr", 0.5)
     with group(second):
         first = arriero(*both, "--node-rank", 0, code=2)
-        said, _ = second.communicate(timeout=60)
+        said, _ = second.communicate(timeout=900)
         assert second.returncode == 2
     for text in (first, said):
         assert "schedule.lr: 0.01 on rank 0" in text
-        assert re.search(r"data 0 toy_text_document.idx: \d+ bytes, \w+ on rank 0 .*; \d+ bytes, \w+ on rank 1", text)
+        assert re.search(r"data\[0\].idx: \d+ bytes, \w+ on rank 0 .*; \d+ bytes, \w+ on rank 1", text)
         assert "Traceback" not in text
     assert not (tmp_path / "run").exists()
 
@@ -252,18 +252,19 @@ def test_torchrun_and_srun_start_the_same_run(tmp_path: Path) -> None:
     shown = re.search(r"^(torchrun .*) pretrain recipe\.toml$", (HERE.parent / "docs/launch.md").read_text(), re.M)
     assert shown, "docs/launch.md shows no command with torchrun"
     torchrun = [Path(sys.executable).with_name("torchrun"), f"--master-port={free_port()}", *shown[1].split()[1:]]
-    step = STEP | {"SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NUM_TASKS": "2"}
-    step |= {"SLURM_NODEID": "0", "MASTER_PORT": str(free_port())}
+    step = STEP | {"SLURM_STEP_NODELIST": "127.0.0.1,localhost", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+    step |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0", "MASTER_PORT": str(free_port())}
     words = ["pretrain", recipe, "--out"]
     started = [start(*words, tmp_path / "own", "--nproc-per-node", 2)]
     started += [start(*words, tmp_path / "torchrun", program=torchrun)]
     for i in range(2):
-        started += [start(*words, tmp_path / "srun", **step | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)})]
+        started += [start(*words, tmp_path / "srun", **step | {"SLURM_PROCID": str(i), "SLURM_NODEID": str(i)})]
     with group(*started):
         for process in started:
-            said, _ = process.communicate(timeout=200)
+            said, _ = process.communicate(timeout=900)
             assert process.returncode == 0, said
     assert losses(tmp_path / "own") == losses(tmp_path / "torchrun") == losses(tmp_path / "srun")
+    assert not list(tmp_path.glob(".*.secret"))
 
 
 def wait_for_step(run: Path, step: int, *processes: subprocess.Popen[str]) -> None:
@@ -291,9 +292,9 @@ def test_a_lost_process_and_a_lost_machine_do_not_change_the_run(tmp_path: Path)
         nodes[1].kill()  # its process dies with it
         nodes.append(start(*both, "--node-rank", 1))
         with group(nodes[2]):
-            said = [node.communicate(timeout=200)[0] for node in (nodes[0], nodes[2])]
+            said = [node.communicate(timeout=900)[0] for node in (nodes[0], nodes[2])]
             assert [nodes[0].returncode, nodes[2].returncode] == [0, 0], said
-        assert whole.wait(timeout=200) == 0
+        assert whole.wait(timeout=900) == 0
     resumed = [int(s) for s in re.findall(r"resumed from \S+ after step (\d+)", said[0])]
     assert len(resumed) == 2
     assert resumed[0] >= 5
@@ -303,6 +304,6 @@ def test_a_lost_process_and_a_lost_machine_do_not_change_the_run(tmp_path: Path)
 
 def test_watching_the_children_takes_no_exit_code_from_the_agent() -> None:
     done = subprocess.run(
-        [sys.executable, HERE / "launch_often.py", "5"], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, HERE / "launch_often.py", "5"], capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr

@@ -30,7 +30,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     return {record["case"]: record for record in map(json.loads, done.stdout.splitlines())}
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("case", SAVED)
 def test_the_state_is_saved_however_a_signal_arrives(outcomes: dict[str, Any], case: str) -> None:
     found = outcomes[case]

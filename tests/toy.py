@@ -112,7 +112,7 @@ def arriero(*words: object, code: int = 0, cwd: Path | None = None) -> str:
     """Runs the command line as a user does; asserts its exit code, returns what it printed on either stream."""
     command = [sys.executable, "-m", "arriero", *map(str, words)]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=cwd, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=cwd, env=environment, check=False)
     printed = done.stdout + done.stderr
     assert done.returncode == code, f"exit {done.returncode} instead of {code}:\n{printed}"
     return printed

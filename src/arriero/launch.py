@@ -12,6 +12,7 @@ import signal
 import socket
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from annotated_types import Interval
@@ -25,9 +26,11 @@ from arriero.process import (
     Place,
     in_process_group,
     leave,
+    shares_agent_store,
     start_number,
     started_by_another,
 )
+from arriero.secret import Secret
 
 if TYPE_CHECKING:
     from arriero.rendezvous import Meeting
@@ -52,6 +55,9 @@ class LaunchConfig:
     """Address of node 0; empty takes MASTER_ADDR."""
     master_port: Annotated[int, Interval(ge=0, lt=65_536)] = 0
     """Port on node 0; 0 takes MASTER_PORT, or 29500."""
+    secret_file: str = ""
+    """File with the secret that all machines share, at least 16 bytes; empty takes ARRIERO_SECRET, or a file that node
+    0 makes beside the run directory and removes at the end."""
     max_restarts: Annotated[int, Interval(ge=0, le=1_000_000)] = 0
     """How often the job starts again from its newest checkpoint after a process or a machine was lost."""
     join_timeout: Annotated[float, Interval(gt=0, le=1e6)] = 30.0
@@ -104,7 +110,11 @@ def resolve(config: LaunchConfig, environment: Mapping[str, str]) -> LaunchConfi
 def launch_problems(config: LaunchConfig, *, counted: bool, given: LaunchConfig) -> list[UserError]:
     """All that is impossible about a resolved configuration; `given` is what stood on the command line."""
     found: list[UserError] = []
-    idle = [f for f in ("node_rank", "master_addr", "master_port") if getattr(given, f) != getattr(LaunchConfig(), f)]
+    idle = [
+        f
+        for f in ("node_rank", "master_addr", "master_port", "secret_file")
+        if getattr(given, f) != getattr(LaunchConfig(), f)
+    ]
     if idle and not counted:
         flags = ", ".join(map(flag, idle))
         found.append(UserError(f"{flags} without --nodes has no effect", "give --nodes N, the number of machines"))
@@ -133,7 +143,8 @@ def take_place(config: LaunchConfig, environment: MutableMapping[str, str]) -> L
         environment.update(slurm.task_environment(environment))
     if not ("RANK" in environment or "WORLD_SIZE" in environment):
         return resolve(config, environment)
-    names = ("nproc_per_node", "nodes", "node_rank", "master_addr", "master_port", "max_restarts")
+    names = ["nproc_per_node", "nodes", "node_rank", "master_addr", "master_port", "max_restarts"]
+    names += ["secret_file"] if shares_agent_store(environment) else []  # torchrun's, which asks for none
     idle = [f for f in names if getattr(config, f) != getattr(LaunchConfig(), f)]
     if idle:
         flags = ", ".join("--" + f.replace("_", "-") for f in idle)
@@ -145,7 +156,7 @@ def take_place(config: LaunchConfig, environment: MutableMapping[str, str]) -> L
 
 def run_processes(
     function: Callable[[Any], T], argument: Any, processes: int, *, launch: LaunchConfig | None = None,
-    facts: Callable[[Any], dict[str, str]] | None = None, saves: bool = False,
+    facts: Callable[[Any], dict[str, str]] | None = None, saves: bool = False, secret: Secret | None = None,
 ) -> list[T]:  # fmt: skip
     """Calls `function(argument)` in each of `processes` new processes of this machine; their results by local rank.
 
@@ -159,6 +170,7 @@ def run_processes(
         launch: resolved; by default one machine.
         facts: of `argument`, what all processes must agree on.
         saves: whether `function` saves and returns when `signals.stop_wanted`; else a signal ends the processes.
+        secret: what the machines share; by default what Secret.find finds for the working directory.
 
     Raises:
         UserError: a process raised one, or the machines did not come together.
@@ -178,6 +190,7 @@ def run_processes(
     meeting = Meeting(
         nodes=launch.nodes, node_rank=launch.node_rank, address=launch.master_addr, port=launch.master_port,
         processes=processes, join_seconds=launch.join_timeout, restarts=launch.max_restarts,
+        secret=secret or Secret.find(launch.secret_file, os.environ, Path("arriero")),
     )  # fmt: skip
     rendezvous_handler_registry.register(meeting.name, lambda _: meeting)
     error_files = ErrorFiles()
@@ -254,7 +267,7 @@ def _entry(
     try:
         return in_process_group(
             function, argument, facts=facts, join_seconds=launch.join_timeout,
-            collective_seconds=launch.collective_timeout,
+            collective_seconds=launch.collective_timeout, towards=launch.master_addr,
         )  # fmt: skip
     except BaseException as error:
         leave(error)

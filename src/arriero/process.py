@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from arriero.agreement import Disagreement, agree, ranges
@@ -24,7 +25,9 @@ from arriero.common.device import BACKENDS, process_group_backend, tune_allocato
 from arriero.common.environment import environment_number
 from arriero.common.errors import EXIT_USAGE, CheckFailed, UserError, as_user_error
 from arriero.common.text import printable
+from arriero.objects import refuse_pickled_objects
 from arriero.placement import place_process
+from arriero.secret import Secret
 from arriero.signals import Interrupted, LoneListener
 
 if TYPE_CHECKING:
@@ -49,6 +52,11 @@ class Place:
     local_rank: int = 0
     world: int = 1
     local_world: int = 1
+
+    @property
+    def one_machine(self) -> bool:
+        """Whether all processes of the run are known to be on this machine."""
+        return self.local_world == self.world and "LOCAL_WORLD_SIZE" in os.environ
 
     @classmethod
     def from_environment(cls) -> Place:
@@ -161,7 +169,8 @@ def silent_ranks(place: Place) -> str:
 
 def in_process_group(
     function: Callable[[Any], T], argument: Any, *, facts: Callable[[Any], dict[str, str]] | None = None,
-    join_seconds: float = 30.0, collective_seconds: float = 600.0, saves: bool = False,
+    join_seconds: float = 30.0, collective_seconds: float = 600.0, saves: bool = False, secret: Secret | None = None,
+    towards: str = "",
 ) -> T:  # fmt: skip
     """Calls `function(argument)` as the process that the environment says, within the group of all; returns its result.
 
@@ -172,6 +181,8 @@ def in_process_group(
         join_seconds: in which all must have come.
         collective_seconds: that one waits for the others in a collective.
         saves: whether `function` saves and returns when `signals.stop_wanted`; else a signal ends it.
+        secret: what the machines share, where neither arriero's nor torchrun's agent has started this process.
+        towards: address of node 0, where MASTER_ADDR is that of the store on this machine's loopback.
 
     Raises:
         UserError: the processes do not find each other or do not agree.
@@ -179,15 +190,20 @@ def in_process_group(
     """
     place = Place.from_environment()
     main = threading.current_thread() is threading.main_thread()
+    secret = secret or Secret.find("", os.environ, Path("arriero"))
+    run = partial(
+        _in_process_group, function, argument, facts=facts, join_seconds=join_seconds,
+        collective_seconds=collective_seconds, secret=secret, towards=towards,
+    )  # fmt: skip
     if saves and main and ROUND not in os.environ:  # arriero's launcher has its workers listen from their first moment
         with LoneListener(speaks=place.rank == 0):
-            return _in_process_group(function, argument, facts, join_seconds, collective_seconds)
-    return _in_process_group(function, argument, facts, join_seconds, collective_seconds)
+            return run()
+    return run()
 
 
 def _in_process_group(
-    function: Callable[[Any], T], argument: Any, facts: Callable[[Any], dict[str, str]] | None, join_seconds: float,
-    collective_seconds: float,
+    function: Callable[[Any], T], argument: Any, *, facts: Callable[[Any], dict[str, str]] | None, join_seconds: float,
+    collective_seconds: float, secret: Secret, towards: str,
 ) -> T:  # fmt: skip
     import torch.distributed as dist
 
@@ -197,35 +213,51 @@ def _in_process_group(
     place_process(place.local_rank, place.local_world, bind=kind == "cpu")
     if place.world == 1:
         return function(argument)
-    store = open_job_store(place, join_seconds)
-    if facts is not None:
-        agree(store, place.rank, place.world, facts(argument), seconds=join_seconds)
-    use_interface_towards(os.environ["MASTER_ADDR"])
-    dist.init_process_group(
-        process_group_backend(kind), store=store, rank=place.rank, world_size=place.world,
-        timeout=timedelta(seconds=collective_seconds),
-    )  # fmt: skip
+    try:
+        store = open_job_store(place, join_seconds, secret)
+        if facts is not None:
+            agree(store, place.rank, place.world, facts(argument), seconds=join_seconds)
+        refuse_pickled_objects()
+        use_interface_towards("127.0.0.1" if place.one_machine else towards or os.environ["MASTER_ADDR"])
+        dist.init_process_group(
+            process_group_backend(kind), store=store, rank=place.rank, world_size=place.world,
+            timeout=timedelta(seconds=collective_seconds),
+        )  # fmt: skip
+    finally:
+        if place.rank == 0 and ROUND not in os.environ:
+            secret.remove()  # all are in, or none will be
     result = function(argument)
     sys.stdout.flush()
     dist.destroy_process_group()
     return result
 
 
-def open_job_store(place: Place, seconds: float) -> Store:
+def shares_agent_store(environment: Mapping[str, str]) -> bool:
+    """Whether the store is there already: arriero's launcher has opened it, or torchrun."""
+    return environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def open_job_store(place: Place, seconds: float, secret: Secret) -> Store:
     """The store through which the processes of this start find each other.
 
     Raises:
-        UserError: the port is taken, or the address does not lead to it.
+        UserError: the port is taken, the address does not lead to it, or the secret is not the run's.
     """
     from torch.distributed import PrefixStore
 
-    from arriero.store import connect_store, host_store
+    from arriero.store import connect_store, open_store
 
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and place.rank == 0:
-        store: Store = host_store(address, port, seconds)[0]
-    else:
-        store = connect_store(address, port, seconds, who=f"rank {place.rank}", knock=ROUND not in os.environ)
+    address, port, who = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), f"rank {place.rank}"
+    if shares_agent_store(os.environ):
+        store: Store = connect_store(address, port, seconds, who=who, knock=ROUND not in os.environ)
+    elif place.one_machine and place.rank > 0:
+        store = connect_store("127.0.0.1", port, seconds, who=who)
+    elif place.one_machine:
+        store = open_store(1, 0, address=address, port=0, seconds=seconds, secret=secret, local_port=port).store
+    else:  # each process reaches node 0 by itself, as if it were a machine
+        store = open_store(
+            place.world, place.rank, address=address, port=port, seconds=seconds, secret=secret, apart=True
+        ).store
     _stores[:] = [store, PrefixStore(f"start-{start_number()}", store)]
     return _stores[1]
 

@@ -14,16 +14,18 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import signal
 import socket
 import sys
 import time
+from pathlib import Path
 
 from torch.distributed import DistNetworkError, DistStoreError, PrefixStore
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
 from arriero.common.errors import UserError
+from arriero.gate import LOOPBACK
 from arriero.process import ROUND
+from arriero.secret import Secret
 from arriero.store import open_store, within
 
 LOST_AFTER = 15.0
@@ -42,12 +44,17 @@ class Meeting(RendezvousHandler):
 
     def __init__(
         self, *, nodes: int, node_rank: int, address: str, port: int, processes: int, join_seconds: float,
-        restarts: int,
+        restarts: int, secret: Secret | None = None,
     ) -> None:  # fmt: skip
+        """`secret`: what the machines share; by default as Secret.find finds it for the working directory."""
         self.name = f"arriero-{next(_names)}"  # under which the agent finds it
         self.nodes, self.node_rank, self.address, self.processes = nodes, node_rank, address, processes
-        self.join_seconds, self.restarts = join_seconds, restarts
-        self.store, self.port, self._host = open_store(nodes, node_rank, address, port, join_seconds)
+        self.port, self.join_seconds, self.restarts = port, join_seconds, restarts
+        self.secret = secret or Secret.find("", os.environ, Path("arriero"))
+        self._opened = open_store(
+            nodes, node_rank, address=address, port=port, seconds=join_seconds, secret=self.secret
+        )
+        self.store, self._closed = self._opened.store, False
         self.store.compare_set("round", "", "0")
         self.store.compare_set("end", "", "-")
         self.round = -1
@@ -102,7 +109,7 @@ class Meeting(RendezvousHandler):
         self._beats.clear()
         self._looked = 0.0
         store = PrefixStore(f"agents-{self.round}", self.store)
-        return RendezvousInfo(store, self.node_rank, self.nodes, RendezvousStoreInfo(self.address, self.port))
+        return RendezvousInfo(store, self.node_rank, self.nodes, RendezvousStoreInfo(LOOPBACK, self._opened.port))
 
     def _join(self, deadline: float) -> bool:
         """Comes to the present round and waits for the others; False when that round is spent."""
@@ -177,11 +184,12 @@ class Meeting(RendezvousHandler):
                 self.store.compare_set("round", str(self.round), str(self.round + 1))
 
     def close(self) -> None:
-        """Ends the store, on node 0."""
-        if self._host:
-            os.kill(self._host, signal.SIGKILL)
-            os.waitpid(self._host, 0)
-            self._host = 0
+        """Ends the store, or what stands in for it here, and removes the secret that was made."""
+        if not self._closed:
+            self._closed = True
+            self._opened.close()
+            if self.node_rank == 0 and self.nodes > 1:
+                self.secret.remove()
 
     def _raise_if_ended(self) -> None:
         said = self.store.get("end")

@@ -20,6 +20,7 @@ from arriero.common.files import make_directory, open_regular, why
 from arriero.common.ranges import PathText
 from arriero.common.text import printable, shown
 from arriero.process import MOST_PROCESSES
+from arriero.secret import VARIABLE
 
 FIX = "srun sets the variables SLURM_*; where it has not started this, unset SLURM_STEP_NUM_TASKS"
 PORTS = range(10_000, 32_768)
@@ -141,6 +142,8 @@ def _text(args: SlurmArgs, tasks: int, out: str, pretrain: str) -> str:
 # Two minutes before the time limit or preemption SIGUSR1 reaches every process: they save and exit with {EXIT_STOPPED}.
 #SBATCH --signal=USR1@120
 
+# The processes prove to each other that they know this.
+export {VARIABLE}=$(head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \\n')
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 {program} pretrain {pretrain} --resume auto
 status=$?
 if [ "$status" = {EXIT_STOPPED} ]; then scontrol requeue "$SLURM_JOB_ID"; fi

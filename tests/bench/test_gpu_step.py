@@ -17,7 +17,7 @@ def run(*words: str, code: int = 0) -> str:
         [sys.executable, str(SCRIPT), "--device", "cpu", *words],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
         check=False,
     )
     assert done.returncode == code, done.stdout + done.stderr

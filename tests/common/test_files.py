@@ -83,6 +83,19 @@ def test_a_link_in_a_run_directory_is_no_directory_of_the_run(tmp_path: Path) ->
         make_directory(tmp_path / "link", "fix", follow=False)
 
 
+@pytest.mark.parametrize("below", ["", "more", "more/and more"])
+def test_no_directory_is_made_in_a_committed_checkpoint(tmp_path: Path, below: str) -> None:
+    checkpoint = tmp_path / "anywhere"
+    checkpoint.mkdir()
+    for name in ("COMMITTED", "state.json"):
+        (checkpoint / name).write_text("{}")
+    for path in (checkpoint / below, tmp_path / "run" / "checkpoints" / "step-00000004" / below):
+        with pytest.raises(UserError, match="lies in the checkpoint"):
+            make_directory(path, "name another")
+    assert sorted(p.name for p in checkpoint.iterdir()) == ["COMMITTED", "state.json"]
+    assert not (tmp_path / "run").exists()
+
+
 PLACES = (".", "hf", "a/b", "link", "link/hf", "../step-00000002/hf")
 
 

@@ -109,7 +109,7 @@ def test_a_training_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, str
 @pytest.mark.parametrize(("redirect", "notes"), [("2>&1 | head -1", 2), ("<&- >&- 2>&-", 2)])
 def test_a_training_of_several_processes_goes_on(tmp_path: Path, redirect: str, notes: int) -> None:
     command = f"set -o pipefail; {sys.executable} -m arriero pretrain {write_recipe(tmp_path)} --nproc-per-node 2"
-    done = subprocess.run(["bash", "-c", f"{command} {redirect}"], capture_output=True, timeout=240, check=False)
+    done = subprocess.run(["bash", "-c", f"{command} {redirect}"], capture_output=True, timeout=900, check=False)
     assert done.returncode == 0
     assert len(list(tmp_path.glob("run/checkpoints/*/COMMITTED"))) == 1
     assert (tmp_path / "run/log.txt").read_text().count("cannot be written") == notes

@@ -296,4 +296,4 @@ def test_no_compiler_is_imported() -> None:
         "import sys, torch; from arriero.model import ops; x = torch.randn(1, 4, 2, 8, requires_grad=True); "
         "ops.causal_attention(x, x, x).sum().backward(); sys.exit('torch._dynamo' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=900).returncode == 0

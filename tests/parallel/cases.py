@@ -79,7 +79,7 @@ def case(root: Path, name: str, *, shape: str = "plain", dtype: str = "float64",
     return {"name": name, "settings": base | {key.replace("__", "."): value for key, value in given.items()}}
 
 
-def launch(root: Path, processes: int, cases: list[dict[str, Any]], timeout: int = 600) -> dict[str, dict[str, Any]]:
+def launch(root: Path, processes: int, cases: list[dict[str, Any]], timeout: int = 1500) -> dict[str, dict[str, Any]]:
     """Runs cases in one launch of real processes; returns each one's results by name."""
     results, job = root / f"results-{processes}.jsonl", root / f"job-{processes}.json"
     results.unlink(missing_ok=True)

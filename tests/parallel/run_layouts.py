@@ -14,11 +14,31 @@ from typing import Any
 
 import torch
 from torch._dynamo.utils import counters
+from torch.distributed import distributed_c10d
 
 from arriero.launch import in_process_group, run_processes
+from arriero.objects import PICKLING
 from arriero.parallel.mesh import Ranks
 from arriero.recipe import Recipe, Setting, parse
 from arriero.train.trainer import Trainer
+
+PICKLES: list[str] = []
+"""What this process has pickled for another, or unpickled."""
+
+
+def count_pickles() -> None:
+    """Notes each call of torch that would send or receive an object, and each name that an unpickler looks up."""
+
+    def counted(name: str, call: Any) -> Any:
+        def noted(*given: Any, **keywords: Any) -> Any:
+            PICKLES.append(name)
+            return call(*given, **keywords)
+
+        return noted
+
+    for name in PICKLING:
+        setattr(distributed_c10d, name, counted(name, getattr(distributed_c10d, name)))
+    sys.addaudithook(lambda event, given: PICKLES.append(str(given)) if event == "pickle.find_class" else None)
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any] | None:
@@ -31,6 +51,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any] | None:
     trainer.start(Path(case["resume"]) if case.get("resume") else None)
     result: dict[str, Any] = {"name": case["name"], "loss": [], "grad_norm": [], "scale": [], "skipped": []}
     counters.clear()
+    PICKLES.clear()
     while trainer.done < min(5, recipe.train.steps):
         step = trainer.step()
         trainer.check_replicas()  # what several processes hold alike is alike, in every layout
@@ -42,12 +63,14 @@ def run_case(case: dict[str, Any]) -> dict[str, Any] | None:
             trainer.save()
     result["valid"] = trainer.validate()
     result["compilations"] = counters["stats"]["unique_graphs"]
+    result["pickles"] = ranks.texts(" ".join(PICKLES))
     if recipe.train.compile:
         torch._dynamo.reset()  # the next case compiles its own
     return result if ranks.first else None
 
 
 def run_job(job: dict[str, Any]) -> None:
+    count_pickles()
     for case in job["cases"]:
         result = run_case(case)
         if result is not None:

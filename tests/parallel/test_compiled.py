@@ -18,7 +18,7 @@ from arriero.parallel import compiled
 from arriero.parallel.compiled import compile_layout_problems, compile_machine_problems
 from arriero.parallel.config import ParallelConfig
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "one, documents": (1, {"data__attention": "document"}),

@@ -16,7 +16,7 @@ from cases import LAYOUTS, SOME, case, launch
 import toy
 from arriero.checkpoint.load import CheckpointReader
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 VARIANTS: dict[str, dict[str, Any]] = {  # what is trained, and the layouts that are tried with it
     "float64": {},
     "float32": {"dtype": "float32"},
@@ -128,6 +128,13 @@ def test_variants_differ_from_each_other(runs: Any) -> None:
     _, results = runs
     losses = [results[f"one, {variant}"]["loss"][0] for variant in VARIANTS if variant != "float32"]
     assert len(set(losses)) == len(losses)
+
+
+def test_no_object_is_pickled_between_processes_in_any_layout(runs: Any) -> None:
+    """torch's pipeline would send its shapes so, and whoever plays a process of the run could run code in another."""
+    _, results = runs
+    assert len(results) > len(LAYOUTS)
+    assert {name: result["pickles"] for name, result in results.items() if any(result["pickles"])} == {}
 
 
 @pytest.mark.parametrize("layout", LOW)

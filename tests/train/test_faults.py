@@ -38,7 +38,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
     job = {"cases": cases, "processes": 3, "results": str(root / "results.jsonl")}
     (root / "job.json").write_text(json.dumps(job))
     command = [sys.executable, str(Path(__file__).parent / "run_faults.py"), str(root / "job.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return root, [json.loads(line) for line in (root / "results.jsonl").read_text().splitlines()]
 

@@ -23,7 +23,11 @@ CONFIG = replace(toy.CONFIG, vocab_size=260, num_hidden_layers=4)
 def test_losses_equal_megatron_core_at_tensor_parallel_2(tmp_path: Path) -> None:
     toy.write_data(tmp_path / "data")
     write_huggingface(tmp_path / "hf", InitialWeights(CONFIG, seed=7), config=CONFIG)
-    run(ConvertArgs(tmp_path / "hf", tmp_path / "megatron", "megatron", tp=2, make_vocab_size_divisible_by=1))
+    run(
+        ConvertArgs(
+            tmp_path / "hf", tmp_path / "megatron", "megatron", tp=2, make_vocab_size_divisible_by=1, spec="local"
+        )
+    )
     data = DataConfig(prefix=str(tmp_path / "data" / "toy_text_document"), split="90,10,0")
     batches = Batches(data, sequence_length=32, global_batch=8, seed=7)
     rows = [batches.batch(step, 0, 8) for step in range(5)]

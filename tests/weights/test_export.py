@@ -3,9 +3,10 @@ import json
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
 from weights_helpers import TINY, VARIANTS, assert_same, random_weights, save_hf, unchanged
 
+from arriero.checkpoint.layout import TEMPORARY, commit, step_directory
+from arriero.checkpoint.parts import Part, data_file, write_parts
 from arriero.common.errors import UserError
 from arriero.weights.export import ExportArgs, run
 from arriero.weights.huggingface import open_huggingface
@@ -15,12 +16,13 @@ from arriero.weights.sources import load_model, open_model
 def save_run(directory, config, weights, *, tensor=2, steps=(50, 100)):
     """A run whose checkpoints hold each matrix in `tensor` parts, rows or columns, with moments beside them."""
     for step in steps:
-        home = directory / "checkpoints" / f"step-{step:08d}"
-        home.mkdir(parents=True)
-        (home / "config.json").write_text(json.dumps(config.to_json()))
-        (home / "state.json").write_text(json.dumps({"step": step}))
+        home = step_directory(directory / "checkpoints", step)
+        temporary = home.with_name(home.name + TEMPORARY)
+        temporary.mkdir(parents=True)
+        (temporary / "config.json").write_text(json.dumps(config.to_json()))
+        (temporary / "state.json").write_text(json.dumps({"step": step}))
         for rank in range(tensor):
-            tensors, parts = {}, {}
+            parts = {}
             for name, whole in weights.items():
                 if whole.dim() == 1 and rank:
                     continue
@@ -29,11 +31,9 @@ def save_run(directory, config, weights, *, tensor=2, steps=(50, 100)):
                 offset = [0] * whole.dim()
                 offset[dim] = sum(p.shape[dim] for p in pieces[:rank])
                 for key in (name, f"exp_avg.{name}"):
-                    tensors[key] = pieces[rank].clone().contiguous()
-                    parts[key] = {"shape": list(whole.shape), "offset": offset}
-            save_file(tensors, home / f"rank-{rank:05d}.safetensors")
-            (home / f"rank-{rank:05d}.json").write_text(json.dumps({"tensors": parts}))
-        (home / "COMMITTED").write_text("{}")
+                    parts[key] = Part(pieces[rank].clone().contiguous(), tuple(whole.shape), tuple(offset))
+            write_parts(data_file(temporary, rank), parts)
+        commit(temporary, home)
     return directory
 
 
@@ -95,3 +95,14 @@ def test_a_directory_can_be_exported_in_another_dtype(tmp_path):
     save_hf(tmp_path / "m", TINY, weights)
     run(ExportArgs(tmp_path / "m", tmp_path / "out", dtype="float32"))
     assert_same(open_huggingface(tmp_path / "out"), {name: t.float() for name, t in weights.items()})
+
+
+def test_a_damaged_checkpoint_is_refused_by_the_name_of_its_tensor(tmp_path):
+    save_run(tmp_path / "run", TINY, random_weights(TINY))
+    data = tmp_path / "run" / "checkpoints" / "step-00000100" / "rank-00001.safetensors"
+    content = bytearray(data.read_bytes())
+    content[-5] ^= 1
+    data.write_bytes(content)
+    with unchanged(tmp_path), pytest.raises(UserError, match=r"tensor .* is damaged"):
+        run(ExportArgs(tmp_path / "run", tmp_path / "out"))
+    assert open_model(tmp_path / "run" / "checkpoints" / "step-00000050").path.name == "step-00000050"

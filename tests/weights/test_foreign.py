@@ -234,3 +234,17 @@ def test_a_head_trained_apart_from_tied_embeddings_is_not_lost(tmp_path, capsys)
     assert torch.equal(
         open_model(tmp_path / "back").reader.read("lm_head.weight"), payload["model"]["lm_head.lm_head.weight"][:100]
     )
+
+
+def test_what_else_metas_params_hold_is_refused_or_named(tmp_path):
+    torch.save(to_meta(random_weights(MHA), MHA), tmp_path / "consolidated.00.pth")
+    params = {"dim": 32, "n_layers": 4, "n_heads": 4, "vocab_size": -1, "multiple_of": 16, "use_scaled_rope": False}
+    for extra, named in (({}, ""), ({"q\x07": 1}, "q\\x07"), ({"max_seq_len": 8}, ""), ({"new_key": 3.5}, "new_key")):
+        (tmp_path / "params.json").write_text(json.dumps({**params, **extra}))
+        notes = "\n".join(open_model(tmp_path).notes)
+        assert ("not taken into account" in notes) == bool(named)
+        assert named in notes
+    for key in ("quantization_args", "lora_args", "moe_args", "vision_chunk_size"):
+        (tmp_path / "params.json").write_text(json.dumps({**params, key: {"rank": 1}}))
+        with pytest.raises(UserError, match=key):
+            open_model(tmp_path)

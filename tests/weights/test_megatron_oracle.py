@@ -43,7 +43,7 @@ def run_oracle(tmp_path, tensor, **job):
     ]  # fmt: skip
     try:
         for process in processes:
-            output, _ = process.communicate(timeout=120)
+            output, _ = process.communicate(timeout=900)
             assert process.returncode == 0, output[-3000:]
     finally:
         for process in processes:

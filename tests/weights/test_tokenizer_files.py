@@ -17,6 +17,8 @@ from arriero.common.errors import UserError
 from arriero.data.tokenizer import TEMPLATES, TOKENIZER_FILES, VOCABULARIES, copy_files, load_tokenizer
 from arriero.generate import GenerateArgs
 from arriero.model.config import LlamaConfig
+from arriero.recipe import Recipe
+from arriero.train.directory import prepare_run_directory
 from arriero.weights import convert, export
 from arriero.weights.convert import ConvertArgs
 from arriero.weights.export import ExportArgs
@@ -290,3 +292,26 @@ def test_max_shard_gb_has_a_range(tmp_path):
                 verb(value)
     export.run(ExportArgs(tmp_path / "hf", tmp_path / "out", max_shard_gb=0.00002))
     assert_same(open_model(tmp_path / "out").reader, random_weights(TINY))
+
+
+def test_a_broken_tokenizer_model_is_named_at_its_source(tmp_path):
+    save_hf(tmp_path / "hf", TINY, random_weights(TINY))
+    for content in (b"nonsense", b"", b"\x0a\x05\x0a\x03abc", b"\xff" * 100):
+        (tmp_path / "hf" / "tokenizer.model").write_bytes(content)
+        with pytest.raises(UserError) as error:
+            export.run(ExportArgs(tmp_path / "hf", tmp_path / "out"))
+        assert str(tmp_path / "hf") in str(error.value)
+        assert "partial" not in str(error.value)
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_run_keeps_what_its_tokenizer_and_its_first_model_came_with(tmp_path, full):
+    """Chat templates in their folder; the generation_config.json of the model that it starts from."""
+    save_hf(tmp_path / "init", TINY, random_weights(TINY))
+    (tmp_path / "init" / "generation_config.json").write_text('{"top_k": 7}')
+    run = tmp_path / "run"
+    prepare_run_directory(Recipe(out=str(run), tokenizer=str(full), init=str(tmp_path / "init")))
+    assert listing(run / "tokenizer") == listing(full)
+    assert json.loads((run / "tokenizer" / "generation_config.json").read_text()) == {"top_k": 7}
+    prepare_run_directory(Recipe(out=str(tmp_path / "second"), tokenizer=str(full)))
+    assert json.loads((tmp_path / "second" / "tokenizer" / "generation_config.json").read_text()) == GENERATION

@@ -22,12 +22,13 @@ from typing import Any
 
 from arriero.checkpoint import disk
 from arriero.common import untrusted
-from arriero.common.files import MARKER, STATE, open_regular
+from arriero.common.checkpoint_names import MARKER, STATE, step_of
+from arriero.common.files import open_regular
 from arriero.weights.run import FIX as DAMAGED
-from arriero.weights.run import committed, inside_checkpoint, run_of, save_number, step_of
+from arriero.weights.run import committed, run_of, save_number
 
 __all__ = ["DAMAGED", "FORMAT", "MANIFEST", "MARKER", "STATE", "TEMPORARY", "commit", "committed", "file_digest",
-           "inside_checkpoint", "read_json", "run_of", "save_number", "step_directory", "step_of",
+           "read_json", "run_of", "save_number", "step_directory", "step_of",
            "write_json"]  # fmt: skip
 
 FORMAT = 1

@@ -10,7 +10,6 @@ import socket
 import time
 from pathlib import Path
 
-from arriero.checkpoint.layout import inside_checkpoint
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory, open_regular, why, write_atomic
 from arriero.common.text import shown
@@ -28,8 +27,6 @@ class RunLock:
             UserError: another job has it; the error names host, process and start.
         """
         self.path, fix = out / LOCK, "name a directory that can be written with --out"
-        if holder := inside_checkpoint(out):
-            raise UserError(f"{shown(out)}: is or lies in the checkpoint {shown(holder)}, which is only read", fix)
         make_directory(out, fix)
         try:
             self._handle = open_regular(self.path, os.O_RDWR | os.O_CREAT)

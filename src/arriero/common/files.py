@@ -14,12 +14,11 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
+from arriero.common.checkpoint_names import inside_checkpoint
 from arriero.common.errors import UserError
 from arriero.common.text import shown
 
 APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-MARKER, STATE = "COMMITTED", "state.json"
-"""The files by which a whole checkpoint of a run is known; checkpoint/layout.py lists the others."""
 
 
 def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY, *, follow: bool = False) -> int:
@@ -96,10 +95,10 @@ def make_directory(path: Path, fix: str, *, follow: bool = True) -> None:
             inside a run directory.
 
     Raises:
-        UserError: it cannot be made, is no directory, is a link that is not to be followed, or is or lies in a whole
-            checkpoint: one more file there would be damage to it.
+        UserError: it cannot be made, is no directory, is a link that is not to be followed, or lies in a committed
+            checkpoint, into which nothing is written.
     """
-    if holder := whole_checkpoint(path):
+    if holder := inside_checkpoint(path):
         raise UserError(f"{shown(path)}: is or lies in the checkpoint {shown(holder)}, which is only read", fix)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -107,15 +106,6 @@ def make_directory(path: Path, fix: str, *, follow: bool = True) -> None:
             raise UserError(f"{shown(path)}: is a symbolic link, which is not followed here", fix)
     except (OSError, ValueError) as error:  # ValueError: NUL or a lone surrogate in the name
         raise UserError(f"{shown(path)}: {why(error)}", fix) from None
-
-
-def whole_checkpoint(path: Path) -> Path | None:
-    """The whole checkpoint of a run that `path` is or lies in, links followed; None for any other place."""
-    try:
-        real = path.resolve()
-        return next((p for p in (real, *real.parents) if (p / MARKER).is_file() and (p / STATE).is_file()), None)
-    except (OSError, ValueError, RuntimeError):  # a name that no file can have, or links in a circle
-        return None
 
 
 def why(error: OSError | ValueError) -> str:

@@ -146,9 +146,10 @@ def _build(cls: type[T], settings: list[Setting], prog: str) -> T:
         said = _first_sentence(printed.getvalue())
         if len(settings) != 1:
             raise UserError(f"{prog}: {said}") from None
-        number = re.match(r"Error parsing [^:]*: (is .*)", said)  # read_number's own words
-        problem = f"{_named(settings[0])} {number[1]}" if number else f"{_named(settings[0])}: {said}"
-        raise UserError(problem, f"give {wanted(field_ranges(cls)[settings[0].key])}") from None
+        (one,) = settings
+        choice = said.startswith("invalid choice")  # the fix lists what there is to choose from
+        problem = f"{_named(one)} is '{shown(' '.join(one.words), 60)}'" if choice else f"{_named(one)}: {said}"
+        raise UserError(problem, f"give {wanted(field_ranges(cls)[one.key])}") from None
 
 
 def _first_sentence(box: str) -> str:

@@ -200,4 +200,4 @@ def _value(value: object) -> float | None:
     try:
         return float(value)
     except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        return None  # an integer that no float holds

@@ -1,6 +1,9 @@
 """Pipeline parallelism by torch.distributed.pipelining: stages of consecutive layers, fed with micro-batches.
 
 The schedules are torch's, by torch's names. Which of them pass the proof of equality is in tests/parallel.
+
+Every stage is given the shapes and dtypes of what it receives and sends. Without them torch infers them at the first
+step, and the stages send them to each other as pickles, which run code where they are read.
 """
 
 from __future__ import annotations
@@ -50,6 +53,35 @@ def cut_stage(model: Llama, stage: int, config: ParallelConfig) -> None:
         model.lm_head = None  # type: ignore[assignment]
 
 
+def stage_shapes(
+    stage: int, config: ParallelConfig, *, rows: int, length: int, width: int, compute: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What stage `stage` takes and gives for one micro-batch, as tensors without memory.
+
+    Args:
+        stage: its number.
+        config: the layout.
+        rows: samples of a micro-batch, B.
+        length: positions of a row, all context ranks together.
+        width: of the stream, D.
+        compute: dtype of the stream.
+
+    Returns:
+        The input: token ids int64 [B, P] of the first stage, else the stream [B, S, D]; P positions are this process's,
+        S its share of them under sequence parallelism. The output: the summed loss [1] of the last stage, in float32
+        at least, else the stream.
+    """
+    positions = length // config.context_parallel
+    share = positions // config.tensor_parallel if config.sequence_parallel else positions
+
+    def stream() -> Tensor:
+        return torch.empty(rows, share, width, dtype=compute, device="meta", requires_grad=True)
+
+    tokens = torch.empty(rows, positions, dtype=torch.int64, device="meta")
+    loss = torch.empty(1, dtype=torch.promote_types(compute, torch.float32), device="meta", requires_grad=True)
+    return tokens if stage == 0 else stream(), loss if stage == config.stages - 1 else stream()
+
+
 class Pipeline:
     """This process's stages and their schedule.
 
@@ -57,11 +89,14 @@ class Pipeline:
         parts: the stages' models, laid out.
         forwards: for each, the module to call: itself, or itself in the compute dtype.
         micro_batches: how many a step has.
+        rows: samples of a micro-batch.
+        length: positions of a row, all context ranks together.
+        compute: dtype of the stream between the stages.
     """
 
     def __init__(
         self, parts: list[Llama], forwards: list[nn.Module], *, config: ParallelConfig, ranks: Ranks,
-        device: torch.device, micro_batches: int,
+        device: torch.device, micro_batches: int, rows: int, length: int, compute: torch.dtype,
     ) -> None:  # fmt: skip
         # Here, because it imports the compiler, which takes seconds, and most layouts have no pipeline.
         from torch.distributed.pipelining import PipelineStage
@@ -72,15 +107,19 @@ class Pipeline:
         self.v_shaped = config.pipeline_schedule in V_SHAPED
         own = stages_of(config, ranks.coordinates["pipeline"])
         group = ranks.mesh.get_group("pipeline")
-        self.stages = stages = [
-            PipelineStage(forward, number, config.stages, device, group=group)
-            for forward, number in zip(forwards, own, strict=True)
-        ]
+        width = parts[0].config.hidden_size
+        self.stages: list[PipelineStage] = []
+        for forward, number in zip(forwards, own, strict=True):
+            takes, gives = stage_shapes(number, config, rows=rows, length=length, width=width, compute=compute)
+            stage = PipelineStage(
+                forward, number, config.stages, device, input_args=takes, output_args=gives, group=group
+            )
+            self.stages.append(stage)
         self.holds_first, self.holds_last = 0 in own, config.stages - 1 in own
         kind = get_schedule_class(config.pipeline_schedule)
         one = issubclass(kind, PipelineScheduleSingle)
         self.schedule: Any = kind(
-            stages[0] if one else stages, n_microbatches=micro_batches, scale_grads=False,
+            self.stages[0] if one else self.stages, n_microbatches=micro_batches, scale_grads=False,
             loss_fn=lambda loss, labels: loss.sum(),  # the last stage has taken the labels, and returns the loss
         )  # fmt: skip
 

@@ -20,11 +20,9 @@ from annotated_types import Interval
 from rich.console import Console
 from rich.table import Table
 
-from arriero.checkpoint.layout import inside_checkpoint
 from arriero.common.errors import EXIT_OK, CheckFailed, UserError
 from arriero.common.files import make_directory
 from arriero.common.ranges import PathText
-from arriero.common.text import shown
 from arriero.torture.outcome import EVERY, STEPS, Outcome
 from arriero.torture.rack import KINDS, Rack, Tally
 
@@ -52,8 +50,6 @@ def run(args: TortureArgs) -> int:
     root = Path(args.out or tempfile.mkdtemp(prefix="arriero-torture-"))
     if args.out and root.exists() and any(root.iterdir()):
         raise UserError(f"{root}: is not empty", "name a directory that is new")
-    if holder := inside_checkpoint(root):
-        raise UserError(f"--out {shown(root)}: is or lies in the checkpoint {shown(holder)}", "name another directory")
     make_directory(root, "name a directory that can be written with --out")
     try:
         rack = Rack(root, recipe=args.recipe, processes=args.processes, kills=args.kills, seed=args.seed)

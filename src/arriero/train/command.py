@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -47,6 +47,7 @@ from arriero.recipe import (
     parse,
     show_flags,
 )  # fmt: skip
+from arriero.secret import Secret
 from arriero.train.directory import out_problems, prepare_run_directory, record_problems, room
 from arriero.train.loop import Continuation, train
 from arriero.train.memory import memory_problems
@@ -106,19 +107,22 @@ def run(words: list[str]) -> int:
     if paths == [Path(start.resume)]:  # one checkpoint, by its name: what was saved after it is another course
         earlier = max(map(save_number, committed(Path(recipe.out) / "checkpoints")), default=-1.0)
     job = Job(recipe, kind, continuation, run_facts(recipe) if world > 1 else {}, earlier)
-    seconds = {"join_seconds": launch.join_timeout, "collective_seconds": launch.collective_timeout}
+    secret = Secret.find(launch.secret_file, os.environ, Path(recipe.out or "arriero"))
+    joining_in: dict[str, Any] = {
+        "join_seconds": launch.join_timeout, "collective_seconds": launch.collective_timeout, "secret": secret,
+    }  # fmt: skip
     if world == 1 and not launch.max_restarts:
         complete = in_process_group(work, job, saves=True)
     elif started_by_another():
         try:
-            complete = in_process_group(work, job, facts=facts, saves=True, **seconds)
+            complete = in_process_group(work, job, facts=facts, saves=True, **joining_in)
             if not complete:
                 return leave_last(EXIT_STOPPED)
         except BaseException as error:
             leave(error)
     else:
         try:
-            complete = all(run_processes(work, job, here, launch=launch, facts=facts, saves=True))
+            complete = all(run_processes(work, job, here, launch=launch, facts=facts, saves=True, secret=secret))
         except ProcessFailed as error:
             print(printable(f"arriero: {error}"), file=sys.stderr)
             return EXIT_CHECK_FAILED

@@ -48,7 +48,7 @@ class TrainConfig:
     """A loss stands out above the running median by so many robust standard deviations."""
     check_replicas_every: Annotated[int, Interval(ge=0, le=1_000_000_000)] = 100
     """Steps between two comparisons of what several processes hold alike; a difference stops the run. 0: none."""
-    initial_loss_scale: Annotated[float, Interval(ge=1, le=2**32)] = 65536.0
+    initial_loss_scale: Annotated[float, Interval(ge=1, le=2**64)] = 65536.0
     """float16 only: the first loss scale."""
     loss_scale_window: Annotated[int, Interval(ge=1, le=1_000_000_000)] = 1000
     """float16 only: clean steps before the scale doubles."""

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from arriero.agreement import flat
-from arriero.checkpoint.layout import committed, inside_checkpoint, run_of
+from arriero.checkpoint.layout import committed, run_of
 from arriero.checkpoint.size import checkpoint_bytes, disk_room, held_bytes, in_bytes
+from arriero.common.checkpoint_names import inside_checkpoint
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory, open_regular, why, write_atomic
 from arriero.common.text import shown
-from arriero.data.tokenizer import load_tokenizer
+from arriero.common.untrusted import inside, read_bytes
+from arriero.data.tokenizer import GENERATION, load_tokenizer
 from arriero.recipe import MAX_RECIPE_BYTES, Recipe, to_toml
 
 
@@ -80,6 +82,8 @@ def room(out: Path, recipe: Recipe) -> tuple[list[str], list[UserError]]:
 def prepare_run_directory(recipe: Recipe) -> None:
     """Writes the resolved recipe and the tokenizer into the run directory, where they are not there yet.
 
+    With them goes the generation_config.json of the model that the run starts from, or else the tokenizer's.
+
     Raises:
         UserError: a file or a directory cannot be written, or is a link.
     """
@@ -88,12 +92,19 @@ def prepare_run_directory(recipe: Recipe) -> None:
     make_directory(out / "checkpoints", fix, follow=False)
     try:
         keep_file(out / "recipe.toml", to_toml(recipe).encode())
+        files: dict[str, bytes] = {}
         if recipe.tokenizer:
-            make_directory(out / "tokenizer", fix, follow=False)
             with tempfile.TemporaryDirectory(prefix="arriero-tokenizer-") as made:
                 load_tokenizer(Path(recipe.tokenizer)).save_to(Path(made))
-                for path in sorted(Path(made).iterdir()):
-                    keep_file(out / "tokenizer" / path.name, path.read_bytes())
+                for path in sorted(path for path in Path(made).rglob("*") if path.is_file()):
+                    files[str(path.relative_to(made))] = path.read_bytes()
+        if recipe.init and (Path(recipe.init) / GENERATION).is_file():
+            source = inside(Path(recipe.init), Path(recipe.init) / GENERATION)
+            files[GENERATION] = read_bytes(source, "restore the file, or remove it")
+        for name, data in files.items():
+            for folder in (out / "tokenizer", (out / "tokenizer" / name).parent):
+                make_directory(folder, fix, follow=False)
+            keep_file(out / "tokenizer" / name, data)
     except OSError as error:
         where = shown(error.filename2 or error.filename or out)
         raise UserError(f"{where}: cannot be written ({why(error)})", fix) from None

@@ -93,7 +93,8 @@ class Trainer:
         if recipe.parallel.pipeline_parallel > 1:
             self.pipeline = Pipeline(
                 self.parts, forwards, config=recipe.parallel, ranks=ranks, device=self.device,
-                micro_batches=train.accumulation(ranks.data),
+                micro_batches=train.accumulation(ranks.data), rows=train.micro_batch, length=train.sequence_length,
+                compute=self.compute,
             )  # fmt: skip
         self.clock = StepClock(device_kind)
         if self.pipeline is not None:

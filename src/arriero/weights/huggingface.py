@@ -294,4 +294,4 @@ def copy_tokenizer(source: Path, directory: Path) -> str:
         return ""
     from arriero.weights.tokenizer_json import write_tokenizer_json
 
-    return write_tokenizer_json(directory / "tokenizer.model", directory)
+    return write_tokenizer_json(directory / "tokenizer.model", directory, source=source)

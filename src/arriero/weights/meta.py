@@ -36,6 +36,11 @@ _LAYER_NAMES = {
 _OPTIONAL = {
     "n_kv_heads": int, "norm_eps": float, "rope_theta": float, "use_scaled_rope": bool, "rope_scaling_factor": float,
 }  # fmt: skip
+_NEUTRAL = {
+    "dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "max_batch_size", "max_seq_len",
+    "model_parallel_size", "use_flash", "flash",
+}  # fmt: skip
+"""Keys of params.json that the tensors tell, or that change nothing."""
 _COLUMNS = ("o_proj.weight", "down_proj.weight")  # cut by columns whatever their shapes say
 
 
@@ -93,6 +98,9 @@ def _config(path: Path, hints: ConfigHints, shards: list[dict[str, Assembly]]) -
     for key, form in _OPTIONAL.items():
         if wrong := misfit(params.get(key), (form, None), key):
             raise UserError(f"{file}: {wrong}", FIX)
+    other = [k for k, v in params.items() if k not in _NEUTRAL | _OPTIONAL.keys() and v not in (None, False, 0)]
+    if refused := [key for key in other if re.match(r"quantization|lora|moe|vision|num_experts|use_qk_norm", key)]:
+        raise UserError(f"{file}: holds {shown(refused[0], 60)}", "arriero reads dense LLaMA models only")
     hidden, layers, heads = params["dim"], params["n_layers"], params["n_heads"]
     if min(hidden, layers, heads) < 1 or layers > MOST_LAYERS or hidden % heads:
         raise UserError(f"{file}: {layers} layers of {heads} heads in {hidden}", FIX)
@@ -106,6 +114,8 @@ def _config(path: Path, hints: ConfigHints, shards: list[dict[str, Assembly]]) -
     if params.get("use_scaled_rope"):
         scaling = RopeScaling("llama3", factor=float(params.get("rope_scaling_factor") or 8.0),
                               original_max_position_embeddings=8192)  # fmt: skip
+    if other:
+        notes.append(f"{shown(file)}: not taken into account: {', '.join(shown(key, 60) for key in other[:12])}")
     notes.append("max_position_embeddings 2048 is assumed, params.json does not tell it: else give --config")
     theta = float(params.get("rope_theta") or 10000.0)
     config = LlamaConfig(

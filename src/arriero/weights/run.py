@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from pathlib import Path
 
+from arriero.common.checkpoint_names import MARKER, STATE, step_of
 from arriero.common.errors import UserError
-from arriero.common.files import MARKER, STATE, whole_checkpoint
 from arriero.common.untrusted import inside, parse_json, read_json, read_text
 from arriero.model.config import LlamaConfig
 from arriero.weights.huggingface import checked
@@ -16,17 +15,8 @@ from arriero.weights.safetensors_file import SafetensorsFile
 from arriero.weights.stream import Assembly, Piece, PieceReader, matrix_shape
 
 FIX = "the checkpoint is damaged: use another one"
-
-
 _INDEX = {"tensors": {str: {"shape": [int], "offset": [int]}}}
-_NAME = re.compile(r"step-([0-9]{8,})")
 _MAX_STATE_BYTES = 10_000_000
-
-
-def step_of(path: Path) -> int:
-    """The step that a checkpoint's directory is named after; -1 for a name that arriero gives to none."""
-    found = _NAME.fullmatch(path.name)
-    return int(found[1]) if found and path.name == f"step-{int(found[1]):08d}" else -1
 
 
 def save_number(path: Path) -> float:
@@ -60,21 +50,6 @@ def run_of(path: Path) -> Path | None:
     for one in (path, path.resolve()):
         if one.parent.name == "checkpoints" and one.name not in ("", "..") and ".." not in one.parts[-2:]:
             return one.parent.parent
-    return None
-
-
-def inside_checkpoint(path: Path) -> Path | None:
-    """The checkpoint that `path` is or lies in, links followed, or whose place it would take: nothing may be written
-    there."""
-    if whole := whole_checkpoint(path):
-        return whole
-    try:
-        real = path.resolve()
-        for p in (real, *real.parents):
-            if p.parent.name == "checkpoints" and step_of(p.with_suffix("") if p.suffix == ".tmp" else p) >= 0:
-                return p
-    except (OSError, ValueError, RuntimeError):  # a name that no file can have, or links in a circle
-        pass
     return None
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from arriero.checkpoint.verify import verify
 from arriero.common.errors import UserError
 from arriero.common.untrusted import inside, misfit, read_json
 from arriero.data.tokenizer import GENERATION, VOCABULARIES
@@ -94,6 +95,9 @@ def _open(path: Path, kind: str, hints: ConfigHints) -> Opened:
     """The model itself, by its kind's own opener."""
     if kind == "run":
         reader, config, directory = run.open_run(path)
+        if damage := verify(directory):
+            fix = "name an earlier checkpoint of the run: RUN/checkpoints/step-..."
+            raise UserError(f"{damage[0]}", fix)
         return Opened("run", directory, reader, config, layout=directory.name)
     if kind in ("megatron", "ascendspeed"):
         ranks = megatron.open_ranks(path, hints)

@@ -15,9 +15,9 @@ from typing import Any
 
 from arriero.common.errors import UserError
 from arriero.common.files import write_atomic
-from arriero.common.text import shown
 from arriero.common.untrusted import inside, misfit, read_bytes, read_json
 from arriero.data.tokenizer import VOCABULARIES
+from arriero.data.tokenizer_check import MAX_ID, check_sentencepiece, sentence
 
 PROBES = (
     "Hello world", "  two  blanks", "a  b   c", "tab\tand\nnewline\n\n", "naïve café — “quotes”", "日本語 и русский 🦙",
@@ -30,8 +30,13 @@ _NORMAL, _UNKNOWN, _CONTROL, _DEFINED, _BYTE = 1, 2, 3, 4, 6  # sentencepiece's 
 _CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
 
 
-def write_tokenizer_json(model: Path, directory: Path) -> str:
+def write_tokenizer_json(model: Path, directory: Path, *, source: Path | None = None) -> str:
     """Writes tokenizer.json and, if there is none, tokenizer_config.json into `directory`.
+
+    Args:
+        model: the tokenizer.model, beside its added_tokens.json if it has one.
+        directory: where to.
+        source: what messages name in place of `model`.
 
     Returns:
         "" if written; else why not, one sentence: the model is no BPE, or the two disagree on some text.
@@ -39,29 +44,25 @@ def write_tokenizer_json(model: Path, directory: Path) -> str:
     Raises:
         UserError: the file is no SentencePiece model.
     """
-    try:
-        return _write(model, directory)
-    except (RuntimeError, OSError, ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
-        raise UserError(f"{model}: is no SentencePiece model ({shown(error)})", "copy it again") from None
-    except BaseException as error:  # tokenizers panics, which is no Exception, on parts that it cannot take
-        if type(error).__name__ != "PanicException":
-            raise
-        return f"{model}: tokenizers cannot take it ({shown(error)}), so no tokenizer.json was written"
+    where, raw = source or model, read_bytes(model, "copy it again")
+    check_sentencepiece(where, raw)
+    with sentence(where, "is no SentencePiece model"):
+        return _write(model, raw, directory, str(where))
 
 
-def _write(model: Path, directory: Path) -> str:
+def _write(model: Path, content: bytes, directory: Path, where: str) -> str:
     import sentencepiece
     import tokenizers
 
-    raw = _fields(read_bytes(model, "copy it again"))
+    raw = _fields(content)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     if _number(_fields(raw.get(2, [b""])[0]), 3, 1) != _BPE:
-        return f"{model} is not a BPE model, so no tokenizer.json was written: open it with sentencepiece"
+        return f"{where} is not a BPE model, so no tokenizer.json was written: open it with sentencepiece"
     kinds = [_number(_fields(piece), 3, 1) for piece in raw[1]]
     built = _build(processor, kinds, _fields(raw.get(3, [b""])[0]))
     added = sorted((i, token) for token, i in added_tokens(model.parent).items() if i >= len(kinds))
     if [i for i, _ in added] != list(range(len(kinds), len(kinds) + len(added))):
-        return f"{model}: added tokens leave ids out, so no tokenizer.json was written"
+        return f"{where}: added tokens leave ids out, so no tokenizer.json was written"
     built["added_tokens"] += [_added(i, token, special=True) for i, token in added]
     text = json.dumps(built, ensure_ascii=False)
     fast = tokenizers.Tokenizer.from_str(text)
@@ -69,7 +70,7 @@ def _write(model: Path, directory: Path) -> str:
     defined = [processor.id_to_piece(i) for i, kind in enumerate(kinds) if kind == _DEFINED]
     for probe in (*PROBES, *(f"a {symbol} b" for symbol in defined)):
         if fast.encode(probe, add_special_tokens=False).ids != processor.encode(probe):
-            return f"{model}: a tokenizer.json would tokenize {probe!r} differently, so none was written"
+            return f"{where}: a tokenizer.json would tokenize {probe!r} differently, so none was written"
     write_atomic(directory / "tokenizer.json", text)
     config = directory / "tokenizer_config.json"
     if not config.exists():
@@ -77,9 +78,6 @@ def _write(model: Path, directory: Path) -> str:
         names = {key: processor.id_to_piece(i) for key, i in ids.items() if i >= 0}
         write_atomic(config, json.dumps({**_CONFIG, **names}, indent=2) + "\n")
     return ""
-
-
-MAX_ID = 2**28  # the largest vocabularies have 2**18 ids
 
 
 def vocabulary_size(tokenizer: Path, *, added: bool = True) -> int:
@@ -112,7 +110,7 @@ def vocabulary_size(tokenizer: Path, *, added: bool = True) -> int:
             raise ValueError("an id that is no whole number")
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError):
         raise UserError(f"{tokenizer}: holds a broken tokenizer", "copy it again") from None
-    if not 0 <= largest < MAX_ID:
+    if not 0 <= largest <= MAX_ID:
         raise UserError(f"{tokenizer}: has a token of id {largest:,}, which no vocabulary has", "copy it again")
     return largest + 1
 

@@ -1,0 +1,32 @@
+"""By which names a committed checkpoint is known, for all that write files: nothing may be written into one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+MARKER = "COMMITTED"
+"""Written last: a directory without it is no checkpoint. checkpoint/layout.py has the rest of the names."""
+STATE = "state.json"
+_NAME = re.compile(r"step-([0-9]{8,})")
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's directory is named after; -1 for a name that arriero gives to none."""
+    found = _NAME.fullmatch(path.name)
+    return int(found[1]) if found and path.name == f"step-{int(found[1]):08d}" else -1
+
+
+def inside_checkpoint(path: Path) -> Path | None:
+    """The checkpoint that `path` is or lies in, links followed, or whose place it would take: nothing may be written
+    there."""
+    try:
+        real = path.resolve()
+        for p in (real, *real.parents):
+            if (p / MARKER).is_file() and (p / STATE).is_file():
+                return p
+            if p.parent.name == "checkpoints" and step_of(p.with_suffix("") if p.suffix == ".tmp" else p) >= 0:
+                return p
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have, or links in a circle
+        pass
+    return None
