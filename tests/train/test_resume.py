@@ -24,15 +24,6 @@ from arriero.train.command import duration
 from toy import arriero, write_recipe
 
 
-@pytest.fixture(scope="module")
-def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of six steps with three checkpoints; its recipe lies beside it."""
-    root = tmp_path_factory.mktemp("begun")
-    words = ["pretrain", str(write_recipe(root)), "--checkpoint.every", "2", "--checkpoint.keep", "0"]
-    assert dispatch(words) == EXIT_OK
-    return root / "run"
-
-
 @pytest.fixture
 def copy(begun: Path, tmp_path: Path) -> Path:
     shutil.copytree(begun, tmp_path / "run")

@@ -30,7 +30,7 @@ from arriero.train import reporter as reporter_module
 from arriero.train.directory import prepare_run_directory
 from arriero.train.reporter import Reporter, StepResult
 from arriero.train.watch import WatchConfig, Watchdog
-from toy import CONFIG, write_recipe
+from toy import CONFIG
 
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink", "os.chmod")
 _written: list[str] | None = None
@@ -65,15 +65,6 @@ def content(directory: Path) -> dict[str, tuple[str, int, int]]:
         str(p.relative_to(directory)): (file_digest(p)["sha256"], p.stat().st_mtime_ns, p.stat().st_ino)
         for p in sorted(directory.rglob("*")) if p.is_file()
     }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of six steps with three checkpoints; its recipe lies beside it."""
-    root = tmp_path_factory.mktemp("begun")
-    words = ["pretrain", str(write_recipe(root)), "--checkpoint.every", "2", "--checkpoint.keep", "0"]
-    assert dispatch(words) == EXIT_OK
-    return root / "run"
 
 
 @pytest.fixture

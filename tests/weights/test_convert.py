@@ -202,7 +202,7 @@ def test_what_megatron_cannot_compute_is_told(tmp_path, capsys):
     assert report["start_with"].startswith("--load ")
     assert not beyond_megatron(TINY)
     assert beyond_megatron(replace(TINY, attention_bias=True))
-    assert beyond_megatron(VARIANTS["llama3"])
+    assert "this model has" in " ".join(beyond_megatron(VARIANTS["llama3"]))
 
 
 def test_ascendspeeds_files_are_what_it_reads(tmp_path):

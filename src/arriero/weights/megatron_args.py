@@ -88,11 +88,11 @@ def beyond_megatron(config: LlamaConfig) -> list[str]:
     found, scaling = [], config.rope_scaling
     if scaling.rope_type == "dynamic":
         found.append("Megatron-LM has no dynamic rope_scaling: its logits differ beyond max_position_embeddings")
-    if scaling.rope_type == "llama3" and any(
-        getattr(scaling, key) != getattr(_FIXED, key)
-        for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    ):
-        found.append("Megatron-LM fixes llama3's low_freq_factor 1, high_freq_factor 4 and original length 8192")
+    keys = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    own = [f"{key} {getattr(scaling, key)}" for key in keys if getattr(scaling, key) != getattr(_FIXED, key)]
+    if scaling.rope_type == "llama3" and own:
+        fixed = ", ".join(f"{key} {getattr(_FIXED, key)}" for key in keys)
+        found.append(f"Megatron-LM fixes llama3's {fixed}; this model has {', '.join(own)}: its logits differ there")
     if scaling.rope_type == "linear" and scaling.factor != int(scaling.factor):
         found.append("Megatron-LM's --rotary-seq-len-interpolation-factor takes whole numbers only")
     if config.attention_bias != config.mlp_bias:
