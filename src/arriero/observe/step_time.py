@@ -33,14 +33,19 @@ class StepClock:
         self._seconds: dict[str, float] = {}
         self._events: list[tuple[str, Any]] = []
         self._recording = self._quiet = False
-        self._last = time.perf_counter()
+        self._last = self._began = time.perf_counter()
 
     def begin(self, *, shown: bool) -> None:
         """A step begins; what came since the last mark was logging. `shown`: the step's split will be looked at."""
         self.mark("logging")
+        self._began = self._last
         self._recording = shown and self._device is not None
         self._events.clear()
         self._record("")
+
+    def since_begin(self) -> float:
+        """Seconds since the step began: on the CPU up to the last mark, so that its phases sum to exactly this."""
+        return (self._last if self._device is None else time.perf_counter()) - self._began
 
     def mark(self, phase: str) -> None:
         """Gives the time since the last mark to `phase`."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cached_property, partial
@@ -310,7 +309,6 @@ class Trainer:
         train = self.recipe.train
         shown = (self.done + 1) % self.recipe.log.every == 0
         self.clock.begin(shown=shown)
-        began = time.perf_counter()
         micro = self.next_batch()
         self.clock.mark("data_wait")
         mean = self.forward_backward(micro, train=True)
@@ -339,7 +337,7 @@ class Trainer:
             step=self.done, samples=self.position.samples, tokens=self.position.tokens, loss=loss, grad_norm=norm,
             learning_rate=rate, loss_scale=scale, skipped=not accepted, stop=stopping,
             spike=finite and not accepted and self.labels > 0, unlabelled=not self.labels,
-            seconds=time.perf_counter() - began, phases=self.clock.take(), attended=self.attended,
+            seconds=self.clock.since_begin(), phases=self.clock.take(), attended=self.attended,
         )  # fmt: skip
 
     def _judge(self, loss: float, norm: float, *, stop: bool) -> tuple[bool, bool, bool]:
