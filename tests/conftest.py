@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -15,7 +16,19 @@ os.environ.setdefault("ARRIERO_THREADS", "1")
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job: what it starts would ignore Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 settings.register_profile("busy", deadline=None)  # a busy machine is no failure
 settings.load_profile("busy")
+
+
+@pytest.fixture(autouse=True)
+def environment_stays() -> Iterator[None]:
+    """What a test leaves in the environment changes those after it, and what they start."""
+    before = dict(os.environ)
+    yield
+    after = dict(os.environ)
+    for each in (before, after):
+        each.pop("PYTEST_CURRENT_TEST", None)
+    assert after == before

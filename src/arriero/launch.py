@@ -23,6 +23,7 @@ from arriero.common.environment import environment_number
 from arriero.common.errors import EXIT_USAGE, UserError, join_problems
 from arriero.common.ranges import flag, range_problems
 from arriero.process import (
+    ROUND,
     Place,
     in_process_group,
     leave,
@@ -202,9 +203,14 @@ def run_processes(
     )  # fmt: skip
     children = Children(processes, launch.stop_timeout, saves=saves)
     hush_agent()
+
+    def begin() -> None:
+        children.here()
+        os.environ[ROUND] = str(meeting.round)
+
     try:
         try:
-            results = elastic_launch(config, _entry)(function, argument, launch, facts, children)
+            results = elastic_launch(config, _entry)(function, argument, launch, facts, begin)
             return [results[rank] for rank in sorted(results)]
         except ChildFailedError as error:
             if children.ended_by:
@@ -257,12 +263,12 @@ def _failure(error: Any, children: Children, meeting: Meeting) -> Exception:
 
 def _entry(
     function: Callable[[Any], T], argument: Any, launch: LaunchConfig, facts: Callable[[Any], dict[str, str]] | None,
-    children: Children,
+    begin: Callable[[], None],
 ) -> T:  # fmt: skip
-    """What a started process runs."""
+    """What a started process runs; it is forked, so its arguments need not be pickled."""
     from arriero.store import die_with_parent
 
-    children.here()
+    begin()
     die_with_parent()  # no orphan trains on when the agent is killed
     try:
         return in_process_group(

@@ -24,7 +24,6 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 
 from arriero.common.errors import UserError
 from arriero.gate import LOOPBACK
-from arriero.process import ROUND
 from arriero.secret import Secret
 from arriero.store import open_store, within
 
@@ -101,7 +100,6 @@ class Meeting(RendezvousHandler):
         if len(set(processes.values())) > 1:
             text = ", ".join(f"node {k}: {n}" for k, n in processes.items())
             raise UserError(f"the nodes start different numbers of processes: {text}", "give all one --nproc-per-node")
-        os.environ[ROUND] = str(self.round)  # inherited by the workers
         if self.round > 0:
             print(
                 f"arriero: start {self.round + 1} of the job, from its newest checkpoint", file=sys.stderr, flush=True
