@@ -28,7 +28,7 @@ class Verb:
 
 VERBS = {
     "demo": Verb(
-        "arriero.demo", "DemoArgs", "the whole path on Python's documentation, in under five minutes", "files"
+        "arriero.demo", "DemoArgs", "the whole path on Python's documentation, in under three minutes", "files"
     ),
     "doctor": Verb(
         "arriero.doctor", "DoctorArgs", "what this machine has, what is missing, and the line that fixes it"
