@@ -71,7 +71,7 @@ class Saves:
     def __init__(self, state: dict[str, torch.Tensor], root: Path) -> None:
         from arriero.checkpoint.config import CheckpointConfig
         from arriero.checkpoint.save import Saver
-        from arriero.parallel.mesh import Ranks
+        from arriero.distributed.parallel.mesh import Ranks
 
         self.state, self.root = state, root
         self.savers = {
@@ -150,7 +150,7 @@ def load(name: str, state: dict[str, torch.Tensor], files: dict[str, Path]) -> N
         dcp.load(state, storage_reader=dcp.FileSystemReader(files[name]), no_dist=True)
     else:
         from arriero.checkpoint.load import CheckpointReader, newest_that_verifies
-        from arriero.parallel.mesh import Ranks
+        from arriero.distributed.parallel.mesh import Ranks
 
         reader = CheckpointReader(newest_that_verifies([files[name]], Ranks(), say=print))
         for key, value in state.items():

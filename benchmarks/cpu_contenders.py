@@ -55,16 +55,16 @@ class Job:
 
 def arriero(job: Job, *, compiled: bool = False) -> None:
     """The trainer in a process as `arriero pretrain` makes it."""
-    from arriero.process import in_process_group
+    from arriero.distributed.launch.worker import in_process_group
 
     in_process_group(partial(_arriero, compiled=compiled), job)
 
 
 def _arriero(job: Job, *, compiled: bool) -> None:
     from arriero.data.batches import DataConfig
-    from arriero.parallel.mesh import Ranks
-    from arriero.recipe import Recipe
+    from arriero.distributed.parallel.mesh import Ranks
     from arriero.train.optim import OptimConfig
+    from arriero.train.recipe import Recipe
     from arriero.train.schedule import ScheduleConfig
     from arriero.train.trainer import Trainer
 

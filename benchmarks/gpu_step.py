@@ -31,9 +31,9 @@ from typing import Any
 
 import torch
 
-from arriero.bench.peak import matmul_peak
-from arriero.bench.table import markdown, percent
-from arriero.bench.trial import fill_randomly
+from arriero.cli.bench.peak import matmul_peak
+from arriero.cli.bench.table import markdown, percent
+from arriero.cli.bench.trial import fill_randomly
 from arriero.common.device import (
     describe,
     device_name,
@@ -44,13 +44,13 @@ from arriero.common.device import (
     tune_allocator,
 )
 from arriero.data.batches import DataConfig
+from arriero.distributed.parallel.mesh import Ranks
 from arriero.model.config import LlamaConfig
 from arriero.observe.throughput import peak_flops, throughput
-from arriero.parallel.mesh import Ranks
-from arriero.recipe import Recipe, bundled_directory
 from arriero.train.config import TrainConfig
+from arriero.train.recipe import Recipe, bundled_directory
 from arriero.train.trainer import Trainer
-from arriero.train.verify import write_random_data
+from arriero.train.verify_layout import write_random_data
 
 TINY = LlamaConfig(
     vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from arriero.data.indexed import IndexedWriter
-from arriero.launch import run_processes
+from arriero.distributed.launch.launcher import run_processes
+from arriero.distributed.parallel.mesh import Ranks
 from arriero.observe.events import Events
-from arriero.parallel.mesh import Ranks
-from arriero.recipe import Recipe, Setting, parse
+from arriero.train.recipe import Recipe, Setting, parse
 from arriero.train.trainer import Trainer
 from arriero.train.watch import Comparison, Watchdog
 

@@ -51,9 +51,9 @@ def measure(step, steps: int) -> float:
 
 def ours(job: dict) -> None:
     from arriero.data.batches import DataConfig
-    from arriero.parallel.config import ParallelConfig
-    from arriero.parallel.mesh import Ranks
-    from arriero.recipe import Recipe
+    from arriero.distributed.parallel.config import ParallelConfig
+    from arriero.distributed.parallel.mesh import Ranks
+    from arriero.train.recipe import Recipe
     from arriero.train.trainer import Trainer
 
     recipe = Recipe(
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
-        from arriero.launch import in_process_group, run_processes
+        from arriero.distributed.launch.launcher import in_process_group, run_processes
 
         job = json.loads(args.job)
         if job["processes"] == 1:

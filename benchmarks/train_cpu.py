@@ -33,15 +33,15 @@ import torch
 from cpu_contenders import Job, contenders
 from turns import Player, PlayerError
 
-from arriero.bench.peak import matmul_peak
-from arriero.bench.table import markdown, percent
+from arriero.checkpoint.formats.huggingface import write_huggingface
+from arriero.cli.bench.peak import matmul_peak
+from arriero.cli.bench.table import markdown, percent
 from arriero.common.device import describe
 from arriero.data.batches import Batches, DataConfig
 from arriero.model.config import LlamaConfig
 from arriero.model.init import InitialWeights
 from arriero.observe.throughput import throughput
-from arriero.train.verify import write_random_data
-from arriero.weights.huggingface import write_huggingface
+from arriero.train.verify_layout import write_random_data
 
 SEED = 1234
 SAMPLES = 4

@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
+from arriero.checkpoint.formats.huggingface import write_config, write_json
+from arriero.checkpoint.tensors.safetensors_file import build_header
 from arriero.model.config import LlamaConfig, parameter_shapes
-from arriero.weights.huggingface import write_config, write_json
-from arriero.weights.safetensors_file import build_header
 
 SHAPES = {
     "1b": LlamaConfig(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-import arriero.children
-import arriero.launch
+import arriero.distributed.launch.launcher
+import arriero.distributed.launch.worker_monitor
 
 
 def nothing(_: None) -> None:
@@ -15,6 +15,6 @@ def nothing(_: None) -> None:
 
 
 if __name__ == "__main__":
-    arriero.children.WATCH_EVERY = 0.0003
+    arriero.distributed.launch.worker_monitor.WATCH_EVERY = 0.0003
     for _ in range(int(sys.argv[1])):
-        arriero.launch.run_processes(nothing, None, 8)
+        arriero.distributed.launch.launcher.run_processes(nothing, None, 8)

@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import toy
-from arriero.agreement import file_sample, input_changes, input_digests
 from arriero.common.errors import UserError
 from arriero.data.batches import Batches, DataConfig
 from arriero.data.indexed import IndexedDataset, IndexedWriter
 from arriero.data.prefix import data_files, parse_prefix
-from arriero.recipe import Recipe
+from arriero.distributed.launch.agreement import file_sample, input_changes, input_digests
+from arriero.train.recipe import Recipe
 
 NAMES = ("plain", "with blanks", "b[a]r", "star*", "what?", "it's", 'quo"te', "back\\slash", "0.7 A 0.3 B", "0.5",
          "ünï", "-n", "#5", "$HOME", "a;b", " front", "new\nline", "{a,b}", "~", "1.0 x")  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from arriero.doctor import _EXTRAS
+from arriero.cli.doctor import _EXTRAS
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import toy
-from arriero import cli
+from arriero.cli import main as cli
 
 
 def test_overview_and_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,10 +198,10 @@ def test_torch_npu_without_its_libraries_is_a_sentence(tmp_path: Path, monkeypat
 def test_every_verb_that_trains_asks_the_same_of_the_machine(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import arriero.bench.command
-    import arriero.train.command
+    import arriero.cli.bench.command
+    import arriero.cli.pretrain
 
-    for module in (arriero.bench.command, arriero.train.command):
+    for module in (arriero.cli.bench.command, arriero.cli.pretrain):
         monkeypatch.setattr(module, "device_type", lambda _: "npu")
         monkeypatch.setattr(module, "process_count", lambda *_: 1)
     flags = ["--train.float8", "tensorwise", "--train.compile", "true"]

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from arriero import demo
-from arriero.cli import dispatch
-from arriero.demo import LIMIT, DemoArgs, program, run
-from arriero.demo_corpus import CorpusStats
+from arriero.cli import demo
+from arriero.cli.demo import LIMIT, DemoArgs, program, run
+from arriero.cli.main import dispatch
+from arriero.data.demo_corpus import CorpusStats
 
 
 @pytest.fixture

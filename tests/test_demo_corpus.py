@@ -9,7 +9,7 @@ import pytest
 import sentencepiece
 
 from arriero.common.errors import UserError
-from arriero.demo_corpus import corpus_records, corpus_texts, train_tokenizer, write_corpus
+from arriero.data.demo_corpus import corpus_records, corpus_texts, train_tokenizer, write_corpus
 
 MODULE = '''"""Something that speaks for long enough to be kept, in one sentence."""
 raise SystemExit("this module must never run")
@@ -73,7 +73,7 @@ def test_records_of_a_small_library(stdlib: Path) -> None:
 
 
 def test_the_order_is_the_same_in_any_process(stdlib: Path) -> None:
-    code = "import sys, pathlib; from arriero.demo_corpus import corpus_records; "
+    code = "import sys, pathlib; from arriero.data.demo_corpus import corpus_records; "
     code += "print([r['instruction'] for r in corpus_records(pathlib.Path(sys.argv[1]))])"
     elsewhere = subprocess.run([sys.executable, "-c", code, str(stdlib)], capture_output=True, text=True, check=True)
     assert elsewhere.stdout.strip() == str([record["instruction"] for record in corpus_records(stdlib)])

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import pytest
 
-from arriero.cli import VERBS
-from arriero.recipe import Recipe, field_types
+from arriero.cli.main import VERBS
+from arriero.train.recipe import Recipe, field_types
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

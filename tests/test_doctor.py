@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import arriero
-from arriero import doctor
-from arriero.doctor import DoctorArgs, examine, run
+from arriero.cli import doctor
+from arriero.cli.doctor import DoctorArgs, examine, run
 
 SOURCES = str(Path(arriero.__file__).parents[1])
 
@@ -112,7 +112,7 @@ def test_a_torch_npu_that_cannot_load_is_explained(tmp_path: Path, error: str, f
     (metadata / "entry_points.txt").write_text("[torch.backends]\nbroken_npu = broken_npu:_autoload\n")
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{SOURCES}"}
     environment.pop("TORCH_DEVICE_BACKEND_AUTOLOAD", None)
-    code = "import sys; from arriero.doctor import *; sys.exit(run(DoctorArgs(json=True)))"
+    code = "import sys; from arriero.cli.doctor import *; sys.exit(run(DoctorArgs(json=True)))"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     found = {finding["name"]: finding for finding in json.loads(done.stdout)["findings"]}

@@ -9,7 +9,7 @@ from typing import get_type_hints
 
 import pytest
 
-from arriero.cli import VERBS, dispatch
+from arriero.cli.main import VERBS, dispatch
 
 
 @pytest.mark.parametrize("name", [name for name, verb in VERBS.items() if verb.arguments])

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from arriero.cli import VERBS, dispatch
+from arriero.cli.main import VERBS, dispatch
 from arriero.data.formats import FORMATS, TEMPLATES
-from arriero.recipe import Recipe, Setting, command_line_settings, field_types, file_settings, find_bundled, parse
+from arriero.train.recipe import Recipe, Setting, command_line_settings, field_types, file_settings, find_bundled, parse
 
 PAGE = (Path(__file__).parents[1] / "docs" / "from-ascendspeed.md").read_text(encoding="utf-8")
 SPANS = re.findall(r"`([^`]+)`", PAGE)

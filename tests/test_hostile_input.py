@@ -36,13 +36,13 @@ from weights_helpers import TINY, random_weights, save_hf
 import arriero
 import toy
 from arriero.checkpoint.load import CheckpointReader, newest_that_verifies
-from arriero.cli import dispatch
+from arriero.cli.convert import ConvertArgs, run
+from arriero.cli.main import dispatch
 from arriero.common.errors import UserError
 from arriero.data import inputs, readers
-from arriero.parallel.mesh import Ranks
-from arriero.recipe import Recipe, file_settings, parse, to_toml
+from arriero.distributed.parallel.mesh import Ranks
 from arriero.train.loop import Continuation, train
-from arriero.weights.convert import ConvertArgs, run
+from arriero.train.recipe import Recipe, file_settings, parse, to_toml
 
 Damage = Callable[[Path], object]
 STARTS = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "pty.spawn", "pickle.find_class",

@@ -19,12 +19,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arriero import slurm
-from arriero.agreement import differences, ranges
-from arriero.cli import dispatch
+from arriero.cli.main import dispatch
 from arriero.common.errors import UserError
-from arriero.launch import LaunchConfig, resolve, take_place
-from arriero.rendezvous import Meeting
+from arriero.distributed.launch import slurm
+from arriero.distributed.launch.agreement import differences, ranges
+from arriero.distributed.launch.launcher import LaunchConfig, resolve, take_place
+from arriero.distributed.launch.rendezvous import Meeting
 from test_variables import STEP
 from toy import arriero, write_data, write_recipe
 

@@ -31,14 +31,25 @@ from hypothesis import strategies as st
 from torch.distributed import distributed_c10d
 
 import toy
-from arriero import gate, store
 from arriero.common.errors import UserError
-from arriero.gate import ANSWER, GREETING, NONCE, PROOF, Forwarder, Gate, Refused, prove, serve, try_gate
-from arriero.objects import PICKLING, PickledObject, refuse_pickled_objects
-from arriero.parallel.config import ParallelConfig
-from arriero.parallel.pipeline import stage_shapes
-from arriero.rendezvous import Meeting
-from arriero.secret import Secret
+from arriero.distributed.launch import gate, store
+from arriero.distributed.launch.gate import (
+    ANSWER,
+    GREETING,
+    NONCE,
+    PROOF,
+    Forwarder,
+    Gate,
+    Refused,
+    prove,
+    serve,
+    try_gate,
+)
+from arriero.distributed.launch.objects import PICKLING, PickledObject, refuse_pickled_objects
+from arriero.distributed.launch.rendezvous import Meeting
+from arriero.distributed.launch.secret import Secret
+from arriero.distributed.parallel.config import ParallelConfig
+from arriero.distributed.parallel.pipeline import stage_shapes
 
 KEY, OTHER = b"a secret of thirty-two bytes....", b"another secret of 32 bytes......"
 REPLY = b"what the store answers"

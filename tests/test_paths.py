@@ -9,7 +9,7 @@ import pytest
 from weights_helpers import TINY, random_weights, save_hf
 
 import toy
-from arriero.cli import dispatch
+from arriero.cli.main import dispatch
 
 INPUTS = {
     "pretrain": "pretrain {}", "pretrain model": "pretrain TOY --model {} --out new",

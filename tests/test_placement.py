@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arriero.placement import cores, numa_nodes, share
+from arriero.distributed.launch.cpu_affinity import cores, numa_nodes, share
 
 TWO_SOCKETS = [set(range(8)), set(range(8, 16))]
 

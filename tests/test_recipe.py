@@ -11,10 +11,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import toy
-from arriero.cli import dispatch
+from arriero.cli.main import dispatch
+from arriero.cli.pretrain import read_command
 from arriero.common.errors import EXIT_USAGE, UserError
 from arriero.common.ranges import field_ranges, plain, range_problems
-from arriero.recipe import (
+from arriero.train.directory import record_problems
+from arriero.train.recipe import (
     Recipe,
     Setting,
     bundled_directory,
@@ -23,8 +25,6 @@ from arriero.recipe import (
     parse,
     to_toml,
 )
-from arriero.train.command import read_command
-from arriero.train.directory import record_problems
 
 
 def load(text: str, path: Path, *words: str) -> Recipe:

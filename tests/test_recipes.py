@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from arriero.model.config import LlamaConfig, count_parameters
-from arriero.recipe import Recipe, Setting, bundled_directory, file_settings, find_bundled, parse
+from arriero.train.recipe import Recipe, Setting, bundled_directory, file_settings, find_bundled, parse
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in bundled_directory().glob("*.toml") if path.stem != "demo")

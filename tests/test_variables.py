@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arriero import slurm
-from arriero.cli import dispatch
+from arriero.cli.main import dispatch
 from arriero.common.errors import UserError
-from arriero.launch import LaunchConfig, resolve, take_place
-from arriero.placement import place_process
-from arriero.process import Place, start_number
+from arriero.distributed.launch import slurm
+from arriero.distributed.launch.cpu_affinity import place_process
+from arriero.distributed.launch.launcher import LaunchConfig, resolve, take_place
+from arriero.distributed.launch.worker import Place, start_number
 from toy import write_recipe
 
 STEP = {

@@ -1,5 +1,5 @@
 """`python -m arriero`."""
 
-from arriero.cli import main
+from arriero.cli.main import main
 
 main()

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 
 import toy
-from arriero import cli
-from arriero.bench import sweep
-from arriero.bench.command import BenchConfig
-from arriero.bench.trial import Result, Trial, trial
+from arriero.cli import main as cli
+from arriero.cli.bench import sweep
+from arriero.cli.bench.command import BenchConfig
+from arriero.cli.bench.trial import Result, Trial, trial
 from arriero.common.errors import CheckFailed, UserError
-from arriero.launch import LaunchConfig
+from arriero.distributed.launch.launcher import LaunchConfig
+from arriero.distributed.parallel.recompute import RecomputeConfig
 from arriero.model.config import LlamaConfig
 from arriero.observe.throughput import flops_per_token
-from arriero.parallel.recompute import RecomputeConfig
-from arriero.recipe import Recipe, file_settings, parse
+from arriero.train.recipe import Recipe, file_settings, parse
 
 SHORT = ("--iterations", "2", "--warmup", "1")
 

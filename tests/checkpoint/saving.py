@@ -10,7 +10,7 @@ import torch
 from arriero.checkpoint.config import CheckpointConfig
 from arriero.checkpoint.parts import Part
 from arriero.checkpoint.save import Saved, Saver
-from arriero.parallel.mesh import Ranks
+from arriero.distributed.parallel.mesh import Ranks
 
 
 def state(seed: int = 0) -> dict[str, torch.Tensor]:

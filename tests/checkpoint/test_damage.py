@@ -16,7 +16,7 @@ from test_save import flip
 from arriero.checkpoint.load import candidates, newest_that_verifies
 from arriero.checkpoint.verify import verify, verify_small
 from arriero.common.errors import UserError
-from arriero.parallel.mesh import Ranks
+from arriero.distributed.parallel.mesh import Ranks
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from arriero.checkpoint import verify as verify_module
 from arriero.checkpoint.layout import committed, step_directory
 from arriero.checkpoint.load import load_state, newest_that_verifies
+from arriero.checkpoint.tensors.safetensors_file import build_header
 from arriero.checkpoint.verify import verify
-from arriero.cli import dispatch
+from arriero.cli.main import dispatch
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_USAGE, UserError
-from arriero.parallel.mesh import Ranks
-from arriero.weights.safetensors_file import build_header
+from arriero.distributed.parallel.mesh import Ranks
 from toy import CONFIG, write_recipe
 
 INDEX, DATA = "rank-00000.json", "rank-00000.safetensors"

@@ -13,7 +13,7 @@ import pytest
 
 from arriero.checkpoint.layout import committed
 from arriero.checkpoint.verify import verify
-from arriero.cli import dispatch
+from arriero.cli.main import dispatch
 from arriero.common.errors import EXIT_OK, EXIT_USAGE
 from arriero.observe.lines import LineFile, Trouble
 from toy import write_config, write_recipe

@@ -17,8 +17,8 @@ from arriero.checkpoint.layout import committed, step_directory, step_of
 from arriero.checkpoint.load import CheckpointReader
 from arriero.checkpoint.save import last_word
 from arriero.checkpoint.verify import verify
+from arriero.cli.torture.fault import Fault
 from arriero.common.errors import UserError
-from arriero.torture.fault import Fault
 
 
 def read_all(path: Path) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from arriero.cli import dispatch
+from arriero.cli.main import dispatch
 from arriero.common.errors import UserError
 from arriero.common.output import OutputClosed, guarded_output, new_notes
 from toy import write_recipe

@@ -16,8 +16,9 @@ from annotated_types import Interval, Len
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arriero.bench.command import BenchConfig
-from arriero.cli import VERBS
+from arriero.cli.bench.command import BenchConfig
+from arriero.cli.main import VERBS
+from arriero.cli.pretrain import Start
 from arriero.common.errors import UserError
 from arriero.common.ranges import (
     annotation,
@@ -30,11 +31,10 @@ from arriero.common.ranges import (
 )
 from arriero.common.settings import Setting, command_line_settings, parse, parse_verb, show_flags
 from arriero.common.suggest import OTHER_NAMES, suggestion
-from arriero.launch import LaunchConfig
+from arriero.distributed.launch.launcher import LaunchConfig
+from arriero.distributed.launch.slurm import SlurmArgs
 from arriero.model.config import LlamaConfig
-from arriero.recipe import Recipe, file_settings
-from arriero.slurm import SlurmArgs
-from arriero.train.command import Start
+from arriero.train.recipe import Recipe, file_settings
 
 VERB_ARGUMENTS = {
     name: getattr(importlib.import_module(verb.module), verb.arguments)

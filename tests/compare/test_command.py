@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import tyro
 
+from arriero.cli.compare.command import CompareArgs, run
 from arriero.common.errors import UserError
-from arriero.compare.command import CompareArgs, run
 
 
 def csv(path: Path, losses: list[float], norms: list[float] | None = None) -> Path:

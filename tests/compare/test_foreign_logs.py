@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arriero.common.errors import UserError
-from arriero.compare import lines as lines_module
-from arriero.compare.events import masked_crc
-from arriero.compare.judge import judge
-from arriero.compare.read import FORMATS, read_curves
+from arriero.observe.compare import judge
+from arriero.observe.curves import lines as lines_module
+from arriero.observe.curves.read import FORMATS, read_curves
+from arriero.observe.curves.tensorboard import masked_crc
 
 RED, GREEN, ORANGE, CYAN, RESET = "\x1b[31m", "\x1b[32m", "\x1b[38;2;180;60;0m", "\x1b[36m", "\x1b[39m"
 TITAN = "[rank0]:[titan] 2025-07-01 12:00:0{i},123 - root - INFO - "

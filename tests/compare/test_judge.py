@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arriero.common.errors import UserError
-from arriero.compare.curves import Curves
-from arriero.compare.judge import judge
+from arriero.observe.compare import judge
+from arriero.observe.curves.curve import Curves
 
 
 def curves(name: str, **columns: dict[int, float]) -> Curves:

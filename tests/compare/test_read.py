@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arriero.common.errors import UserError
-from arriero.compare.read import read_curves
+from arriero.observe.curves.read import read_curves
 
 ASCENDSPEED = (
     " iteration {i:8d}/   50000 | consumed samples: {s:12d} | consumed tokens:      1572864 |"

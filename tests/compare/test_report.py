@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arriero.cli import dispatch
+from arriero.cli.compare import report
+from arriero.cli.compare.command import CompareArgs, run
+from arriero.cli.compare.report import _html, _markdown, as_json, markdown, shell, write_report
+from arriero.cli.main import dispatch
 from arriero.common.errors import UserError
-from arriero.compare import report
-from arriero.compare.command import CompareArgs, run
-from arriero.compare.curves import Curves
-from arriero.compare.judge import judge
-from arriero.compare.report import _html, _markdown, as_json, markdown, shell, write_report
+from arriero.observe.compare import judge
+from arriero.observe.curves.curve import Curves
 
 NASTY = ["a|b", "`rm`", "<b onclick=x>", "a\nb", "\x1b[31mred", "$x$", "$\\frac{$", "*_x_*", "[l](http://x)", "# h",
          "&amp;", "-x", "a'b", "\udcff", "1. x", "www.x.com", "\u202egnp", "日本語"]  # fmt: skip

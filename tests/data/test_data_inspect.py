@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from small_inputs import write_records
 
+from arriero.cli.inspect.dataset import inspect, recognises
 from arriero.common.errors import UserError
 from arriero.data.batches import Batches, DataConfig
 from arriero.data.indexed import IndexedDataset, IndexedWriter
-from arriero.data.inspect import inspect, recognises
 from arriero.data.manifest import read_manifest
 from arriero.data.prefetch import Prefetch
 

@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import toy
-from arriero.cli import dispatch
+from arriero.cli.inspect.dataset import inspect
+from arriero.cli.main import dispatch
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_USAGE, UserError
 from arriero.data.batches import Batches, DataConfig
 from arriero.data.check import check_data_against
 from arriero.data.indexed import IndexedDataset, IndexedWriter
-from arriero.data.inspect import inspect
 
 SIZES = (34, 4 * 40, 8 * 40, 8 * 41)  # header, sizes, pointers, documents
 AT_SIZES, AT_POINTERS, AT_DOCUMENTS = 34, 34 + 4 * 40, 34 + 12 * 40

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from small_inputs import files_in
 
-from arriero.cli import dispatch
+from arriero.cli.main import dispatch
 from arriero.common.errors import UserError
 from arriero.data.formats import load_template
 from arriero.data.inputs import find_inputs

@@ -15,8 +15,8 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from arriero import launch
 from arriero.common.errors import UserError
+from arriero.distributed.launch import launcher as launch
 
 
 def work(way: str) -> None:

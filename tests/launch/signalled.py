@@ -18,11 +18,11 @@ from pathlib import Path
 
 import psutil
 
-import arriero.train.command
-from arriero.cli import dispatch
-from arriero.store import die_with_parent
+import arriero.cli.pretrain
+from arriero.cli.main import dispatch
+from arriero.distributed.launch.store import die_with_parent
 
-assert arriero.train.command
+assert arriero.cli.pretrain
 INT, TERM, HUP, USR1 = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
 Send = Callable[[int, list[int]], None]
 

@@ -10,8 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import npu_twin
 from arriero.common import device
+from arriero.distributed.parallel.tensor import apply_tensor_parallel
 from arriero.model.llama import Llama
-from arriero.parallel.tensor import apply_tensor_parallel
 from toy import CONFIG
 
 

@@ -16,10 +16,10 @@ from test_torch_npu import Calls
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from arriero.parallel.apply import build_parts
-from arriero.parallel.config import ParallelConfig
-from arriero.parallel.mesh import Ranks
-from arriero.parallel.recompute import RecomputeConfig
+from arriero.distributed.parallel.apply import build_parts
+from arriero.distributed.parallel.config import ParallelConfig
+from arriero.distributed.parallel.mesh import Ranks
+from arriero.distributed.parallel.recompute import RecomputeConfig
 from toy import CONFIG
 
 WORLD = 8

@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import npu_twin
 from arriero.common import device
+from arriero.distributed.parallel.mesh import Ranks
 from arriero.model import npu, ops
 from arriero.model.llama import Llama
-from arriero.parallel.mesh import Ranks
 from arriero.train.optim import OptimConfig, Optimizer
 from toy import CONFIG
 

@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from arriero.common import device
 from arriero.common.errors import UserError
+from arriero.distributed.parallel.config import ParallelConfig
+from arriero.distributed.parallel.recompute import RecomputeConfig, apply_recompute
 from arriero.model.config import LlamaConfig, parameter_shapes
 from arriero.model.llama import Llama
 from arriero.observe.throughput import (
@@ -24,9 +26,7 @@ from arriero.observe.throughput import (
     seed_tflops,
     throughput,
 )
-from arriero.parallel.config import ParallelConfig
-from arriero.parallel.recompute import RecomputeConfig, apply_recompute
-from arriero.recipe import bundled_directory
+from arriero.train.recipe import bundled_directory
 
 LLAMA_7B = LlamaConfig()
 

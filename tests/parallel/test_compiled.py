@@ -13,10 +13,10 @@ import pytest
 from cases import case, launch, pipe, settings
 
 import toy
-from arriero import cli
-from arriero.parallel import compiled
-from arriero.parallel.compiled import compile_layout_problems, compile_machine_problems
-from arriero.parallel.config import ParallelConfig
+from arriero.cli import main as cli
+from arriero.distributed.parallel import compiled
+from arriero.distributed.parallel.compiled import compile_layout_problems, compile_machine_problems
+from arriero.distributed.parallel.config import ParallelConfig
 
 pytestmark = pytest.mark.timeout(1800)
 CASES: dict[str, tuple[int, dict[str, Any]]] = {

@@ -19,17 +19,17 @@ from test_layouts import shared_memory
 
 import toy
 from arriero.checkpoint.digest import state_sha256
-from arriero.cli import dispatch
+from arriero.cli.main import dispatch
+from arriero.cli.pretrain import check
 from arriero.common import device
 from arriero.common.device import float8_units
 from arriero.common.errors import EXIT_OK, EXIT_USAGE, UserError
+from arriero.distributed.parallel import apply, float8
+from arriero.distributed.parallel.config import ParallelConfig
+from arriero.distributed.parallel.mesh import Ranks
+from arriero.distributed.parallel.recompute import RecomputeConfig
 from arriero.model.llama import Llama
-from arriero.parallel import apply, float8
-from arriero.parallel.config import ParallelConfig
-from arriero.parallel.mesh import Ranks
-from arriero.parallel.recompute import RecomputeConfig
-from arriero.recipe import Recipe, file_settings, parse
-from arriero.train.command import check
+from arriero.train.recipe import Recipe, file_settings, parse
 from arriero.train.trainer import Trainer
 
 # Sizes that float8 takes, also in halves; the toy's own heads are too narrow.

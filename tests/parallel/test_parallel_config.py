@@ -10,12 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from arriero.distributed.parallel import config
+from arriero.distributed.parallel.config import ParallelConfig
+from arriero.distributed.parallel.context import positions_of
+from arriero.distributed.parallel.pipeline import stage_layers, stages_of
+from arriero.distributed.parallel.recompute import RecomputeConfig
 from arriero.model.config import LlamaConfig, RopeScaling
-from arriero.parallel import config
-from arriero.parallel.config import ParallelConfig
-from arriero.parallel.context import positions_of
-from arriero.parallel.pipeline import stage_layers, stages_of
-from arriero.parallel.recompute import RecomputeConfig
 
 LLAMA_33B = LlamaConfig(
     hidden_size=6656, intermediate_size=17920, num_hidden_layers=60, num_attention_heads=52, num_key_value_heads=52

@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import toy
+from arriero.distributed.parallel.recompute import RecomputeConfig, apply_recompute
 from arriero.model.llama import Llama
-from arriero.parallel.recompute import RecomputeConfig, apply_recompute
 from arriero.train.precision import forward_in
 
 

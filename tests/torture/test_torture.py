@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from arriero.cli import dispatch
+from arriero.cli.main import dispatch
+from arriero.cli.torture import command as torture
 from arriero.common.errors import EXIT_USAGE, CheckFailed, UserError
-from arriero.torture import command as torture
 from toy import arriero
 
 

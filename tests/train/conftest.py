@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from arriero.cli import dispatch
+from arriero.cli.main import dispatch
 from arriero.common.errors import EXIT_OK
 from toy import write_recipe
 

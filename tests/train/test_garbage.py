@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 import toy
-from arriero.parallel.mesh import Ranks
-from arriero.recipe import Recipe, file_settings, parse
+from arriero.distributed.parallel.mesh import Ranks
 from arriero.train import garbage, loop
 from arriero.train.garbage import collected_between_steps
+from arriero.train.recipe import Recipe, file_settings, parse
 from arriero.train.trainer import Trainer
 
 

@@ -19,12 +19,12 @@ import toy
 from arriero.checkpoint.digest import state_sha256
 from arriero.checkpoint.layout import committed
 from arriero.common.errors import UserError
+from arriero.distributed.parallel.mesh import Ranks
 from arriero.observe.events import KINDS, goodput, read_events
-from arriero.parallel.mesh import Ranks
-from arriero.recipe import Recipe, file_settings, parse
 from arriero.train import guard
 from arriero.train.guard import Spikes
 from arriero.train.loop import Continuation, train
+from arriero.train.recipe import Recipe, file_settings, parse
 from arriero.train.trainer import Trainer
 
 

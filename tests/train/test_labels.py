@@ -13,15 +13,15 @@ import pytest
 
 import toy
 from arriero.checkpoint.layout import committed
-from arriero.cli import dispatch
+from arriero.cli.main import dispatch
 from arriero.common.errors import EXIT_OK, EXIT_USAGE, UserError
 from arriero.data.batches import Batches, DataConfig
 from arriero.data.check import batch_notices
 from arriero.data.indexed import IndexedWriter
 from arriero.data.instruct import InstructionSet
-from arriero.parallel.mesh import Ranks
-from arriero.recipe import Recipe, file_settings, parse
+from arriero.distributed.parallel.mesh import Ranks
 from arriero.train.loop import Continuation, train
+from arriero.train.recipe import Recipe, file_settings, parse
 from arriero.train.trainer import Trainer
 
 

@@ -11,11 +11,11 @@ from cases import case, launch
 from test_megatron_oracle import run_oracle
 
 import toy
+from arriero.checkpoint.formats.huggingface import write_huggingface
+from arriero.cli.convert import ConvertArgs, run
 from arriero.data.batches import Batches, DataConfig
 from arriero.model.init import InitialWeights
 from arriero.train.schedule import ScheduleConfig, learning_rate
-from arriero.weights.convert import ConvertArgs, run
-from arriero.weights.huggingface import write_huggingface
 
 CONFIG = replace(toy.CONFIG, vocab_size=260, num_hidden_layers=4)
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 import toy
-from arriero.cli import dispatch
+from arriero.cli.main import dispatch
+from arriero.distributed.parallel.config import ParallelConfig
 from arriero.model.config import LlamaConfig, count_parameters, parameter_shapes
-from arriero.parallel.config import ParallelConfig
-from arriero.recipe import Recipe
 from arriero.train import memory
 from arriero.train.config import TrainConfig
+from arriero.train.recipe import Recipe
 
 
 def recipe_of(model: str = "llama2-7b", **changes: int | str) -> Recipe:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from arriero.common import device
+from arriero.distributed.parallel.mesh import Ranks
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
-from arriero.parallel.mesh import Ranks
 from arriero.train.optim import OptimConfig, Optimizer
 
 CONFIG = LlamaConfig(

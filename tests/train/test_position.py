@@ -17,10 +17,10 @@ import toy
 from arriero.checkpoint.layout import committed
 from arriero.common.errors import UserError
 from arriero.data.batches import Batch, Batches
-from arriero.parallel.mesh import Ranks
-from arriero.recipe import Recipe, file_settings, parse
+from arriero.distributed.parallel.mesh import Ranks
 from arriero.train.loop import Continuation, train
 from arriero.train.position import Position, SkippedSamples, position_of
+from arriero.train.recipe import Recipe, file_settings, parse
 from arriero.train.reporter import StepResult
 from arriero.train.trainer import Trainer
 

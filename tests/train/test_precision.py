@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from arriero.distributed.parallel.config import ParallelConfig
+from arriero.distributed.parallel.pipeline import cut_stage
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
-from arriero.parallel.config import ParallelConfig
-from arriero.parallel.pipeline import cut_stage
 from arriero.train.precision import forward_in
 
 CONFIG = LlamaConfig(

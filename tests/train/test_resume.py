@@ -17,10 +17,10 @@ import pytest
 
 from arriero.checkpoint.digest import state_sha256
 from arriero.checkpoint.layout import committed
-from arriero.cli import dispatch
+from arriero.cli.main import dispatch
+from arriero.cli.pretrain import duration
 from arriero.common.errors import EXIT_OK, EXIT_STOPPED, EXIT_USAGE, UserError
 from arriero.data.indexed import IndexedWriter
-from arriero.train.command import duration
 from toy import arriero, write_recipe
 
 

@@ -20,14 +20,14 @@ from small_inputs import train_sentencepiece
 from arriero.checkpoint.layout import committed, file_digest
 from arriero.checkpoint.lock import RunLock
 from arriero.checkpoint.verify import verify
-from arriero.cli import dispatch
+from arriero.cli.main import dispatch
 from arriero.common.errors import EXIT_OK, EXIT_USAGE, UserError
+from arriero.distributed.parallel.mesh import Ranks
 from arriero.observe.events import Events
 from arriero.observe.profile import Profile
-from arriero.parallel.mesh import Ranks
-from arriero.recipe import Recipe, file_settings, parse
 from arriero.train import reporter as reporter_module
 from arriero.train.directory import prepare_run_directory
+from arriero.train.recipe import Recipe, file_settings, parse
 from arriero.train.reporter import Reporter, StepResult
 from arriero.train.watch import WatchConfig, Watchdog
 from toy import CONFIG

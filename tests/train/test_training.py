@@ -15,10 +15,10 @@ import transformers
 import toy
 from arriero.checkpoint.digest import state_sha256
 from arriero.common.errors import UserError
-from arriero.parallel.mesh import Ranks
-from arriero.recipe import Recipe, file_settings, parse
+from arriero.distributed.parallel.mesh import Ranks
 from arriero.train.loop import Continuation, train
 from arriero.train.precision import LossScale
+from arriero.train.recipe import Recipe, file_settings, parse
 from arriero.train.schedule import learning_rate
 from arriero.train.trainer import Trainer
 

@@ -9,7 +9,7 @@ import pytest
 
 import toy
 from arriero.checkpoint.load import CheckpointReader
-from arriero.train import verify
+from arriero.train import verify_layout as verify
 
 
 def test_a_bundled_recipe_s_own_layout(tmp_path: Path) -> None:
@@ -26,7 +26,7 @@ def test_a_bundled_recipe_s_own_layout(tmp_path: Path) -> None:
 
 def test_it_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two runs that differ in one gradient norm by one part in 1e9 are not the same run."""
-    from arriero.recipe import Recipe
+    from arriero.train.recipe import Recipe
 
     def run(name: str, norm: float) -> verify.Measurement:
         made = verify.Measurement(Recipe(out=str(tmp_path / name)), tmp_path / f"{name}.json")

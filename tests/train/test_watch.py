@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from arriero.parallel.mesh import Ranks
+from arriero.distributed.parallel.mesh import Ranks
 from arriero.train.watch import WatchConfig, Watchdog
 
 
@@ -39,7 +39,7 @@ def test_a_slow_step_within_its_limit_leaves_nothing(tmp_path: Path) -> None:
 def test_a_process_that_holds_the_interpreters_lock_is_seen_too(tmp_path: Path) -> None:
     code = (
         "import ctypes, sys, time; from pathlib import Path; from arriero.train import watch; "
-        "from arriero.parallel.mesh import Ranks\n"
+        "from arriero.distributed.parallel.mesh import Ranks\n"
         "def held(): ctypes.PyDLL(None).sleep(200)\n"
         "watch.HELD = 1.0; dog = watch.Watchdog(Path(sys.argv[1]), Ranks(), watch.WatchConfig(seconds=2.0), print)\n"
         "dog.begin(1); time.sleep(1.5); held()"

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from test_export import save_run
 from weights_helpers import TINY, VARIANTS, assert_same, random_weights, save_hf, unchanged
 
+from arriero.checkpoint.formats.huggingface import open_huggingface
+from arriero.checkpoint.formats.megatron_args import beyond_megatron, saved_arguments
+from arriero.checkpoint.formats.open_model import open_model
+from arriero.checkpoint.formats.rank_table import Cut
+from arriero.cli import convert
+from arriero.cli.convert import ConvertArgs, run
 from arriero.common.errors import CheckFailed, UserError
 from arriero.model.config import LlamaConfig, RopeScaling
-from arriero.weights import convert
-from arriero.weights.convert import ConvertArgs, run
-from arriero.weights.huggingface import open_huggingface
-from arriero.weights.layout import Cut
-from arriero.weights.megatron_args import beyond_megatron, saved_arguments
-from arriero.weights.sources import open_model
 
 LAYOUTS = {
     "megatron-tp2-pp2": {"to": "megatron", "tp": 2, "pp": 2},
@@ -268,7 +268,7 @@ def test_impossible_layouts_name_the_possible(tmp_path, options, says):
 
 
 def test_the_33b_is_not_cut_in_eight(tmp_path):
-    from arriero.weights.layout import Cut, check_cut
+    from arriero.checkpoint.formats.rank_table import Cut, check_cut
 
     config = LlamaConfig(
         hidden_size=6656, intermediate_size=17920, num_hidden_layers=60, num_attention_heads=52, num_key_value_heads=52

@@ -5,12 +5,12 @@ import torch
 import transformers
 from weights_helpers import TINY, VARIANTS, assert_same, random_weights, save_hf, unchanged
 
+from arriero.checkpoint.formats.huggingface import open_huggingface
+from arriero.checkpoint.formats.open_model import load_model, open_model
 from arriero.checkpoint.layout import TEMPORARY, commit, step_directory
 from arriero.checkpoint.parts import Part, data_file, write_parts
+from arriero.cli.export import ExportArgs, run
 from arriero.common.errors import UserError
-from arriero.weights.export import ExportArgs, run
-from arriero.weights.huggingface import open_huggingface
-from arriero.weights.sources import load_model, open_model
 
 
 def save_run(directory, config, weights, *, tensor=2, steps=(50, 100)):

@@ -8,10 +8,10 @@ import pytest
 import torch
 from weights_helpers import TINY, VARIANTS, assert_same, random_weights, save_hf
 
+from arriero.checkpoint.formats.foreign_config import ConfigHints
+from arriero.checkpoint.formats.open_model import open_model
+from arriero.cli.convert import ConvertArgs, run
 from arriero.common.errors import UserError
-from arriero.weights.convert import ConvertArgs, run
-from arriero.weights.foreign_config import ConfigHints
-from arriero.weights.sources import open_model
 
 MHA = replace(VARIANTS["mha"], rms_norm_eps=1e-6)
 

@@ -6,10 +6,10 @@ import torch
 import transformers
 from weights_helpers import TINY, VARIANTS, assert_same, random_weights, save_hf, unchanged
 
+from arriero.checkpoint.formats.huggingface import open_huggingface, write_huggingface
+from arriero.checkpoint.tensors.held import DictReader
 from arriero.common.errors import UserError
 from arriero.model.config import LlamaConfig
-from arriero.weights.held import DictReader
-from arriero.weights.huggingface import open_huggingface, write_huggingface
 
 
 @pytest.mark.parametrize("shards", [1, 3])

@@ -5,8 +5,8 @@ import torch
 from test_export import save_run
 from weights_helpers import TINY, random_weights, save_hf
 
-from arriero.weights.convert import ConvertArgs, run
-from arriero.weights.inspect import inspect, recognises
+from arriero.cli.convert import ConvertArgs, run
+from arriero.cli.inspect.weights import inspect, recognises
 
 
 @pytest.fixture

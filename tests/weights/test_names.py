@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from weights_helpers import TINY, assert_same, random_weights, save_hf
 
+from arriero.checkpoint.formats.huggingface import open_huggingface, write_config
+from arriero.checkpoint.formats.names import CONTAINERS, WRAPPERS, plain_names
+from arriero.checkpoint.formats.open_model import open_model
 from arriero.common.errors import UserError
-from arriero.weights.huggingface import open_huggingface, write_config
-from arriero.weights.names import CONTAINERS, WRAPPERS, plain_names
-from arriero.weights.sources import open_model
 
 TIED = replace(TINY, tie_word_embeddings=True)
 
@@ -189,6 +189,6 @@ def test_a_huge_sparse_tensor_is_refused_by_its_header(tmp_path, monkeypatch):
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + 2**36)
     write_config(tmp_path, TIED, dtype="F32")
-    monkeypatch.setattr("arriero.weights.stream.Assembly.read_window", None)
+    monkeypatch.setattr("arriero.checkpoint.tensors.stream.Assembly.read_window", None)
     with pytest.raises(UserError, match=r"embed_tokens.weight is \[16777216, 1024\]"):
         open_model(tmp_path)

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from arriero.checkpoint.tensors.raw_file import RawFile
+from arriero.checkpoint.tensors.safetensors_file import SafetensorsFile, build_header
 from arriero.common.errors import UserError
-from arriero.weights.raw_file import RawFile
-from arriero.weights.safetensors_file import SafetensorsFile, build_header
 
 GOOD = {
     "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},

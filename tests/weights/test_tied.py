@@ -11,14 +11,20 @@ from test_export import save_run
 from test_foreign import to_meta
 from weights_helpers import TINY, random_weights, save_hf
 
+from arriero.checkpoint.formats.foreign_config import ConfigHints
+from arriero.checkpoint.formats.huggingface import (
+    has_weights,
+    open_huggingface,
+    read_shape,
+    write_config,
+    write_huggingface,
+)
+from arriero.checkpoint.formats.open_model import build, open_model
+from arriero.checkpoint.tensors.held import DictReader
+from arriero.cli import convert, export
+from arriero.cli.convert import ConvertArgs
+from arriero.cli.export import ExportArgs
 from arriero.model.llama import Llama
-from arriero.weights import convert, export
-from arriero.weights.convert import ConvertArgs
-from arriero.weights.export import ExportArgs
-from arriero.weights.foreign_config import ConfigHints
-from arriero.weights.held import DictReader
-from arriero.weights.huggingface import has_weights, open_huggingface, read_shape, write_config, write_huggingface
-from arriero.weights.sources import build, open_model
 
 TIED = replace(TINY, tie_word_embeddings=True)
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -80,7 +86,7 @@ def test_two_names_of_one_storage_are_not_read_to_be_compared(tmp_path, monkeypa
     save_hf(tmp_path, TIED, weights)
     (tmp_path / "model.safetensors").unlink()
     torch.save({**weights, HEAD: weights[TABLE]}, tmp_path / "pytorch_model.bin")
-    monkeypatch.setattr("arriero.weights.stream.Assembly.read_window", None)
+    monkeypatch.setattr("arriero.checkpoint.tensors.stream.Assembly.read_window", None)
     assert read_shape(tmp_path).tie_word_embeddings
 
 

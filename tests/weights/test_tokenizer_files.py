@@ -12,21 +12,20 @@ from test_export import save_run
 from test_tokenizer_json import train
 from weights_helpers import TINY, assert_same, random_weights, save_hf
 
-from arriero import generate
+from arriero.checkpoint.formats.foreign_config import ConfigHints
+from arriero.checkpoint.formats.huggingface import copy_tokenizer
+from arriero.checkpoint.formats.open_model import end_ids, open_model
+from arriero.cli import convert, export, generate
+from arriero.cli.convert import ConvertArgs
+from arriero.cli.export import ExportArgs
+from arriero.cli.generate import GenerateArgs
+from arriero.cli.inspect.weights import inspect
 from arriero.common.errors import UserError
 from arriero.data.tokenizer import TEMPLATES, TOKENIZER_FILES, VOCABULARIES, copy_files, load_tokenizer
-from arriero.generate import GenerateArgs
+from arriero.data.tokenizer_json import vocabulary_size
 from arriero.model.config import LlamaConfig
-from arriero.recipe import Recipe
 from arriero.train.directory import prepare_run_directory
-from arriero.weights import convert, export
-from arriero.weights.convert import ConvertArgs
-from arriero.weights.export import ExportArgs
-from arriero.weights.foreign_config import ConfigHints
-from arriero.weights.huggingface import copy_tokenizer
-from arriero.weights.inspect import inspect
-from arriero.weights.sources import end_ids, open_model
-from arriero.weights.tokenizer_json import vocabulary_size
+from arriero.train.recipe import Recipe
 
 WIDE = replace(
     TINY, hidden_size=256, num_attention_heads=2, num_key_value_heads=1, head_dim=128, num_hidden_layers=1,

@@ -7,8 +7,8 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arriero.weights.huggingface import copy_tokenizer
-from arriero.weights.tokenizer_json import write_tokenizer_json
+from arriero.checkpoint.formats.huggingface import copy_tokenizer
+from arriero.data.tokenizer_json import write_tokenizer_json
 
 TEXT = [
     f"The llama {w} over {n} hills;  its  pack held tea, salt — and naïve poems."

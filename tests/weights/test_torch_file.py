@@ -14,10 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from arriero.checkpoint.tensors.pickle_symbols import Call, follow
+from arriero.checkpoint.tensors.torch_file import TorchFile
+from arriero.checkpoint.tensors.torch_write import TensorSpec, plan_archive
 from arriero.common.errors import UserError
-from arriero.weights.pickle_symbols import Call, follow
-from arriero.weights.torch_file import TorchFile
-from arriero.weights.torch_write import TensorSpec, plan_archive
 
 
 class Attack:

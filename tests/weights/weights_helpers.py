@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from arriero.checkpoint.formats.huggingface import write_config, write_json
 from arriero.model.config import LlamaConfig, RopeScaling, parameter_shapes
-from arriero.weights.huggingface import write_config, write_json
 
 TINY = LlamaConfig(
     vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from arriero.weights import transfer
+from arriero.checkpoint.tensors import transfer
 
 NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 """Flags of a file that is not there yet: what is written is always new, and no link is followed."""

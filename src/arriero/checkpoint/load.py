@@ -12,19 +12,19 @@ from typing import Any
 
 import torch
 
+from arriero.checkpoint.formats.native import places
 from arriero.checkpoint.layout import DAMAGED, STATE, committed, read_json
 from arriero.checkpoint.state import state_problem
+from arriero.checkpoint.tensors.raw_file import RawFile
+from arriero.checkpoint.tensors.safetensors_file import SafetensorsFile
+from arriero.checkpoint.tensors.stream import torch_dtype
 from arriero.checkpoint.verify import shape_problems, verify
 from arriero.common.errors import UserError
 from arriero.common.files import open_regular
 from arriero.common.text import shown
 from arriero.common.untrusted import inside
+from arriero.distributed.parallel.mesh import Ranks
 from arriero.model.config import LlamaConfig
-from arriero.parallel.mesh import Ranks
-from arriero.weights.raw_file import RawFile
-from arriero.weights.run import places
-from arriero.weights.safetensors_file import SafetensorsFile
-from arriero.weights.stream import torch_dtype
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from torch import Tensor, uint8
 
 from arriero.checkpoint import disk
 from arriero.checkpoint.layout import write_json
-from arriero.weights.safetensors_file import build_header
-from arriero.weights.stream import dtype_name
+from arriero.checkpoint.tensors.safetensors_file import build_header
+from arriero.checkpoint.tensors.stream import dtype_name
 
 BLOCK = 8 << 20
 

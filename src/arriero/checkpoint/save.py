@@ -31,7 +31,7 @@ from arriero.checkpoint.retention import forget, never_committed, superfluous, s
 from arriero.checkpoint.verify import verify
 from arriero.common.device import host_room, synchronize
 from arriero.common.errors import UserError
-from arriero.parallel.mesh import Ranks
+from arriero.distributed.parallel.mesh import Ranks
 
 if TYPE_CHECKING:
     from torch import Tensor

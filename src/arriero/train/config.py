@@ -9,7 +9,7 @@ from annotated_types import Interval
 
 from arriero.common.errors import UserError
 from arriero.common.ranges import range_problems
-from arriero.parallel.float8 import Float8Recipe
+from arriero.distributed.parallel.float8 import Float8Recipe
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 

@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from arriero.agreement import flat
 from arriero.checkpoint.layout import committed, run_of
 from arriero.checkpoint.size import checkpoint_bytes, disk_room, held_bytes, in_bytes
 from arriero.common.checkpoint_names import inside_checkpoint
@@ -15,7 +14,8 @@ from arriero.common.files import make_directory, open_regular, why, write_atomic
 from arriero.common.text import shown
 from arriero.common.untrusted import inside, read_bytes
 from arriero.data.tokenizer import GENERATION, load_tokenizer
-from arriero.recipe import MAX_RECIPE_BYTES, Recipe, to_toml
+from arriero.distributed.launch.agreement import flat
+from arriero.train.recipe import MAX_RECIPE_BYTES, Recipe, to_toml
 
 
 def out_problems(out: Path, checkpoints: Sequence[Path]) -> list[UserError]:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from arriero.agreement import ranges
 from arriero.common.errors import CheckFailed
-from arriero.parallel.mesh import DIMENSIONS, Ranks
+from arriero.distributed.launch.agreement import ranges
+from arriero.distributed.parallel.mesh import DIMENSIONS, Ranks
 
 WINDOW, FEWEST = 100, 20
 """Losses that a spike is judged by: the last so many, and none before there are so few."""

@@ -11,14 +11,14 @@ from arriero.checkpoint.load import newest_that_verifies
 from arriero.checkpoint.save import Saved, last_word
 from arriero.common.device import device_name, float8_units
 from arriero.common.errors import UserError
+from arriero.common.signals import Phase, set_phase, stop_wanted
 from arriero.common.text import shown
+from arriero.distributed.launch.worker import seconds_since_start
+from arriero.distributed.parallel.mesh import Ranks
 from arriero.observe.events import Events, goodput_line
 from arriero.observe.profile import Profile
-from arriero.parallel.mesh import Ranks
-from arriero.process import seconds_since_start
-from arriero.recipe import Recipe
-from arriero.signals import Phase, set_phase, stop_wanted
 from arriero.train.garbage import collected_between_steps
+from arriero.train.recipe import Recipe
 from arriero.train.reporter import Reporter, StepResult
 from arriero.train.schedule import moved_rate
 from arriero.train.trainer import Trainer, recipe_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from arriero.common.device import available_memory, machine_memory
 from arriero.common.errors import UserError
 from arriero.model.config import count_parameters
-from arriero.recipe import Recipe
+from arriero.train.recipe import Recipe
 
 MICRO_BATCH_BYTES = 2000  # of Python's and torch's objects around its tensors
 SMALLER = {

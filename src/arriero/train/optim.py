@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from arriero.common.device import fused_update_divides
 from arriero.common.errors import UserError
 from arriero.common.ranges import range_problems
+from arriero.distributed.parallel.mesh import Ranks
+from arriero.distributed.parallel.shards import Shard, local, local_gradient, shards
 from arriero.model.llama import Llama
-from arriero.parallel.mesh import Ranks
-from arriero.parallel.shards import Shard, local, local_gradient, shards
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

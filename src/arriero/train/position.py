@@ -14,7 +14,7 @@ from arriero.common.errors import UserError
 from arriero.common.untrusted import misfit
 
 if TYPE_CHECKING:
-    from arriero.recipe import Recipe
+    from arriero.train.recipe import Recipe
 
 _OPTIONAL = {
     "consumed_samples": int, "consumed_tokens": int, "ordered_samples": int, "skipped_samples": [[int]],

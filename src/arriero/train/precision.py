@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from arriero.distributed.parallel.zero import is_fsdp
 from arriero.model.llama import Llama
-from arriero.parallel.zero import is_fsdp
 
 
 def store_dtype(compute: torch.dtype) -> torch.dtype:

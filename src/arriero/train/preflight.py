@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from arriero.common.device import float8_casts
 from arriero.common.errors import UserError
-from arriero.parallel.compiled import compile_machine_problems
-from arriero.recipe import Recipe
+from arriero.distributed.parallel.compiled import compile_machine_problems
+from arriero.train.recipe import Recipe
 
 
 def machine_problems(recipe: Recipe, kind: str) -> list[UserError]:

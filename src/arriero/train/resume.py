@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from arriero.agreement import flat, input_changes
 from arriero.checkpoint.load import load_state
 from arriero.checkpoint.verify import verify_small
 from arriero.common.errors import UserError, nearest
 from arriero.common.text import shown
+from arriero.distributed.launch.agreement import flat, input_changes
 from arriero.model.config import LlamaConfig
-from arriero.recipe import Recipe, file_settings, parse
+from arriero.train.recipe import Recipe, file_settings, parse
 
 FREE = (
     "out", "device", "parallel.*", "recompute.*", "checkpoint.*", "log.*", "watch.*", "train.steps",

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from arriero import __version__
-from arriero.agreement import input_digests
+from arriero.checkpoint.formats.huggingface import open_huggingface
 from arriero.checkpoint.layout import DAMAGED, STATE, step_directory
 from arriero.checkpoint.load import CheckpointReader, load_state, newest_that_verifies
 from arriero.checkpoint.parts import Part
@@ -25,22 +25,22 @@ from arriero.common.device import synchronize, take_device
 from arriero.common.errors import UserError
 from arriero.data.batches import Batches
 from arriero.data.prefetch import Prefetch
+from arriero.distributed.launch.agreement import input_digests
+from arriero.distributed.parallel.apply import build_parts, load_weights
+from arriero.distributed.parallel.mesh import BATCH, Ranks
+from arriero.distributed.parallel.microbatch import MicroBatch, micro_batch
+from arriero.distributed.parallel.pipeline import Pipeline, sum_tied_gradients
+from arriero.distributed.parallel.shards import local, shards
+from arriero.distributed.parallel.zero import cut_again, sum_gradients_now, watch_collectives
 from arriero.model.init import InitialWeights
 from arriero.observe.step_time import StepClock
-from arriero.parallel.apply import build_parts, load_weights
-from arriero.parallel.mesh import BATCH, Ranks
-from arriero.parallel.microbatch import MicroBatch, micro_batch
-from arriero.parallel.pipeline import Pipeline, sum_tied_gradients
-from arriero.parallel.shards import local, shards
-from arriero.parallel.zero import cut_again, sum_gradients_now, watch_collectives
-from arriero.recipe import Recipe, file_settings, parse, to_toml
 from arriero.train.guard import MOST_REWINDS, Replicated, Spikes, check_replicas
 from arriero.train.optim import MOMENTS, Optimizer
 from arriero.train.position import Position, position_of
 from arriero.train.precision import LossScale, forward_in, store_dtype
+from arriero.train.recipe import Recipe, file_settings, parse, to_toml
 from arriero.train.reporter import StepResult
 from arriero.train.schedule import learning_rate
-from arriero.weights.huggingface import open_huggingface
 
 
 def open_batches(

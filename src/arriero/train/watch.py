@@ -19,12 +19,12 @@ from typing import IO, Annotated
 import torch
 from annotated_types import Interval
 
-from arriero.agreement import ranges
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory, open_regular
 from arriero.common.ranges import range_problems
 from arriero.common.text import shown
-from arriero.parallel.mesh import DIMENSIONS, Ranks
+from arriero.distributed.launch.agreement import ranges
+from arriero.distributed.parallel.mesh import DIMENSIONS, Ranks
 
 FLOOR = 30.0
 """Seconds below which `watch.times` never calls a step too long: short steps vary by more than a factor."""

@@ -1,0 +1,111 @@
+"""Files of one rank each, planned: every rank's torch.save archive, and which rows of the model go where in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arriero.checkpoint.formats.dialects import Dialect
+from arriero.checkpoint.formats.megatron import DEEPSPEED_TRACKER, RANK_FILE_NAME, TRACKER
+from arriero.checkpoint.formats.rank_table import Cut, RankTable, Slot, even_layers
+from arriero.checkpoint.tensors.stream import ITEMSIZE, Assembly
+from arriero.checkpoint.tensors.torch_write import Namespace, TensorSpec, plan_archive
+from arriero.checkpoint.tensors.transfer import OutFile, Put
+from arriero.common.errors import UserError
+from arriero.model.config import LlamaConfig
+
+
+@dataclass(frozen=True)
+class RankFormat:
+    """What the files of a checkpoint are to be."""
+
+    dialect: Dialect
+    cut: Cut
+    dtype: str | None = None
+    """None keeps each tensor's own."""
+    iteration: int = 0
+    """The iteration to claim; 0 is `release`, which makes Megatron start at 0 without an optimizer."""
+    deepspeed: bool = False
+    """AscendSpeed's DeepSpeed flavour."""
+    arguments: dict[str, Any] | None = None
+    """Megatron's own, written under `args` (weights/megatron_args.py)."""
+
+
+def plan_ranks(directory: Path, hub: Mapping[str, Assembly], config: LlamaConfig, form: RankFormat) -> list[OutFile]:
+    """Plans every rank's file below `directory`, and writes the tracker; `check_cut` has passed.
+
+    Raises:
+        UserError: rows of one fused tensor have different dtypes.
+    """
+    cut, iteration = form.cut, form.iteration
+    word = "release" if iteration == 0 else f"iter_{iteration:07d}"
+    tracker = directory / (DEEPSPEED_TRACKER if form.deepspeed else TRACKER)
+    tracker.write_text(("release" if iteration == 0 else str(iteration)) + "\n")
+    layers = even_layers(config, cut)
+    files = []
+    for t in range(cut.tensor):
+        for p in range(cut.pipeline):
+            rank = f"mp_rank_{t:02d}" + (f"_{p:03d}" if cut.pipeline > 1 else "")
+            path = directory / word / (f"{rank}_model_states.pt" if form.deepspeed else f"{rank}/{RANK_FILE_NAME}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            table = RankTable(config, form.dialect, cut, t)
+            chunks = [list(table.slots(p, v, layers[p, v])) for v in range(cut.virtual)]
+            files.append(_plan_rank(path, chunks, hub, config, form))
+    return files
+
+
+def _plan_rank(
+    path: Path, chunks: list[list[Slot]], hub: Mapping[str, Assembly], config: LlamaConfig, form: RankFormat
+) -> OutFile:
+    """One rank's file: the payload's structure, then where each slot's rows come from."""
+    dialect, dtype = form.dialect, form.dtype
+    models: list[dict[str, TensorSpec]] = []
+    contents: list[Slot | bytes] = []
+    for chunk in chunks:
+        model: dict[str, TensorSpec] = {}
+        for slot in chunk:
+            model[slot.key] = TensorSpec(_slot_dtype(slot, hub, dtype), slot.shape)
+            contents.append(slot)
+            if dialect.inv_freq and slot.key.endswith(dialect.input_norm):
+                frequencies = inverse_frequencies(config)
+                model[slot.key.removesuffix(dialect.input_norm) + dialect.inv_freq] = TensorSpec(
+                    "F32", frequencies.shape
+                )
+                contents.append(frequencies.tobytes())
+        models.append(model)
+    root: dict[str, Any] = {"checkpoint_version": 3.0}
+    if form.deepspeed:
+        root |= {"module": models[0], "dp_world_size": 0}
+    else:
+        root["iteration"] = form.iteration
+        if form.arguments is not None:
+            root["args"] = Namespace(form.arguments)
+        root |= {"model": models[0]} if len(models) == 1 else {f"model{v}": model for v, model in enumerate(models)}
+    size, blobs, offsets = plan_archive(root)
+    puts = []
+    for i, content in enumerate(contents):
+        if isinstance(content, bytes):
+            blobs.append((offsets[i], content))
+            continue
+        for part in content.parts:
+            width = part.columns * ITEMSIZE[dtype or hub[part.name].dtype]
+            at = offsets[i] + part.at_row * width
+            puts.append(Put(part.name, part.row, part.rows, part.column, part.columns, at, part.step))
+    return OutFile(path, size, blobs, puts)
+
+
+def _slot_dtype(slot: Slot, hub: Mapping[str, Assembly], dtype: str | None) -> str:
+    kinds = {dtype or hub[part.name].dtype for part in slot.parts}
+    if len(kinds) != 1:
+        raise UserError(f"{slot.key} would join tensors of {' and '.join(sorted(kinds))}", "give one --dtype for all")
+    return kinds.pop()
+
+
+def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
+    """The unscaled rotary frequencies in float32, as old checkpoints store them."""
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
+    return (1.0 / (np.float32(config.rope_theta) ** exponent)).astype(np.float32)

@@ -1,0 +1,176 @@
+"""Which kind of model a path is, and opening any of them under Hugging Face's names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from arriero.checkpoint.formats import megatron, meta, native, torch_dist
+from arriero.checkpoint.formats.foreign_config import ConfigHints
+from arriero.checkpoint.formats.huggingface import has_weights, open_with_config
+from arriero.checkpoint.tensors.stream import PieceReader
+from arriero.checkpoint.verify import verify
+from arriero.common.errors import UserError
+from arriero.common.untrusted import inside, misfit, read_json
+from arriero.data.tokenizer import GENERATION, VOCABULARIES
+from arriero.model.config import LlamaConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from arriero.model.llama import Llama
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that can be read."""
+
+    kind: str
+    path: Path
+    reader: PieceReader
+    config: LlamaConfig
+    tokenizer: Path | None = None
+    """Directory of the tokenizer's files, where the source has one."""
+    layout: str = "whole"
+    """How the source is cut, in words."""
+    generation: Path | None = None
+    """generation_config.json, where the source has one."""
+    assumed: list[str] = field(default_factory=list)
+    """What was assumed, one sentence each."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What was assumed, and what of the config is not taken into account."""
+        return [*self.assumed, *self.config.notices]
+
+
+def detect(path: Path) -> str:
+    """The kind of model that a path is.
+
+    Raises:
+        UserError: nothing is there, or nothing that is known.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file or directory", "name a run, a checkpoint or a model directory")
+    if path.is_dir():
+        if native.is_run(path) or native.is_checkpoint(path):
+            return "run"
+        if torch_dist.is_torch_dist(path):
+            return "torch_dist"
+        if megatron.is_rank_directory(path):
+            return "megatron"
+        if meta.is_meta(path):
+            return "meta"
+        if has_weights(path) or (path / "config.json").is_file():
+            return "hf"
+    known = "a Hugging Face directory, a run, Megatron's, AscendSpeed's or Meta's checkpoint"
+    raise UserError(f"{path}: is no model that arriero knows", f"name {known}")
+
+
+def open_model(path: Path, kind: str | None = None, hints: ConfigHints | None = None) -> Opened:
+    """Opens any model under Hugging Face's names.
+
+    Args:
+        path: a directory.
+        kind: hf, run, megatron, ascendspeed (which share an opener), torch_dist or meta; None detects it.
+        hints: the shape and vocabulary, for checkpoints that do not tell.
+
+    Raises:
+        UserError: nothing there, or not a whole model; the error names the file.
+    """
+    path, hints = Path(path), hints or ConfigHints()
+    kind = kind or detect(path)
+    opened = _open(path, kind, hints)
+    places = [path, opened.path]
+    if kind == "run":
+        places.append(opened.path.parent.parent / "tokenizer")
+    tokenizer = hints.tokenizer or next((place for place in places if holds_tokenizer(place)), None)
+    files = [place / GENERATION for place in places if (place / GENERATION).is_file()]
+    generation = inside(files[0].parent, files[0]) if files else None
+    return replace(opened, tokenizer=tokenizer, generation=generation)
+
+
+def _open(path: Path, kind: str, hints: ConfigHints) -> Opened:
+    """The model itself, by its kind's own opener."""
+    if kind == "run":
+        reader, config, directory = native.open_run(path)
+        if damage := verify(directory):
+            fix = "name an earlier checkpoint of the run: RUN/checkpoints/step-..."
+            raise UserError(f"{damage[0]}", fix)
+        return Opened("run", directory, reader, config, layout=directory.name)
+    if kind in ("megatron", "ascendspeed"):
+        ranks = megatron.open_ranks(path, hints)
+        kind = "ascendspeed" if ranks.dialect.inv_freq else "megatron"
+        layout = f"{ranks.dialect.name}, {ranks.cut.words()}"
+        return Opened(kind, path, ranks.reader, ranks.config, layout=layout, assumed=ranks.notes)
+    if kind == "torch_dist":
+        reader, config, notes = torch_dist.open_torch_dist(path, hints)
+        return Opened(kind, path, reader, config, layout="torch_dist", assumed=notes)
+    if kind == "meta":
+        reader, config, count, notes = meta.open_meta(path, hints)
+        return Opened(kind, path, reader, config, layout=f"{count} model-parallel ranks", assumed=notes)
+    reader, config = open_with_config(path, None if hints.config is None else LlamaConfig.from_json(hints.config))
+    return Opened("hf", path, reader, config)
+
+
+def holds_tokenizer(directory: Path) -> bool:
+    """Whether a directory holds a tokenizer."""
+    return any((directory / name).is_file() for name in VOCABULARIES)
+
+
+def end_ids(opened: Opened, eos_id: int | None) -> frozenset[int]:
+    """Every token id that ends a text of this model.
+
+    Args:
+        opened: the model; its config.json and generation_config.json may name several.
+        eos_id: the tokenizer's own. Where it is none of theirs, they belong to another tokenizer, and it alone counts.
+
+    Raises:
+        UserError: generation_config.json is broken.
+    """
+    ends = set(opened.config.end_ids)
+    if opened.generation is not None:
+        form = {"eos_token_id": (int, [int], None)}
+        raw = read_json(opened.generation, "restore the file, or remove it", dict)
+        if wrong := misfit({"eos_token_id": None, **raw}, form):
+            raise UserError(f"{opened.generation}: {wrong}", "restore the file, or remove it")
+        given = raw.get("eos_token_id")
+        ends |= set(given if isinstance(given, list) else [] if given is None else [given])
+    return frozenset(ends if eos_id is None or eos_id in ends else {eos_id})
+
+
+def load_model(
+    path: Path, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> tuple[Llama, Path | None]:
+    """Loads a model for inference, and says where its tokenizer lies.
+
+    Args:
+        path: a Hugging Face directory, a run or a checkpoint.
+        dtype: None keeps the stored one.
+        device: None is the CPU.
+
+    Raises:
+        UserError: see `open_model`.
+    """
+    opened = open_model(path)
+    return build(opened.reader, opened.config, dtype, device), opened.tokenizer
+
+
+def build(
+    reader: PieceReader, config: LlamaConfig, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> Llama:
+    """The model in memory, one tensor read at a time, in evaluation mode."""
+    import torch
+
+    from arriero.model.llama import Llama
+
+    with torch.device("meta"):
+        model = Llama(config)
+    weights = {name: reader.read(name).to(device=device, dtype=dtype) for name in reader.names()}
+    if config.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    model.load_state_dict(weights, assign=True)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.eval().requires_grad_(False)

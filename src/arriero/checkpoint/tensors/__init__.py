@@ -1,0 +1,1 @@
+"""Tensors in files: read slice by slice, copied, converted, without a pickle being run."""

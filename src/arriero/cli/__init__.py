@@ -1,0 +1,1 @@
+"""The verbs: each reads its arguments, checks them, calls the parts, and prints. Nothing imports this package."""

@@ -1,0 +1,192 @@
+"""The verb `bench`: a recipe's speed on this machine, the matmul peak, or the best settings; no run is written."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from annotated_types import Interval
+
+from arriero.cli.bench.peak import Peak, matmul_peak
+from arriero.cli.bench.sweep import check_target, sweep, sweep_table, write_best
+from arriero.cli.bench.table import as_json, peak_table, result_table
+from arriero.cli.bench.trial import run_trial, trial
+from arriero.cli.pretrain import process_count
+from arriero.common.device import describe, device_type, matmul_dtypes, take_device
+from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError, join_problems
+from arriero.common.ranges import PathText, flag, range_problems
+from arriero.common.text import printable
+from arriero.distributed.launch.launcher import (
+    LaunchConfig,
+    Place,
+    ProcessFailed,
+    run_processes,
+    started_by_another,
+    take_place,
+)
+from arriero.train.memory import memory_problems
+from arriero.train.preflight import machine_problems
+from arriero.train.recipe import (
+    Recipe,
+    Setting,
+    command_line_settings,
+    field_types,
+    file_settings,
+    find_bundled,
+    parse,
+    show_flags,
+)
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What is measured."""
+
+    iterations: Annotated[int, Interval(ge=1, le=1_000_000)] = 10
+    """Steps that are timed."""
+    warmup: Annotated[int, Interval(ge=1, le=1_000_000)] = 3
+    """Steps before them, which fill caches."""
+    peak: bool = False
+    """Measure the fastest matrix multiplication of each dtype instead; takes no recipe."""
+    sweep: bool = False
+    """Try micro batches, recomputation and compilation, and name the best."""
+    write: Annotated[str, PathText] = ""
+    """sweep only: write the recipe with the best settings to this TOML file."""
+    memory_limit: Annotated[float, Interval(ge=0, le=1e6)] = 0.0
+    """GB that one process may hold, on the CPU; 0: none, and in a sweep what is available."""
+    json: bool = False
+    """Print JSON instead of Markdown."""
+
+    def problems(self) -> list[UserError]:
+        """All that is impossible about it."""
+        found = range_problems(self, flag)
+        if self.write and not self.sweep:
+            found.append(UserError("--write has no effect without --sweep", "add --sweep"))
+        if self.peak and (self.sweep or self.memory_limit):
+            found.append(UserError("--peak goes with neither --sweep nor --memory-limit", "run them one by one"))
+        return found
+
+
+def run(words: list[str]) -> int:
+    """`arriero bench RECIPE [--key.sub value ...]`, or `arriero bench --peak`."""
+    if {"-h", "--help"} & set(words):
+        print_help()
+        return EXIT_OK
+    config, launch, named, settings = read_command(words)
+    try:
+        return bench_peak(config, launch, settings) if config.peak else bench(config, launch, named, settings)
+    except ProcessFailed as error:
+        print(printable(f"arriero: {error}"), file=sys.stderr)
+        return EXIT_CHECK_FAILED
+
+
+def read_command(words: list[str]) -> tuple[BenchConfig, LaunchConfig, str, list[Setting]]:
+    """Bench's own flags, the launch's, the recipe's name and the recipe's keys, from the words after `bench`."""
+    named, words = (words[0], words[1:]) if words and not words[0].startswith("-") else ("", words)
+    given = command_line_settings(words)
+    own, starting = field_types(BenchConfig), field_types(LaunchConfig)
+    flags = [replace(s, words=s.words or ["True"]) if own.get(s.key) is bool else s for s in given]
+    config = parse(BenchConfig, [s for s in flags if s.key in own], prog="arriero bench")
+    launch = parse(LaunchConfig, [s for s in flags if s.key in starting], prog="arriero bench")
+    rest = [s for s in given if s.key not in own and s.key not in starting]
+    problems = config.problems()
+    if config.peak and (named or any(s.key != "device" for s in rest)):
+        problems.append(UserError("--peak measures the device, not a recipe", "leave the recipe and its keys out"))
+    elif not config.peak and not named and not rest:
+        problems.append(UserError("no recipe named", "arriero bench RECIPE, such as: arriero bench llama-7b-zero-8p"))
+    if problems:
+        raise join_problems(problems)
+    return config, launch, named, rest
+
+
+def bench(config: BenchConfig, launch: LaunchConfig, named: str, settings: list[Setting]) -> int:
+    """Measures a recipe, or the settings around it."""
+    before = file_settings(find_bundled("", named, ".toml")) if named else []
+    recipe = parse(Recipe, before + settings, prog="arriero bench")
+    launch = take_place(launch, os.environ)
+    kind = device_type(recipe.device)
+    here = process_count(recipe, launch, kind)
+    check(config, recipe, here * max(1, launch.nodes), kind, here)
+    if config.sweep:
+        if started_by_another() or launch.nodes > 1:
+            raise UserError("--sweep starts its own processes, on one machine", "start it without torchrun or --nodes")
+        check_target(config.write)
+    with tempfile.TemporaryDirectory(prefix="arriero-bench-") as root:
+        first = trial(
+            recipe, kind, Path(root), iterations=config.iterations, warmup=config.warmup,
+            memory_limit=config.memory_limit,
+        )  # fmt: skip
+        if config.sweep:
+            results = sweep(first, here, launch)
+            print(as_json(results) if config.json else sweep_table(results))
+            write_best(recipe, results, config.write)
+            return EXIT_OK
+        result = run_trial(first, here, launch)
+    if result is not None:
+        print(as_json(result) if config.json else result_table(result))
+    return EXIT_OK
+
+
+def check(config: BenchConfig, recipe: Recipe, processes: int, kind: str, here: int) -> None:
+    """Refuses what cannot work before anything is started. Data, tokenizer and `out` may be missing.
+
+    Raises:
+        UserError: all that is wrong.
+    """
+    problems = recipe.layout_problems(processes)
+    for part in (recipe.optim, recipe.schedule, recipe.log):
+        problems += part.problems()
+    problems += machine_problems(recipe, kind)
+    if not problems and kind == "cpu" and not config.sweep:
+        problems += memory_problems(recipe, processes, 1 if started_by_another() else here)[0]
+    if config.memory_limit and kind != "cpu":
+        problems.append(UserError("--memory-limit has no effect on an accelerator: its memory is the limit", "drop it"))
+    if problems:
+        raise join_problems(problems)
+
+
+@dataclass(frozen=True)
+class PeakJob:
+    """What every process of `--peak` is handed."""
+
+    device_kind: str
+    json: bool
+
+
+def bench_peak(config: BenchConfig, launch: LaunchConfig, settings: list[Setting]) -> int:
+    """Measures matmuls; with --nproc-per-node, in several processes at once, of which the first speaks."""
+    recipe = parse(Recipe, settings, prog="arriero bench")
+    launch = take_place(launch, os.environ)
+    kind = device_type(recipe.device)
+    if started_by_another() or launch.nodes > 1:
+        raise UserError("--peak is about one machine", "start it without torchrun or --nodes")
+    here = process_count(recipe, launch, kind) if launch.nproc_per_node else 1
+    print(run_processes(measure_peak, PeakJob(kind, config.json), here, launch=launch)[0])
+    return EXIT_OK
+
+
+def measure_peak(job: PeakJob) -> str:
+    """What each process does; returns the text to print."""
+    place = Place.from_environment()
+    device = take_device(job.device_kind, place.local_rank)
+    peaks: list[Peak] = [matmul_peak(device, dtype) for dtype in matmul_dtypes(job.device_kind)]
+    return as_json(peaks) if job.json else peak_table(describe(job.device_kind), peaks)
+
+
+def print_help() -> None:
+    """Bench's flags; the recipe's are `pretrain`'s."""
+
+    @dataclass(frozen=True)
+    class Bench:
+        bench: Annotated[BenchConfig, tyro.conf.arg(name="")] = field(default_factory=BenchConfig)
+        launch: Annotated[LaunchConfig, tyro.conf.arg(name="")] = field(default_factory=LaunchConfig)
+
+    print("usage: arriero bench RECIPE [--key.sub value ...]\n       arriero bench --peak\n")
+    print("Trains some iterations with random weights, writes no run, and prints the table. Every key of a recipe may")
+    print("be given as in arriero pretrain.\n")
+    show_flags(Bench, "arriero bench [RECIPE]")

@@ -1,0 +1,1 @@
+"""Several processes: how they are started, and how a model is spread over them."""

@@ -1,0 +1,129 @@
+"""Activation checkpointing (arXiv:1604.06174): what a layer forgets after its forward pass and computes again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import torch
+from annotated_types import Interval, Len
+from torch import nn
+from torch.func import functional_call
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from arriero.common import device
+from arriero.common.errors import UserError
+from arriero.distributed.parallel.config import ZERO_BUBBLE, ParallelConfig
+from arriero.distributed.parallel.pipeline import stage_layers
+from arriero.model.llama import Llama
+
+# Selective mode keeps the results of the operators that are named, and recomputes all others.
+OPERATORS: dict[str, tuple[Any, ...]] = {
+    "matmul": (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default),
+    "attention": (
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.arriero.causal_attention.default,  # model/cpu.py
+    ),
+}
+
+
+@dataclass(frozen=True)
+class RecomputeConfig:
+    """Which layers compute their activations twice to save memory."""
+
+    mode: Literal["none", "selective", "full", "first"] = "none"
+    """none; full: every layer; first: the first layers of each stage, see first_layers; selective: in every layer all
+    but the operators in `keep`."""
+    first_layers: Annotated[tuple[Annotated[int, Interval(ge=0, le=1000)], ...], Len(0, 1000)] = ()
+    """first only: recomputed layers of each stage in order, such as 3 2 1 0; one number holds for every stage."""
+    keep: tuple[Literal["matmul", "attention"], ...] = ("matmul", "attention")
+    """selective only: operators whose results are kept."""
+
+    def layers(self, parallel: ParallelConfig, layers: int) -> int:
+        """How many of the model's `layers` are recomputed, all stages together."""
+        if self.mode != "first":
+            return 0 if self.mode == "none" else layers
+        stages = [len(stage) for stage in stage_layers(parallel, layers)]
+        counts = self.first_layers * (len(stages) if len(self.first_layers) == 1 else 1)
+        return sum(min(pair) for pair in zip(counts, stages, strict=True))
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The operators whose results a recomputed layer keeps."""
+        return self.keep if self.mode == "selective" else ()
+
+    def problems(self, parallel: ParallelConfig) -> list[UserError]:
+        """All that is impossible, or without effect, under this layout."""
+        found = []
+        if (self.mode == "first") != bool(self.first_layers):
+            fix = 'set both: mode = "first" and first_layers = [3, 2, 1, 0]'
+            found.append(UserError("recompute.first_layers and recompute.mode do not fit", fix))
+        elif self.first_layers and len(self.first_layers) not in (1, parallel.stages):
+            fix = f"give one number, or {parallel.stages}"
+            found.append(UserError(f"recompute.first_layers has {len(self.first_layers)} numbers", fix))
+        if self.mode == "selective" and not self.keep:
+            found.append(UserError("recompute.keep is empty", 'name operators to keep, or use mode = "full"'))
+        if self.mode == "selective" and parallel.pipeline_parallel > 1 and parallel.pipeline_schedule in ZERO_BUBBLE:
+            what = f"selective recomputation does not work with {parallel.pipeline_schedule}"
+            found.append(UserError(what, 'use recompute.mode "full" or another schedule'))
+        return found
+
+
+def apply_recompute(model: Llama, config: RecomputeConfig, stage: int = 0) -> None:
+    """Makes layers of `model`, which is pipeline stage `stage`, forget and recompute, in place.
+
+    The layer's forward is replaced rather than wrapped in a module: parameter names stay what they are.
+    """
+    if config.mode == "none":
+        return
+    layers = list(model.model.layers.values())
+    if config.mode == "first":
+        count = config.first_layers[stage if len(config.first_layers) > 1 else 0]
+        layers = layers[:count]
+    for layer in layers:
+        layer.mlp.recomputed = True  # type: ignore[union-attr]
+        layer.forward = _forgetful(layer, config)
+
+
+class _Body(nn.Module):
+    """A layer's own forward, to be called with other parameters than it holds."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.run = layer, layer.forward
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.run(*inputs)
+
+
+def _forgetful(layer: nn.Module, config: RecomputeConfig) -> Callable[..., Any]:
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # no dropout, no random state
+    if config.mode == "selective":
+        kept = {op for name in config.keep for op in OPERATORS[name]}
+        if "matmul" in config.keep and device.prefers_onednn():
+            kept.add(torch.ops.mkldnn._linear_pointwise.default)
+        if "attention" in config.keep and hasattr(torch.ops.npu, "npu_fusion_attention"):
+            kept.add(torch.ops.npu.npu_fusion_attention.default)
+
+        def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+            return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
+    body = _Body(layer)
+
+    def forward(*inputs: Any) -> Any:
+        # Within a functional_call (train/precision.py) the layer holds low-precision copies of its parameters; by the
+        # time it is computed again it holds its own, so the copies are handed to it a second time.
+        copies: dict[str, torch.Tensor] = {
+            name: p for name, p in body.named_parameters() if not isinstance(p, nn.Parameter)
+        }
+        if copies:
+            return checkpoint(lambda *values: functional_call(body, copies, values), *inputs, **options)
+        return checkpoint(body.run, *inputs, **options)
+
+    return forward

@@ -1,1 +1,0 @@
-"""Reading and writing model weights: Hugging Face and neighbours, slice by slice."""
