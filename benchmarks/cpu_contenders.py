@@ -61,7 +61,7 @@ def arriero(job: Job, *, compiled: bool = False) -> None:
 
 
 def _arriero(job: Job, *, compiled: bool) -> None:
-    from arriero.data.batches import DataConfig
+    from arriero.data.config import DataConfig
     from arriero.distributed.parallel.mesh import Ranks
     from arriero.train.optim import OptimConfig
     from arriero.train.recipe import Recipe

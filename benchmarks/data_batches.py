@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from arriero.data.batches import Batches, DataConfig
+from arriero.data.batches import Batches
+from arriero.data.config import DataConfig
 from arriero.data.indexed import IndexedWriter
 from arriero.data.order import MegatronOrder, StableOrder
 

@@ -43,7 +43,7 @@ from arriero.common.device import (
     take_device,
     tune_allocator,
 )
-from arriero.data.batches import DataConfig
+from arriero.data.config import DataConfig
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.model.config import LlamaConfig
 from arriero.observe.throughput import peak_flops, throughput

@@ -50,7 +50,7 @@ def measure(step, steps: int) -> float:
 
 
 def ours(job: dict) -> None:
-    from arriero.data.batches import DataConfig
+    from arriero.data.config import DataConfig
     from arriero.distributed.parallel.config import ParallelConfig
     from arriero.distributed.parallel.mesh import Ranks
     from arriero.train.recipe import Recipe

@@ -37,7 +37,8 @@ from arriero.checkpoint.formats.huggingface import write_huggingface
 from arriero.cli.bench.peak import matmul_peak
 from arriero.cli.bench.table import markdown, percent
 from arriero.common.device import describe
-from arriero.data.batches import Batches, DataConfig
+from arriero.data.batches import Batches
+from arriero.data.config import DataConfig
 from arriero.model.config import LlamaConfig
 from arriero.model.init import InitialWeights
 from arriero.observe.throughput import throughput

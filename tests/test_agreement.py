@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 import toy
 from arriero.common.errors import UserError
-from arriero.data.batches import Batches, DataConfig
+from arriero.data.batches import Batches
+from arriero.data.config import DataConfig
 from arriero.data.indexed import IndexedDataset, IndexedWriter
 from arriero.data.prefix import data_files, parse_prefix
-from arriero.distributed.launch.agreement import file_sample, input_changes, input_digests
+from arriero.train.facts import file_sample, input_changes, input_digests
 from arriero.train.recipe import Recipe
 
 NAMES = ("plain", "with blanks", "b[a]r", "star*", "what?", "it's", 'quo"te', "back\\slash", "0.7 A 0.3 B", "0.5",

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 from arriero.cli.main import dispatch
 from arriero.common.errors import UserError
+from arriero.common.text import ranges
 from arriero.distributed.launch import slurm
-from arriero.distributed.launch.agreement import differences, ranges
+from arriero.distributed.launch.agreement import differences
 from arriero.distributed.launch.launcher import LaunchConfig, resolve, take_place
 from arriero.distributed.launch.rendezvous import Meeting
 from test_variables import STEP

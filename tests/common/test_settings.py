@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arriero.cli.bench.command import BenchConfig
+from arriero.cli.launch_slurm import SlurmArgs
 from arriero.cli.main import VERBS
 from arriero.cli.pretrain import Start
 from arriero.common.errors import UserError
@@ -32,7 +33,6 @@ from arriero.common.ranges import (
 from arriero.common.settings import Setting, command_line_settings, parse, parse_verb, show_flags
 from arriero.common.suggest import OTHER_NAMES, suggestion
 from arriero.distributed.launch.launcher import LaunchConfig
-from arriero.distributed.launch.slurm import SlurmArgs
 from arriero.model.config import LlamaConfig
 from arriero.train.recipe import Recipe, file_settings
 

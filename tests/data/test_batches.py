@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from arriero.common.errors import UserError
-from arriero.data.batches import Batches, DataConfig
+from arriero.data.batches import Batches
 from arriero.data.check import check_data_against, size_notices
+from arriero.data.config import DataConfig
 from arriero.data.indexed import IndexedWriter
 from arriero.data.tokenizer import load_tokenizer
 

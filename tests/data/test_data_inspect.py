@@ -10,7 +10,8 @@ from small_inputs import write_records
 
 from arriero.cli.inspect.dataset import inspect, recognises
 from arriero.common.errors import UserError
-from arriero.data.batches import Batches, DataConfig
+from arriero.data.batches import Batches
+from arriero.data.config import DataConfig
 from arriero.data.indexed import IndexedDataset, IndexedWriter
 from arriero.data.manifest import read_manifest
 from arriero.data.prefetch import Prefetch

@@ -8,7 +8,8 @@ import pytest
 from small_inputs import RECORDS, write_records
 
 from arriero.common.errors import UserError
-from arriero.data.batches import Batches, DataConfig
+from arriero.data.batches import Batches
+from arriero.data.config import DataConfig
 from arriero.data.formats import BadRecordError, Template, load_template, make_format
 from arriero.data.indexed import IndexedDataset
 from arriero.data.instruct import best_fit

@@ -18,8 +18,9 @@ import toy
 from arriero.cli.inspect.dataset import inspect
 from arriero.cli.main import dispatch
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_USAGE, UserError
-from arriero.data.batches import Batches, DataConfig
+from arriero.data.batches import Batches
 from arriero.data.check import check_data_against
+from arriero.data.config import DataConfig
 from arriero.data.indexed import IndexedDataset, IndexedWriter
 
 SIZES = (34, 4 * 40, 8 * 40, 8 * 41)  # header, sizes, pointers, documents

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from arriero.common.errors import UserError
-from arriero.data.batches import Batches, DataConfig, parse_split
+from arriero.data.batches import Batches
 from arriero.data.check import batch_notices
+from arriero.data.config import DataConfig, parse_split
 from arriero.data.indexed import IndexedWriter
 from arriero.data.order import MegatronBlend, choose_documents
 from arriero.data.prefix import parse_prefix

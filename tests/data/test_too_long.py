@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from arriero.common.errors import UserError
-from arriero.data.batches import Batches, DataConfig
+from arriero.data.batches import Batches
+from arriero.data.config import DataConfig
 from arriero.data.indexed import IndexedWriter
-from arriero.data.instruct import INSTRUCTION_FIELDS
+from arriero.data.prefix import INSTRUCTION_FIELDS
 
 LENGTH = 8
 # (tokens, of which the last ones are learned): three fit, one loses 2 of its 3 answer tokens, one all 2, one 5 of 12

@@ -15,8 +15,9 @@ import toy
 from arriero.checkpoint.layout import committed
 from arriero.cli.main import dispatch
 from arriero.common.errors import EXIT_OK, EXIT_USAGE, UserError
-from arriero.data.batches import Batches, DataConfig
+from arriero.data.batches import Batches
 from arriero.data.check import batch_notices
+from arriero.data.config import DataConfig
 from arriero.data.indexed import IndexedWriter
 from arriero.data.instruct import InstructionSet
 from arriero.distributed.parallel.mesh import Ranks

@@ -13,7 +13,8 @@ from test_megatron_oracle import run_oracle
 import toy
 from arriero.checkpoint.formats.huggingface import write_huggingface
 from arriero.cli.convert import ConvertArgs, run
-from arriero.data.batches import Batches, DataConfig
+from arriero.data.batches import Batches
+from arriero.data.config import DataConfig
 from arriero.model.init import InitialWeights
 from arriero.train.schedule import ScheduleConfig, learning_rate
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 import toy
 from arriero.checkpoint.layout import committed
 from arriero.common.errors import UserError
-from arriero.data.batches import Batch, Batches
+from arriero.data.batch import Batch
+from arriero.data.batches import Batches
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.train.loop import Continuation, train
 from arriero.train.position import Position, SkippedSamples, position_of

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 import toy
-from arriero.data.batches import Batches, DataConfig
+from arriero.data.batches import Batches
+from arriero.data.config import DataConfig
 from arriero.model.config import LlamaConfig
 from arriero.observe.throughput import attended_length, throughput
 

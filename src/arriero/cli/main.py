@@ -37,7 +37,7 @@ VERBS = {
     "inspect": Verb("arriero.cli.inspect.command", "InspectArgs", "what a path is, and whether it is whole"),
     "pretrain": Verb("arriero.cli.pretrain", "", "train a recipe, on one process or many", "files"),
     "bench": Verb("arriero.cli.bench.command", "", "a recipe's speed here, the matmul peak, the best settings"),
-    "launch": Verb("arriero.distributed.launch.slurm", "", "a SLURM batch file for a recipe"),
+    "launch": Verb("arriero.cli.launch_slurm", "", "a SLURM batch file for a recipe"),
     "convert": Verb(
         "arriero.cli.convert", "ConvertArgs", "weights between Hugging Face, Megatron, AscendSpeed", "files"
     ),

@@ -22,7 +22,6 @@ from arriero.common.ranges import path_problem
 from arriero.common.text import printable, shown
 from arriero.data.check import batch_notices, check_data_against, size_notices
 from arriero.data.tokenizer import load_tokenizer
-from arriero.distributed.launch.agreement import file_sample, run_facts
 from arriero.distributed.launch.launcher import (
     LaunchConfig,
     Place,
@@ -39,6 +38,7 @@ from arriero.distributed.launch.worker import leave_last
 from arriero.distributed.parallel.compiled import compile_machine_problems
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.train.directory import out_problems, prepare_run_directory, record_problems, room
+from arriero.train.facts import file_sample, run_facts
 from arriero.train.loop import Continuation, train
 from arriero.train.memory import memory_problems
 from arriero.train.preflight import machine_problems

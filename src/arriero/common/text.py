@@ -38,3 +38,15 @@ def _escaped(text: str, *, keep: str) -> str:
         c if c in keep or unicodedata.category(c) not in _ESCAPED else c.encode("unicode_escape").decode("ascii")
         for c in text
     )
+
+
+def ranges(ranks: list[int]) -> str:
+    """[0, 1, 2, 5] -> "ranks 0-2, 5"."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and runs[-1][-1] == rank - 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"

@@ -6,7 +6,8 @@ from typing import Any
 
 from arriero.common.errors import UserError
 from arriero.common.text import shown
-from arriero.data.batches import Batches, DataConfig
+from arriero.data.batches import Batches
+from arriero.data.config import DataConfig
 from arriero.data.indexed import IndexedDataset
 from arriero.data.instruct import InstructionSet
 from arriero.data.manifest import manifest_of

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from arriero.common.errors import UserError
 from arriero.common.text import shown
+from arriero.data.config import TooLong
 from arriero.data.indexed import IndexedDataset
+from arriero.data.prefix import INSTRUCTION_FIELDS
 
 if TYPE_CHECKING:
-    from arriero.data.batches import Batch
+    from arriero.data.batch import Batch
 
-TooLong = Literal["cut", "drop", "error"]
-INSTRUCTION_FIELDS = ("input_ids", "attention_mask", "labels")
 _NO_LABEL = np.iinfo(np.int64).max
 PAD_ID = 0  # any id does: padding stands after the text, attention is causal, and no loss falls on it
 

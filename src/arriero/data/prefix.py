@@ -14,7 +14,6 @@ from pathlib import Path
 from arriero.common.errors import UserError
 from arriero.common.text import shown
 from arriero.data.indexed import bin_path, idx_path
-from arriero.data.instruct import INSTRUCTION_FIELDS
 
 FIX = 'write one prefix, or several, with a weight before each of them or before none: "0.7 A 0.3 B"'
 
@@ -109,3 +108,6 @@ def near(prefix: str) -> str:
     if not found:
         return "give the prefix that `arriero prepare` printed"
     return f"there is: {', '.join(map(shown, found[:5]))}"
+
+
+INSTRUCTION_FIELDS = ("input_ids", "attention_mask", "labels")

@@ -17,9 +17,9 @@ import arriero
 from arriero.common.text import shown
 from arriero.data.formats import BadRecordError, Format
 from arriero.data.indexed import IndexedWriter, best_dtype
-from arriero.data.instruct import INSTRUCTION_FIELDS
 from arriero.data.manifest import manifest_path, sha256_file, write_manifest
 from arriero.data.pipeline import Item, Place, Result, Work, in_order, units
+from arriero.data.prefix import INSTRUCTION_FIELDS
 from arriero.data.progress import Progress
 from arriero.data.quarantine import Quarantine, Tally, judge
 from arriero.data.readers import Bad, read_records

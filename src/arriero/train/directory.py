@@ -14,7 +14,7 @@ from arriero.common.files import make_directory, open_regular, why, write_atomic
 from arriero.common.text import shown
 from arriero.common.untrusted import inside, read_bytes
 from arriero.data.tokenizer import GENERATION, load_tokenizer
-from arriero.distributed.launch.agreement import flat
+from arriero.train.facts import flat
 from arriero.train.recipe import MAX_RECIPE_BYTES, Recipe, to_toml
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from arriero.common.errors import CheckFailed
-from arriero.distributed.launch.agreement import ranges
+from arriero.common.text import ranges
 from arriero.distributed.parallel.mesh import DIMENSIONS, Ranks
 
 WINDOW, FEWEST = 100, 20

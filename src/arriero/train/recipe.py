@@ -23,7 +23,7 @@ from arriero.common.ranges import PathText, path_problem, range_problems
 from arriero.common.settings import Setting, command_line_settings, field_types, parse, show_flags
 from arriero.common.text import shown
 from arriero.common.untrusted import read_text
-from arriero.data.batches import DataConfig
+from arriero.data.config import DataConfig
 from arriero.distributed.parallel.compiled import compile_layout_problems
 from arriero.distributed.parallel.config import ParallelConfig
 from arriero.distributed.parallel.float8 import float8_problems

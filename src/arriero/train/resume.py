@@ -11,8 +11,8 @@ from arriero.checkpoint.load import load_state
 from arriero.checkpoint.verify import verify_small
 from arriero.common.errors import UserError, nearest
 from arriero.common.text import shown
-from arriero.distributed.launch.agreement import flat, input_changes
 from arriero.model.config import LlamaConfig
+from arriero.train.facts import flat, input_changes
 from arriero.train.recipe import Recipe, file_settings, parse
 
 FREE = (

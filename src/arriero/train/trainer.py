@@ -25,7 +25,6 @@ from arriero.common.device import synchronize, take_device
 from arriero.common.errors import UserError
 from arriero.data.batches import Batches
 from arriero.data.prefetch import Prefetch
-from arriero.distributed.launch.agreement import input_digests
 from arriero.distributed.parallel.apply import build_parts, load_weights
 from arriero.distributed.parallel.mesh import BATCH, Ranks
 from arriero.distributed.parallel.microbatch import MicroBatch, micro_batch
@@ -34,6 +33,7 @@ from arriero.distributed.parallel.shards import local, shards
 from arriero.distributed.parallel.zero import cut_again, sum_gradients_now, watch_collectives
 from arriero.model.init import InitialWeights
 from arriero.observe.step_time import StepClock
+from arriero.train.facts import input_digests
 from arriero.train.guard import MOST_REWINDS, Replicated, Spikes, check_replicas
 from arriero.train.optim import MOMENTS, Optimizer
 from arriero.train.position import Position, position_of

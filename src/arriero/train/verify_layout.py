@@ -18,7 +18,7 @@ import numpy as np
 
 from arriero.checkpoint.load import CheckpointReader, find_checkpoint
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK
-from arriero.data.batches import DataConfig
+from arriero.data.config import DataConfig
 from arriero.data.indexed import IndexedWriter
 from arriero.distributed.launch.launcher import in_process_group, run_processes
 from arriero.distributed.parallel.config import ParallelConfig

@@ -22,8 +22,7 @@ from annotated_types import Interval
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory, open_regular
 from arriero.common.ranges import range_problems
-from arriero.common.text import shown
-from arriero.distributed.launch.agreement import ranges
+from arriero.common.text import ranges, shown
 from arriero.distributed.parallel.mesh import DIMENSIONS, Ranks
 
 FLOOR = 30.0

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from arriero.cli.bench.peak import matmul_peak
 from arriero.common.device import describe, device_name, peak_memory, resident_memory, synchronize
 from arriero.common.errors import UserError
-from arriero.data.batches import DataConfig
+from arriero.data.config import DataConfig
 from arriero.distributed.launch.launcher import (
     LaunchConfig,
     ProcessFailed,

@@ -1,25 +1,14 @@
-"""SLURM: what srun tells its tasks, and the batch file that `arriero launch slurm` prints."""
+"""SLURM: what srun tells its tasks about their place."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import shlex
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Annotated
-
-from annotated_types import Interval
 
 from arriero.common.environment import environment_number
-from arriero.common.errors import EXIT_OK, EXIT_STOPPED, UserError, nearest
-from arriero.common.files import make_directory, open_regular, why
-from arriero.common.ranges import PathText
-from arriero.common.text import printable, shown
-from arriero.distributed.launch.secret import VARIABLE
+from arriero.common.errors import UserError
+from arriero.common.text import shown
 from arriero.distributed.launch.worker import MOST_PROCESSES
 
 FIX = "srun sets the variables SLURM_*; where it has not started this, unset SLURM_STEP_NUM_TASKS"
@@ -28,127 +17,6 @@ MOST_NODES = 100_000
 _NUMBERS = r"[0-9]{1,15}(?:-[0-9]{1,15})?"
 _PART = rf"(?:[A-Za-z0-9._:-]+|\[{_NUMBERS}(?:,{_NUMBERS})*\])+"
 _COUNT = r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?"
-
-
-@dataclass(frozen=True)
-class SlurmArgs:
-    """`arriero launch slurm RECIPE --nodes N [--key.sub value ...]`."""
-
-    nodes: Annotated[int, Interval(ge=1, le=65_536)] = 1
-    """Machines."""
-    gpus_per_node: Annotated[int, Interval(ge=0, le=4096)] = 8
-    """Devices of each machine, one process each; 0 for a run on the CPU."""
-    tasks_per_node: Annotated[int, Interval(ge=0, le=4096)] = 0
-    """Processes of each machine where that is not the number of devices."""
-    cpus_per_task: Annotated[int, Interval(ge=0, le=65_536)] = 0
-    """Cores of each process; 0 for its share of the cores of the machine that makes the file."""
-    time: str = "1-00:00:00"
-    """Time limit, in SLURM's form days-hours:minutes:seconds."""
-    partition: str = ""
-    """Where to queue; empty leaves it to the cluster."""
-    run: Annotated[str, PathText] = ""
-    """Run directory; it replaces the recipe's `out`."""
-    out: Annotated[str, PathText] = ""
-    """Where to write the batch file; empty prints it."""
-
-
-def run(words: list[str]) -> int:
-    """Prints or writes the batch file, once the recipe is known to fit the machines."""
-    if not words or words[0] != "slurm" or {"-h", "--help"} & set(words):
-        return _help(words)
-    text, file = batch_file(words[1:])
-    if file:
-        make_directory(Path(file).parent, "name a file that can be written with --out")
-        try:
-            handle = open_regular(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, follow=True)
-            with open(handle, "w", encoding="utf-8") as out:
-                out.write(text)
-        except OSError as error:
-            raise UserError(f"--out {shown(file)}: {why(error)}", "name a file that can be written") from None
-        print(printable(f"wrote {file}; queue it with: sbatch {shlex.quote(file)}"))
-    else:
-        print(text, end="")
-    return EXIT_OK
-
-
-def _help(words: list[str]) -> int:
-    if words and words[0] not in ("slurm", "-h", "--help"):
-        raise UserError(f"launch: unknown kind '{shown(words[0])}'", nearest(words[0], ["slurm"]))
-    from arriero.train.recipe import show_flags
-
-    show_flags(SlurmArgs, "arriero launch slurm RECIPE")
-    return EXIT_OK
-
-
-def batch_file(words: list[str]) -> tuple[str, str]:
-    """The text of the batch file, and where it shall be written.
-
-    Raises:
-        UserError: the recipe is wrong, or it does not fit so many processes.
-    """
-    from arriero.cli.pretrain import read_command
-    from arriero.common.errors import join_problems
-    from arriero.train.recipe import command_line_settings, parse
-
-    named = [words[0]] if words and not words[0].startswith("-") else []
-    if not named:
-        raise UserError("no recipe named", "arriero launch slurm RECIPE --nodes N")
-    given = command_line_settings(words[1:])
-    own = {f.name for f in fields(SlurmArgs)}
-    args = parse(SlurmArgs, [s for s in given if s.key in own], prog="arriero launch slurm")
-    passed = [w for s in given if s.key not in own for w in (f"--{s.key}", *s.words)]
-    passed += ["--out", args.run] if args.run else []
-    recipe, _ = read_command(named + passed)
-    tasks = args.tasks_per_node or args.gpus_per_node
-    if tasks < 1:
-        raise UserError(
-            f"{args.nodes} nodes of {tasks} processes", "give --nodes and --gpus-per-node (or --tasks-per-node) from 1"
-        )
-    problems = _problems(args) or recipe.problems(args.nodes * tasks)
-    if problems:
-        raise join_problems(problems)
-    return _text(args, tasks, recipe.out, shlex.join(named + passed)), args.out
-
-
-def _problems(args: SlurmArgs) -> list[UserError]:
-    """What SLURM would not take, such as a line end, which would add a line to the file."""
-    found = []
-    if not re.fullmatch(r"[0-9]+(-[0-9]+)?(:[0-9]+){0,2}|UNLIMITED", args.time):
-        found.append(
-            UserError(f"--time is {shown(repr(args.time))}", "give days-hours:minutes:seconds, such as 1-12:00:00")
-        )
-    if not re.fullmatch(r"[\w.,+-]*", args.partition):
-        found.append(UserError(f"--partition is {shown(repr(args.partition))}", "give the name of a partition: sinfo"))
-    return found
-
-
-def _text(args: SlurmArgs, tasks: int, out: str, pretrain: str) -> str:
-    beside = Path(sys.executable).with_name("arriero")
-    program = shlex.quote(str(beside)) if beside.is_file() else f"{shlex.quote(sys.executable)} -m arriero"
-    cores = args.cpus_per_task or max(1, (os.cpu_count() or 1) // tasks)
-    name = re.sub(r"[^A-Za-z0-9._-]", "-", Path(out).name) or "arriero"
-    options = [f"--job-name={name}", f"--nodes={args.nodes}"]
-    options += [f"--ntasks-per-node={tasks}", f"--cpus-per-task={cores}"]
-    options += [f"--gpus-per-node={args.gpus_per_node}"] if args.gpus_per_node else []
-    options += [f"--time={args.time}"] + ([f"--partition={args.partition}"] if args.partition else [])
-    head = "\n".join(f"#SBATCH {option}" for option in options)
-    return f"""#!/bin/bash
-# {args.nodes} nodes of {tasks} processes of {cores} cores. The run directory and the data must be seen by every node.
-{head}
-#SBATCH --output=%x-%j.log
-#SBATCH --open-mode=append
-# After preemption or the loss of a node SLURM starts this file again; then it goes on from the newest checkpoint.
-#SBATCH --requeue
-# Two minutes before the time limit or preemption SIGUSR1 reaches every process: they save and exit with {EXIT_STOPPED}.
-#SBATCH --signal=USR1@120
-
-# The processes prove to each other that they know this.
-export {VARIABLE}=$(head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \\n')
-srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 {program} pretrain {pretrain} --resume auto
-status=$?
-if [ "$status" = {EXIT_STOPPED} ]; then scontrol requeue "$SLURM_JOB_ID"; fi
-exit "$status"
-"""
 
 
 def expand_hosts(text: str) -> list[str]:

@@ -24,8 +24,8 @@ from arriero.common.device import BACKENDS, process_group_backend, tune_allocato
 from arriero.common.environment import environment_number
 from arriero.common.errors import EXIT_USAGE, CheckFailed, UserError, as_user_error
 from arriero.common.signals import Interrupted, LoneListener
-from arriero.common.text import printable
-from arriero.distributed.launch.agreement import Disagreement, agree, ranges
+from arriero.common.text import printable, ranges
+from arriero.distributed.launch.agreement import Disagreement, agree
 from arriero.distributed.launch.cpu_affinity import place_process
 from arriero.distributed.launch.objects import refuse_pickled_objects
 from arriero.distributed.launch.secret import Secret

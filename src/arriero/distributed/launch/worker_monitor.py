@@ -34,7 +34,7 @@ STOPPED_AFTER = 10
 class Children:
     """A thread and the signal handlers of the starting process: ends children that stand still, has them save and stop.
 
-    common/signals.py tells what a signal means. SIGTERM does not end a stopped process, and the others would wait for it
+    common/signals.py tells what a signal means. SIGTERM does not end a stopped process: the others would wait for it
     until their collective times out. When the terminal stops the whole job (Ctrl-Z), this thread is stopped with it and
     counts nothing.
     """
