@@ -1,3 +1,5 @@
-"""arriero: pre-train LLaMA models, with the same numbers in every parallel layout."""
+"""Pre-train LLaMA models: one command line, one recipe file, the same numbers in every parallel layout."""
 
-__version__ = "0.1.0"
+from arriero.common.version import __version__
+
+__all__ = ["__version__"]

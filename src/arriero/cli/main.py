@@ -8,11 +8,11 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from arriero import __version__
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_USAGE, CheckFailed, UserError, as_user_error, nearest
 from arriero.common.output import OutputClosed, guarded_output
 from arriero.common.signals import Interrupted, interrupts
 from arriero.common.text import printable, shown
+from arriero.common.version import __version__
 
 
 @dataclass(frozen=True)

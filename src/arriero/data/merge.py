@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-import arriero
 from arriero.common.errors import EXIT_OK, UserError
 from arriero.common.text import shown
+from arriero.common.version import __version__
 from arriero.data.indexed import IndexedDataset, IndexedWriter, idx_path
 from arriero.data.manifest import RECORDS, manifest_path, read_manifest, verify, write_manifest
 
@@ -89,7 +89,7 @@ def merge(prefixes: list[str], out: str, *, overwrite: bool) -> int:
 def _joined(manifests: list[dict[str, Any]], prefixes: list[str], outputs: dict[str, Any]) -> dict[str, Any]:
     total = {key: sum(m["records"][key] for m in manifests) for key in RECORDS}
     return {
-        "arriero": arriero.__version__,
+        "arriero": __version__,
         "tokenizer": manifests[0]["tokenizer"],
         "request": {"merge": [m["request"] for m in manifests]},
         "options": {"merge": prefixes},

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-import arriero
 from arriero.common.text import shown
+from arriero.common.version import __version__
 from arriero.data.formats import BadRecordError, Format
 from arriero.data.indexed import IndexedWriter, best_dtype
 from arriero.data.manifest import manifest_path, sha256_file, write_manifest
@@ -162,7 +162,7 @@ def _take(result: Result, writers: list[IndexedWriter], tally: Tally) -> None:
 def _manifest(job: Job, hashes: list[str], tally: Tally, outputs: dict[str, Any]) -> dict[str, Any]:
     tokenizer = job.tokenizer
     return {
-        "arriero": arriero.__version__,
+        "arriero": __version__,
         "tokenizer": {
             "path": str(tokenizer.path),
             "fingerprint": tokenizer.fingerprint,

@@ -8,8 +8,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arriero import __version__
 from arriero.common.files import open_regular
+from arriero.common.version import __version__
 from arriero.data.prefix import data_files, parse_prefix
 
 if TYPE_CHECKING:

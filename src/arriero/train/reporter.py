@@ -19,13 +19,13 @@ from typing import Annotated, Any, Literal
 import torch
 from annotated_types import Interval
 
-from arriero import __version__
 from arriero.checkpoint.save import Saved
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory, why, write_atomic
 from arriero.common.output import new_notes
 from arriero.common.ranges import range_problems
 from arriero.common.text import printable, shown
+from arriero.common.version import __version__
 from arriero.model.config import LlamaConfig
 from arriero.observe.figure import loss_figure
 from arriero.observe.lines import LineFile, Trouble

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from arriero import __version__
 from arriero.checkpoint.formats.huggingface import open_huggingface
 from arriero.checkpoint.layout import DAMAGED, STATE, step_directory
 from arriero.checkpoint.load import CheckpointReader, load_state, newest_that_verifies
@@ -23,6 +22,7 @@ from arriero.checkpoint.parts import Part
 from arriero.checkpoint.save import Saver
 from arriero.common.device import synchronize, take_device
 from arriero.common.errors import UserError
+from arriero.common.version import __version__
 from arriero.data.batches import Batches
 from arriero.data.prefetch import Prefetch
 from arriero.distributed.parallel.apply import build_parts, load_weights
