@@ -19,6 +19,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # A hundred kills of a run on 2 x tensor and 2 x data parallel processes: twenty-three minutes on two busy cores.
 torture: $(VENV)/.demo

@@ -15,8 +15,8 @@ from weights_helpers import TINY, VARIANTS, assert_same, random_weights, save_hf
 
 from arriero.checkpoint.formats.huggingface import open_huggingface
 from arriero.checkpoint.formats.megatron_args import beyond_megatron, saved_arguments
-from arriero.checkpoint.formats.open_model import open_model
 from arriero.checkpoint.formats.rank_table import Cut
+from arriero.checkpoint.open_model import open_model
 from arriero.cli import convert
 from arriero.cli.convert import ConvertArgs, run
 from arriero.common.errors import CheckFailed, UserError

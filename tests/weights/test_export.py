@@ -6,8 +6,8 @@ import transformers
 from weights_helpers import TINY, VARIANTS, assert_same, random_weights, save_hf, unchanged
 
 from arriero.checkpoint.formats.huggingface import open_huggingface
-from arriero.checkpoint.formats.open_model import load_model, open_model
 from arriero.checkpoint.layout import TEMPORARY, commit, step_directory
+from arriero.checkpoint.open_model import load_model, open_model
 from arriero.checkpoint.parts import Part, data_file, write_parts
 from arriero.cli.export import ExportArgs, run
 from arriero.common.errors import UserError

@@ -9,7 +9,7 @@ import torch
 from weights_helpers import TINY, VARIANTS, assert_same, random_weights, save_hf
 
 from arriero.checkpoint.formats.foreign_config import ConfigHints
-from arriero.checkpoint.formats.open_model import open_model
+from arriero.checkpoint.open_model import open_model
 from arriero.cli.convert import ConvertArgs, run
 from arriero.common.errors import UserError
 

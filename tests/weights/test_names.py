@@ -12,7 +12,7 @@ from weights_helpers import TINY, assert_same, random_weights, save_hf
 
 from arriero.checkpoint.formats.huggingface import open_huggingface, write_config
 from arriero.checkpoint.formats.names import CONTAINERS, WRAPPERS, plain_names
-from arriero.checkpoint.formats.open_model import open_model
+from arriero.checkpoint.open_model import open_model
 from arriero.common.errors import UserError
 
 TIED = replace(TINY, tie_word_embeddings=True)

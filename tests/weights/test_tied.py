@@ -19,7 +19,7 @@ from arriero.checkpoint.formats.huggingface import (
     write_config,
     write_huggingface,
 )
-from arriero.checkpoint.formats.open_model import build, open_model
+from arriero.checkpoint.open_model import build, open_model
 from arriero.checkpoint.tensors.held import DictReader
 from arriero.cli import convert, export
 from arriero.cli.convert import ConvertArgs

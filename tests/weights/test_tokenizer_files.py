@@ -14,7 +14,7 @@ from weights_helpers import TINY, assert_same, random_weights, save_hf
 
 from arriero.checkpoint.formats.foreign_config import ConfigHints
 from arriero.checkpoint.formats.huggingface import copy_tokenizer
-from arriero.checkpoint.formats.open_model import end_ids, open_model
+from arriero.checkpoint.open_model import end_ids, open_model
 from arriero.cli import convert, export, generate
 from arriero.cli.convert import ConvertArgs
 from arriero.cli.export import ExportArgs

@@ -21,9 +21,9 @@ from arriero.checkpoint.formats.foreign_config import ConfigHints
 from arriero.checkpoint.formats.huggingface import bytes_as, plan_safetensors, write_beside
 from arriero.checkpoint.formats.megatron_args import beyond_megatron, saved_arguments, start_flags
 from arriero.checkpoint.formats.megatron_write import RankFormat, plan_ranks
-from arriero.checkpoint.formats.open_model import Opened, open_model
 from arriero.checkpoint.formats.progress import Progress
 from arriero.checkpoint.formats.rank_table import Cut, check_cut, padded
+from arriero.checkpoint.open_model import Opened, open_model
 from arriero.checkpoint.tensors.transfer import new_directory, transfer
 from arriero.checkpoint.tensors.values import fingerprint
 from arriero.common.errors import EXIT_OK, CheckFailed, UserError, join_problems

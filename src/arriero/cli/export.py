@@ -11,8 +11,8 @@ from annotated_types import Interval
 from tyro.conf import Positional
 
 from arriero.checkpoint.formats.huggingface import open_huggingface, write_huggingface
-from arriero.checkpoint.formats.open_model import build, open_model
 from arriero.checkpoint.formats.progress import Progress
+from arriero.checkpoint.open_model import build, open_model
 from arriero.checkpoint.tensors.stream import PieceReader, torch_dtype
 from arriero.checkpoint.tensors.transfer import read_fingerprints
 from arriero.checkpoint.tensors.values import fingerprint

@@ -59,7 +59,7 @@ def run(args: GenerateArgs) -> int:
         raise join_problems(problems)
     import torch
 
-    from arriero.checkpoint.formats.open_model import build, end_ids, open_model
+    from arriero.checkpoint.open_model import build, end_ids, open_model
     from arriero.data.tokenizer import load_tokenizer
 
     opened = open_model(args.model)

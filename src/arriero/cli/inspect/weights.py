@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from arriero.checkpoint.formats.huggingface import open_file
-from arriero.checkpoint.formats.open_model import detect, open_model
 from arriero.checkpoint.formats.progress import Progress
+from arriero.checkpoint.open_model import detect, open_model
 from arriero.checkpoint.tensors.stream import Assembly
 from arriero.checkpoint.tensors.transfer import read_fingerprints
 from arriero.checkpoint.tensors.values import fingerprint
