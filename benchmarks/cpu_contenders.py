@@ -63,9 +63,8 @@ def arriero(job: Job, *, compiled: bool = False) -> None:
 def _arriero(job: Job, *, compiled: bool) -> None:
     from arriero.data.config import DataConfig
     from arriero.distributed.parallel.mesh import Ranks
-    from arriero.train.optim import OptimConfig
+    from arriero.train.config import OptimConfig, ScheduleConfig
     from arriero.train.recipe import Recipe
-    from arriero.train.schedule import ScheduleConfig
     from arriero.train.trainer import Trainer
 
     keys: dict[str, Any] = {"compile": compiled} if can_compile() else {}

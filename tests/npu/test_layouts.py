@@ -17,9 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from arriero.distributed.parallel.apply import build_parts
-from arriero.distributed.parallel.config import ParallelConfig
+from arriero.distributed.parallel.config import ParallelConfig, RecomputeConfig
 from arriero.distributed.parallel.mesh import Ranks
-from arriero.distributed.parallel.recompute import RecomputeConfig
 from toy import CONFIG
 
 WORLD = 8

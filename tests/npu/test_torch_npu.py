@@ -22,7 +22,8 @@ from arriero.common import device
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.model import npu, ops
 from arriero.model.llama import Llama
-from arriero.train.optim import OptimConfig, Optimizer
+from arriero.train.config import OptimConfig
+from arriero.train.optim import Optimizer
 from toy import CONFIG
 
 TWINS = ("npu_fusion_attention", "npu_rms_norm", "npu_rotary_mul", "npu_swiglu")

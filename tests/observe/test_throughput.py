@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from arriero.common import device
 from arriero.common.errors import UserError
-from arriero.distributed.parallel.config import ParallelConfig
-from arriero.distributed.parallel.recompute import RecomputeConfig, apply_recompute
+from arriero.distributed.parallel.config import ParallelConfig, RecomputeConfig
+from arriero.distributed.parallel.recompute import apply_recompute
 from arriero.model.config import LlamaConfig, parameter_shapes
 from arriero.model.llama import Llama
 from arriero.observe.throughput import (

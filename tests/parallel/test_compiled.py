@@ -15,8 +15,9 @@ from cases import case, launch, pipe, settings
 import toy
 from arriero.cli import main as cli
 from arriero.distributed.parallel import compiled
-from arriero.distributed.parallel.compiled import compile_layout_problems, compile_machine_problems
 from arriero.distributed.parallel.config import ParallelConfig
+from arriero.distributed.parallel.limits import compile_layout_problems
+from arriero.train.preflight import compile_machine_problems
 
 pytestmark = pytest.mark.timeout(1800)
 CASES: dict[str, tuple[int, dict[str, Any]]] = {

@@ -25,9 +25,8 @@ from arriero.common import device
 from arriero.common.device import float8_units
 from arriero.common.errors import EXIT_OK, EXIT_USAGE, UserError
 from arriero.distributed.parallel import apply, float8
-from arriero.distributed.parallel.config import ParallelConfig
+from arriero.distributed.parallel.config import ParallelConfig, RecomputeConfig
 from arriero.distributed.parallel.mesh import Ranks
-from arriero.distributed.parallel.recompute import RecomputeConfig
 from arriero.model.llama import Llama
 from arriero.train.recipe import Recipe, file_settings, parse
 from arriero.train.trainer import Trainer

@@ -11,10 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arriero.distributed.parallel import config
-from arriero.distributed.parallel.config import ParallelConfig
+from arriero.distributed.parallel.config import ParallelConfig, RecomputeConfig, stage_layers
 from arriero.distributed.parallel.context import positions_of
-from arriero.distributed.parallel.pipeline import stage_layers, stages_of
-from arriero.distributed.parallel.recompute import RecomputeConfig
+from arriero.distributed.parallel.pipeline import stages_of
 from arriero.model.config import LlamaConfig, RopeScaling
 
 LLAMA_33B = LlamaConfig(

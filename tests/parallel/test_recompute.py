@@ -10,7 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import toy
-from arriero.distributed.parallel.recompute import RecomputeConfig, apply_recompute
+from arriero.distributed.parallel.config import RecomputeConfig
+from arriero.distributed.parallel.recompute import apply_recompute
 from arriero.model.llama import Llama
 from arriero.train.precision import forward_in
 

@@ -16,7 +16,8 @@ from arriero.cli.convert import ConvertArgs, run
 from arriero.data.batches import Batches
 from arriero.data.config import DataConfig
 from arriero.model.init import InitialWeights
-from arriero.train.schedule import ScheduleConfig, learning_rate
+from arriero.train.config import ScheduleConfig
+from arriero.train.schedule import learning_rate
 
 CONFIG = replace(toy.CONFIG, vocab_size=260, num_hidden_layers=4)
 

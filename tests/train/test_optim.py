@@ -11,7 +11,8 @@ from arriero.common import device
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
-from arriero.train.optim import OptimConfig, Optimizer
+from arriero.train.config import OptimConfig
+from arriero.train.optim import Optimizer
 
 CONFIG = LlamaConfig(
     vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,

@@ -26,10 +26,11 @@ from arriero.distributed.parallel.mesh import Ranks
 from arriero.observe.events import Events
 from arriero.observe.profile import Profile
 from arriero.train import reporter as reporter_module
+from arriero.train.config import WatchConfig
 from arriero.train.directory import prepare_run_directory
 from arriero.train.recipe import Recipe, file_settings, parse
 from arriero.train.reporter import Reporter, StepResult
-from arriero.train.watch import WatchConfig, Watchdog
+from arriero.train.watch import Watchdog
 from toy import CONFIG
 
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink", "os.chmod")

@@ -10,7 +10,8 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arriero.train.schedule import ScheduleConfig, learning_rate, moved_rate
+from arriero.train.config import ScheduleConfig
+from arriero.train.schedule import learning_rate, moved_rate
 
 BASE = ScheduleConfig(lr=1.0, min_lr=0.1, warmup_steps=10)
 

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 from arriero.distributed.parallel.mesh import Ranks
-from arriero.train.watch import WatchConfig, Watchdog
+from arriero.train.config import WatchConfig
+from arriero.train.watch import Watchdog
 
 
 def test_the_limit_follows_the_median_but_never_below_its_floor(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def _devices() -> Iterator[Finding]:
 
 
 def _compiler() -> Finding:
-    from arriero.distributed.parallel.compiled import compile_machine_problems, compiler
+    from arriero.train.preflight import compile_machine_problems, compiler
 
     kind = device_type()
     problems = compile_machine_problems(kind)

@@ -35,13 +35,12 @@ from arriero.distributed.launch.launcher import (
 )  # fmt: skip
 from arriero.distributed.launch.secret import Secret
 from arriero.distributed.launch.worker import leave_last
-from arriero.distributed.parallel.compiled import compile_machine_problems
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.train.directory import out_problems, prepare_run_directory, record_problems, room
 from arriero.train.facts import file_sample, run_facts
 from arriero.train.loop import Continuation, train
 from arriero.train.memory import memory_problems
-from arriero.train.preflight import machine_problems
+from arriero.train.preflight import compile_machine_problems, machine_problems
 from arriero.train.recipe import (
     Recipe,
     Setting,

@@ -9,7 +9,7 @@ from annotated_types import Interval
 
 from arriero.common.errors import UserError
 from arriero.common.ranges import range_problems
-from arriero.distributed.parallel.float8 import Float8Recipe
+from arriero.distributed.parallel.config import Float8Recipe
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -79,3 +79,89 @@ class TrainConfig:
     def accumulation(self, data_parallel: int) -> int:
         """Micro-batches a step on each data-parallel rank."""
         return self.global_batch // max(1, self.micro_batch * data_parallel)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW's constants."""
+
+    betas: tuple[Annotated[float, Interval(ge=0, lt=1)], Annotated[float, Interval(ge=0, lt=1)]] = (0.9, 0.95)
+    """Decay of the first and the second moment."""
+    eps: Annotated[float, Interval(ge=1e-30, le=1)] = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Interval(ge=0, le=10)] = 0.1
+    """Decoupled decay of matrices; norms and biases are exempt."""
+    offload: bool = False
+    """Keep moments and masters in the CPU's memory and update there: slower, and room for a larger model."""
+
+    def problems(self) -> list[UserError]:
+        """All that is impossible about it."""
+        return range_problems(self, "optim.{}".format)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Warm-up, then a shape that ends at `min_lr`."""
+
+    shape: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """After warm-up: cosine or linear down to min_lr; constant; wsd: constant, then linear over the last part."""
+    lr: Annotated[float, Interval(ge=0, le=10)] = 3e-4
+    """The highest learning rate."""
+    min_lr: Annotated[float, Interval(ge=0, le=10)] = 3e-5
+    """The lowest, after the decay."""
+    warmup_steps: Annotated[int, Interval(ge=0, le=1_000_000_000)] = 0
+    """Steps of linear warm-up from 0; excludes warmup_fraction."""
+    warmup_fraction: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    """Warm-up as a part of decay_steps, 0 to 1; excludes warmup_steps."""
+    decay_steps: Annotated[int, Interval(ge=0, le=1_000_000_000)] = 0
+    """The step at which min_lr is reached; 0 means the last step of the run."""
+    wsd_decay_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.1
+    """wsd only: the part of decay_steps that the final decay takes."""
+
+    def problems(self) -> list[UserError]:
+        """All that is impossible about it."""
+        found = range_problems(self, "schedule.{}".format)
+        if self.warmup_steps and self.warmup_fraction:
+            found.append(UserError("schedule.warmup_steps and schedule.warmup_fraction are both set", "keep one"))
+        if self.min_lr > self.lr:
+            fix = "give 0 <= min_lr <= lr"
+            found.append(UserError(f"schedule.min_lr {self.min_lr} and schedule.lr {self.lr} do not fit", fix))
+        return found
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is printed."""
+
+    style: Literal["arriero", "megatron"] = "arriero"
+    """arriero: AscendSpeed's fields and more; megatron: Megatron-LM's exact line, for scripts that read it."""
+    every: Annotated[int, Interval(ge=1, le=1_000_000_000)] = 1
+    """Steps between printed lines; metrics.jsonl has every step."""
+    peak_tflops: Annotated[float, Interval(ge=0, le=1e6)] = 0.0
+    """Matmul peak of one device in TFLOP/s, for MFU; 0 takes the known value of the device, if any."""
+
+    profile: str = ""
+    """Steps to profile, first and last, from 1: "10:13" writes profile/rank-N.json (Chrome's format) into the run;
+    --profile steps=10:13 is the same."""
+
+    def problems(self) -> list[UserError]:
+        """All that is impossible about it."""
+        return range_problems(self, "log.{}".format)
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """When a step counts as stuck, and a process as slow."""
+
+    seconds: Annotated[float, Interval(ge=0, le=1e6)] = 300.0
+    """A step that takes longer has every process write its stacks to stacks/ in the run directory; 0 turns it off."""
+    times: Annotated[float, Interval(ge=0, le=1e6)] = 20.0
+    """Likewise a step that takes this many times the median of the last ones, and more than 30 seconds; 0: not."""
+    every: Annotated[int, Interval(ge=0, le=1_000_000_000)] = 10
+    """Steps between two comparisons of the processes' own time; 0 for none."""
+    slow: Annotated[float, Interval(gt=1, le=1e6)] = 1.5
+    """A process is called slow in the log when its own time is this many times the median's."""
+
+    def problems(self) -> list[UserError]:
+        """All that is impossible about it."""
+        return range_problems(self, "watch.{}".format)

@@ -7,39 +7,17 @@ over processes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated
 
 import torch
-from annotated_types import Interval
 from torch import Tensor, nn
 
 from arriero.common.device import fused_update_divides
-from arriero.common.errors import UserError
-from arriero.common.ranges import range_problems
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.distributed.parallel.shards import Shard, local, local_gradient, shards
 from arriero.model.llama import Llama
+from arriero.train.config import OptimConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """AdamW's constants."""
-
-    betas: tuple[Annotated[float, Interval(ge=0, lt=1)], Annotated[float, Interval(ge=0, lt=1)]] = (0.9, 0.95)
-    """Decay of the first and the second moment."""
-    eps: Annotated[float, Interval(ge=1e-30, le=1)] = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: Annotated[float, Interval(ge=0, le=10)] = 0.1
-    """Decoupled decay of matrices; norms and biases are exempt."""
-    offload: bool = False
-    """Keep moments and masters in the CPU's memory and update there: slower, and room for a larger model."""
-
-    def problems(self) -> list[UserError]:
-        """All that is impossible about it."""
-        return range_problems(self, "optim.{}".format)
 
 
 class Optimizer:

@@ -24,17 +24,11 @@ from arriero.common.settings import Setting, command_line_settings, field_types,
 from arriero.common.text import shown
 from arriero.common.untrusted import read_text
 from arriero.data.config import DataConfig
-from arriero.distributed.parallel.compiled import compile_layout_problems
-from arriero.distributed.parallel.config import ParallelConfig
-from arriero.distributed.parallel.float8 import float8_problems
-from arriero.distributed.parallel.recompute import RecomputeConfig
+from arriero.distributed.parallel.config import ParallelConfig, RecomputeConfig
+from arriero.distributed.parallel.limits import compile_layout_problems, float8_problems
 from arriero.model.config import LlamaConfig
 from arriero.observe.profile import profile_problems
-from arriero.train.config import TrainConfig
-from arriero.train.optim import OptimConfig
-from arriero.train.reporter import LogConfig
-from arriero.train.schedule import ScheduleConfig
-from arriero.train.watch import WatchConfig
+from arriero.train.config import LogConfig, OptimConfig, ScheduleConfig, TrainConfig, WatchConfig
 
 __all__ = ["Recipe", "Setting", "bundled_directory", "command_line_settings", "field_types", "file_settings",
            "find_bundled", "parse", "show_flags", "to_toml"]  # fmt: skip

@@ -14,16 +14,14 @@ from collections import deque
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from annotated_types import Interval
 
 from arriero.checkpoint.save import Saved
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory, why, write_atomic
 from arriero.common.output import new_notes
-from arriero.common.ranges import range_problems
 from arriero.common.text import printable, shown
 from arriero.common.version import __version__
 from arriero.model.config import LlamaConfig
@@ -33,28 +31,8 @@ from arriero.observe.logline import arriero_line, megatron_line, validation_line
 from arriero.observe.metrics import MetricsWriter, RankMetrics, StepMetrics, ValidationMetrics
 from arriero.observe.step_time import BETWEEN, IN_STEP
 from arriero.observe.throughput import peak_flops, throughput
-from arriero.train.config import TrainConfig
+from arriero.train.config import LogConfig, TrainConfig
 from arriero.train.watch import Slowest
-
-
-@dataclass(frozen=True)
-class LogConfig:
-    """What is printed."""
-
-    style: Literal["arriero", "megatron"] = "arriero"
-    """arriero: AscendSpeed's fields and more; megatron: Megatron-LM's exact line, for scripts that read it."""
-    every: Annotated[int, Interval(ge=1, le=1_000_000_000)] = 1
-    """Steps between printed lines; metrics.jsonl has every step."""
-    peak_tflops: Annotated[float, Interval(ge=0, le=1e6)] = 0.0
-    """Matmul peak of one device in TFLOP/s, for MFU; 0 takes the known value of the device, if any."""
-
-    profile: str = ""
-    """Steps to profile, first and last, from 1: "10:13" writes profile/rank-N.json (Chrome's format) into the run;
-    --profile steps=10:13 is the same."""
-
-    def problems(self) -> list[UserError]:
-        """All that is impossible about it."""
-        return range_problems(self, "log.{}".format)
 
 
 @dataclass(frozen=True)

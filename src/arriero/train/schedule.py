@@ -3,43 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import Annotated, Literal
+from dataclasses import fields
 
-from annotated_types import Interval
-
-from arriero.common.errors import UserError
-from arriero.common.ranges import range_problems
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """Warm-up, then a shape that ends at `min_lr`."""
-
-    shape: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """After warm-up: cosine or linear down to min_lr; constant; wsd: constant, then linear over the last part."""
-    lr: Annotated[float, Interval(ge=0, le=10)] = 3e-4
-    """The highest learning rate."""
-    min_lr: Annotated[float, Interval(ge=0, le=10)] = 3e-5
-    """The lowest, after the decay."""
-    warmup_steps: Annotated[int, Interval(ge=0, le=1_000_000_000)] = 0
-    """Steps of linear warm-up from 0; excludes warmup_fraction."""
-    warmup_fraction: Annotated[float, Interval(ge=0, lt=1)] = 0.0
-    """Warm-up as a part of decay_steps, 0 to 1; excludes warmup_steps."""
-    decay_steps: Annotated[int, Interval(ge=0, le=1_000_000_000)] = 0
-    """The step at which min_lr is reached; 0 means the last step of the run."""
-    wsd_decay_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.1
-    """wsd only: the part of decay_steps that the final decay takes."""
-
-    def problems(self) -> list[UserError]:
-        """All that is impossible about it."""
-        found = range_problems(self, "schedule.{}".format)
-        if self.warmup_steps and self.warmup_fraction:
-            found.append(UserError("schedule.warmup_steps and schedule.warmup_fraction are both set", "keep one"))
-        if self.min_lr > self.lr:
-            fix = "give 0 <= min_lr <= lr"
-            found.append(UserError(f"schedule.min_lr {self.min_lr} and schedule.lr {self.lr} do not fit", fix))
-        return found
+from arriero.train.config import ScheduleConfig
 
 
 def learning_rate(config: ScheduleConfig, step: int, steps: int) -> float:

@@ -21,9 +21,8 @@ from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK
 from arriero.data.config import DataConfig
 from arriero.data.indexed import IndexedWriter
 from arriero.distributed.launch.launcher import in_process_group, run_processes
-from arriero.distributed.parallel.config import ParallelConfig
+from arriero.distributed.parallel.config import ParallelConfig, RecomputeConfig
 from arriero.distributed.parallel.mesh import Ranks
-from arriero.distributed.parallel.recompute import RecomputeConfig
 from arriero.train.recipe import Recipe
 from arriero.train.trainer import Trainer
 

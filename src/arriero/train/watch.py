@@ -14,16 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO, Annotated
+from typing import IO
 
 import torch
-from annotated_types import Interval
 
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory, open_regular
-from arriero.common.ranges import range_problems
 from arriero.common.text import ranges, shown
 from arriero.distributed.parallel.mesh import DIMENSIONS, Ranks
+from arriero.train.config import WatchConfig
 
 FLOOR = 30.0
 """Seconds below which `watch.times` never calls a step too long: short steps vary by more than a factor."""
@@ -31,24 +30,6 @@ HELD = 10.0
 """Seconds beyond the limit after which faulthandler dumps, if the watchdog's thread could not."""
 GRACE = 2.0
 """Seconds that the first process gives the others to write their stacks before it reads them."""
-
-
-@dataclass(frozen=True)
-class WatchConfig:
-    """When a step counts as stuck, and a process as slow."""
-
-    seconds: Annotated[float, Interval(ge=0, le=1e6)] = 300.0
-    """A step that takes longer has every process write its stacks to stacks/ in the run directory; 0 turns it off."""
-    times: Annotated[float, Interval(ge=0, le=1e6)] = 20.0
-    """Likewise a step that takes this many times the median of the last ones, and more than 30 seconds; 0: not."""
-    every: Annotated[int, Interval(ge=0, le=1_000_000_000)] = 10
-    """Steps between two comparisons of the processes' own time; 0 for none."""
-    slow: Annotated[float, Interval(gt=1, le=1e6)] = 1.5
-    """A process is called slow in the log when its own time is this many times the median's."""
-
-    def problems(self) -> list[UserError]:
-        """All that is impossible about it."""
-        return range_problems(self, "watch.{}".format)
 
 
 class Watchdog:

@@ -13,8 +13,9 @@ from arriero.common.errors import CheckFailed, UserError
 from arriero.common.files import write_atomic
 from arriero.common.text import shown
 from arriero.distributed.launch.launcher import LaunchConfig
-from arriero.distributed.parallel.compiled import compile_layout_problems, compile_machine_problems
-from arriero.distributed.parallel.recompute import RecomputeConfig
+from arriero.distributed.parallel.config import RecomputeConfig
+from arriero.distributed.parallel.limits import compile_layout_problems
+from arriero.train.preflight import compile_machine_problems
 from arriero.train.recipe import Recipe, to_toml
 
 POLICIES = (

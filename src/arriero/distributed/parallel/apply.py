@@ -14,12 +14,12 @@ from torch import nn
 from arriero.common.device import float8_units
 from arriero.common.errors import UserError
 from arriero.distributed.parallel.compiled import apply_compile
-from arriero.distributed.parallel.config import ParallelConfig
+from arriero.distributed.parallel.config import Float8Recipe, ParallelConfig, RecomputeConfig
 from arriero.distributed.parallel.context import apply_context_parallel
-from arriero.distributed.parallel.float8 import Float8Recipe, apply_float8
+from arriero.distributed.parallel.float8 import apply_float8
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.distributed.parallel.pipeline import cut_stage, stages_of
-from arriero.distributed.parallel.recompute import RecomputeConfig, apply_recompute
+from arriero.distributed.parallel.recompute import apply_recompute
 from arriero.distributed.parallel.shards import is_dtensor, local, shards
 from arriero.distributed.parallel.zero import apply_zero
 from arriero.model.config import LlamaConfig

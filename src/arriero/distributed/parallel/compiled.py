@@ -7,19 +7,11 @@ where recompute.mode "first" makes two kinds of layers.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
-import sysconfig
 from functools import partial
-from pathlib import Path
-from sys import version_info
 
 import torch
 from torch import Tensor, nn
 
-from arriero.common.errors import UserError
-from arriero.distributed.parallel.config import ZERO_BUBBLE, ParallelConfig
 from arriero.model.head import loss_and_gradient, summed_loss
 from arriero.model.llama import Llama
 
@@ -48,38 +40,3 @@ def _arrived(module: nn.Module, inputs: object, out: Tensor) -> Tensor:
     from torch.distributed._functional_collectives import AsyncCollectiveTensor  # imports DTensors: a second
 
     return out.clone() if isinstance(out, AsyncCollectiveTensor) else out
-
-
-def compile_layout_problems(parallel: ParallelConfig) -> list[UserError]:
-    """Layouts whose layers cannot be compiled."""
-    if parallel.pipeline_parallel == 1 or parallel.pipeline_schedule not in ZERO_BUBBLE:
-        return []
-    # The backward pass is run in halves; a compiled layer has one that frees its buffers when it is first run.
-    what = f"train.compile does not work with parallel.pipeline_schedule {parallel.pipeline_schedule}"
-    return [UserError(what, "use 1F1B, GPipe, Interleaved1F1B or LoopedBFS, or leave train.compile out")]
-
-
-def compile_machine_problems(kind: str) -> list[UserError]:
-    """What this machine lacks for compilation on a device of this kind."""
-    if kind == "npu":
-        return [UserError("train.compile has not been tried on npu", "leave it out")]
-    lacking = {
-        "a C++ compiler (install g++, or name it in CXX)" if kind == "cpu" else "a C compiler (install gcc)":
-            compiler(kind),
-        f"Python's headers (install python{version_info.major}.{version_info.minor}-dev)":
-            (Path(sysconfig.get_path("include")) / "Python.h").exists(),
-        "Triton (pip install triton)": kind == "cpu" or importlib.util.find_spec("triton"),
-    }  # fmt: skip
-    needed = [what for what, there in lacking.items() if not there]
-    fix = "mend that, or leave train.compile out"
-    return [UserError(f"train.compile needs {', '.join(needed)}", fix)] if needed else []
-
-
-def compiler(kind: str) -> str:
-    """The program that torch.compile builds kernels with on this kind of device; empty where there is none.
-
-    On the CPU that is CXX, else g++; on CUDA, Triton builds its launchers with CC, gcc or clang. Nothing here may touch
-    the device: processes are forked later.
-    """
-    names = (os.environ.get("CXX", "g++"),) if kind == "cpu" else (os.environ.get("CC", ""), "gcc", "clang")
-    return next((found for name in names if name and (found := shutil.which(name))), "")

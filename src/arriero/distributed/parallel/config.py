@@ -175,3 +175,58 @@ def _context_problems(config: ParallelConfig, model: LlamaConfig, length: int) -
     if degree > 1 and model.rope_scaling.rope_type == "dynamic":
         found.append(UserError("context parallelism with dynamic rope_scaling is not supported", "use another layout"))
     return found
+
+
+Float8Recipe = Literal["none", "tensorwise", "rowwise", "rowwise_with_gw_hp"]
+
+
+@dataclass(frozen=True)
+class RecomputeConfig:
+    """Which layers compute their activations twice to save memory."""
+
+    mode: Literal["none", "selective", "full", "first"] = "none"
+    """none; full: every layer; first: the first layers of each stage, see first_layers; selective: in every layer all
+    but the operators in `keep`."""
+    first_layers: Annotated[tuple[Annotated[int, Interval(ge=0, le=1000)], ...], Len(0, 1000)] = ()
+    """first only: recomputed layers of each stage in order, such as 3 2 1 0; one number holds for every stage."""
+    keep: tuple[Literal["matmul", "attention"], ...] = ("matmul", "attention")
+    """selective only: operators whose results are kept."""
+
+    def layers(self, parallel: ParallelConfig, layers: int) -> int:
+        """How many of the model's `layers` are recomputed, all stages together."""
+        if self.mode != "first":
+            return 0 if self.mode == "none" else layers
+        stages = [len(stage) for stage in stage_layers(parallel, layers)]
+        counts = self.first_layers * (len(stages) if len(self.first_layers) == 1 else 1)
+        return sum(min(pair) for pair in zip(counts, stages, strict=True))
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The operators whose results a recomputed layer keeps."""
+        return self.keep if self.mode == "selective" else ()
+
+    def problems(self, parallel: ParallelConfig) -> list[UserError]:
+        """All that is impossible, or without effect, under this layout."""
+        found = []
+        if (self.mode == "first") != bool(self.first_layers):
+            fix = 'set both: mode = "first" and first_layers = [3, 2, 1, 0]'
+            found.append(UserError("recompute.first_layers and recompute.mode do not fit", fix))
+        elif self.first_layers and len(self.first_layers) not in (1, parallel.stages):
+            fix = f"give one number, or {parallel.stages}"
+            found.append(UserError(f"recompute.first_layers has {len(self.first_layers)} numbers", fix))
+        if self.mode == "selective" and not self.keep:
+            found.append(UserError("recompute.keep is empty", 'name operators to keep, or use mode = "full"'))
+        if self.mode == "selective" and parallel.pipeline_parallel > 1 and parallel.pipeline_schedule in ZERO_BUBBLE:
+            what = f"selective recomputation does not work with {parallel.pipeline_schedule}"
+            found.append(UserError(what, 'use recompute.mode "full" or another schedule'))
+        return found
+
+
+def stage_layers(config: ParallelConfig, layers: int) -> list[range]:
+    """The layers of each stage, in order."""
+    counts = list(config.pipeline_layers)
+    if not counts:
+        each, more = divmod(layers, config.stages)
+        counts = [each + (i < more) for i in range(config.stages)]
+    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+    return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]

@@ -15,22 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from arriero.distributed.parallel.config import V_SHAPED, ParallelConfig
+from arriero.distributed.parallel.config import V_SHAPED, ParallelConfig, stage_layers
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.distributed.parallel.microbatch import MicroBatch
 from arriero.distributed.parallel.shards import local_gradient
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
-
-
-def stage_layers(config: ParallelConfig, layers: int) -> list[range]:
-    """The layers of each stage, in order."""
-    counts = list(config.pipeline_layers)
-    if not counts:
-        each, more = divmod(layers, config.stages)
-        counts = [each + (i < more) for i in range(config.stages)]
-    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
-    return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
 
 
 def stages_of(config: ParallelConfig, rank: int) -> list[int]:
