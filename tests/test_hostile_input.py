@@ -433,7 +433,8 @@ def test_a_checkpoint_is_not_resumed_from(good: Path, tmp_path: Path, name: str)
 
 def test_a_manifest_that_names_files_elsewhere_reads_none_of_them(good: Path, tmp_path: Path) -> None:
     """Its digests may even be right: who can write the manifest can write the marker."""
-    from arriero.checkpoint.layout import MANIFEST, MARKER, file_digest
+    from arriero.checkpoint.layout import MANIFEST, file_digest
+    from arriero.common.checkpoint_names import MARKER
 
     checkpoint = tmp_path / "step-00000002"
     shutil.copytree(good / CHECKPOINT, checkpoint)

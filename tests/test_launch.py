@@ -24,7 +24,7 @@ from arriero.common.errors import UserError
 from arriero.common.text import ranges
 from arriero.distributed.launch import slurm
 from arriero.distributed.launch.agreement import differences
-from arriero.distributed.launch.launcher import LaunchConfig, resolve, take_place
+from arriero.distributed.launch.config import LaunchConfig, resolve, take_place
 from arriero.distributed.launch.rendezvous import Meeting
 from test_variables import STEP
 from toy import arriero, write_data, write_recipe

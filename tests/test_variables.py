@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from arriero.cli.main import dispatch
 from arriero.common.errors import UserError
 from arriero.distributed.launch import slurm
+from arriero.distributed.launch.config import LaunchConfig, resolve, take_place
 from arriero.distributed.launch.cpu_affinity import place_process
-from arriero.distributed.launch.launcher import LaunchConfig, resolve, take_place
 from arriero.distributed.launch.worker import Place, start_number
 from toy import write_recipe
 

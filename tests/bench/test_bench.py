@@ -16,7 +16,7 @@ from arriero.cli.bench import sweep
 from arriero.cli.bench.command import BenchConfig
 from arriero.cli.bench.trial import Result, Trial, trial
 from arriero.common.errors import CheckFailed, UserError
-from arriero.distributed.launch.launcher import LaunchConfig
+from arriero.distributed.launch.config import LaunchConfig
 from arriero.distributed.parallel.config import RecomputeConfig
 from arriero.model.config import LlamaConfig
 from arriero.observe.throughput import flops_per_token

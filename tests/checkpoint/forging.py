@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from arriero.checkpoint.layout import MANIFEST, MARKER, file_digest
+from arriero.checkpoint.layout import MANIFEST, file_digest
+from arriero.common.checkpoint_names import MARKER
 
 
 def seal(checkpoint: Path, **manifest: Any) -> None:

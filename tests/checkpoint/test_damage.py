@@ -13,7 +13,8 @@ import pytest
 import saving
 from test_save import flip
 
-from arriero.checkpoint.load import candidates, newest_that_verifies
+from arriero.checkpoint.find import candidates
+from arriero.checkpoint.load import newest_that_verifies
 from arriero.checkpoint.verify import verify, verify_small
 from arriero.common.errors import UserError
 from arriero.distributed.parallel.mesh import Ranks

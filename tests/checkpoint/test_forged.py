@@ -15,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arriero.checkpoint import verify as verify_module
-from arriero.checkpoint.layout import committed, step_directory
-from arriero.checkpoint.load import load_state, newest_that_verifies
+from arriero.checkpoint.find import committed
+from arriero.checkpoint.layout import step_directory
+from arriero.checkpoint.load import newest_that_verifies
+from arriero.checkpoint.state import load_state
 from arriero.checkpoint.tensors.safetensors_file import build_header
 from arriero.checkpoint.verify import verify
 from arriero.cli.main import dispatch

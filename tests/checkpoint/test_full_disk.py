@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from arriero.checkpoint.layout import committed
+from arriero.checkpoint.find import committed
 from arriero.checkpoint.verify import verify
 from arriero.cli.main import dispatch
 from arriero.common.errors import EXIT_OK, EXIT_USAGE

@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from arriero.checkpoint import disk, retention
 from arriero.checkpoint import save as save_module
 from arriero.checkpoint.config import CheckpointConfig
-from arriero.checkpoint.layout import committed, step_directory, step_of
+from arriero.checkpoint.find import committed
+from arriero.checkpoint.layout import step_directory
 from arriero.checkpoint.load import CheckpointReader
 from arriero.checkpoint.save import last_word
 from arriero.checkpoint.verify import verify
 from arriero.cli.torture.fault import Fault
+from arriero.common.checkpoint_names import step_of
 from arriero.common.errors import UserError
 
 

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from arriero.cli.bench.command import BenchConfig
 from arriero.cli.launch_slurm import SlurmArgs
 from arriero.cli.main import VERBS
-from arriero.cli.pretrain import Start
 from arriero.common.errors import UserError
 from arriero.common.ranges import (
     annotation,
@@ -32,8 +31,9 @@ from arriero.common.ranges import (
 )
 from arriero.common.settings import Setting, command_line_settings, parse, parse_verb, show_flags
 from arriero.common.suggest import OTHER_NAMES, suggestion
-from arriero.distributed.launch.launcher import LaunchConfig
+from arriero.distributed.launch.config import LaunchConfig
 from arriero.model.config import LlamaConfig
+from arriero.train.config import Start
 from arriero.train.recipe import Recipe, file_settings
 
 VERB_ARGUMENTS = {

@@ -20,7 +20,6 @@ from test_layouts import shared_memory
 import toy
 from arriero.checkpoint.digest import state_sha256
 from arriero.cli.main import dispatch
-from arriero.cli.pretrain import check
 from arriero.common import device
 from arriero.common.device import float8_units
 from arriero.common.errors import EXIT_OK, EXIT_USAGE, UserError
@@ -28,6 +27,7 @@ from arriero.distributed.parallel import apply, float8
 from arriero.distributed.parallel.config import ParallelConfig, RecomputeConfig
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.model.llama import Llama
+from arriero.train.preflight import check
 from arriero.train.recipe import Recipe, file_settings, parse
 from arriero.train.trainer import Trainer
 

@@ -17,7 +17,7 @@ import torch
 
 import toy
 from arriero.checkpoint.digest import state_sha256
-from arriero.checkpoint.layout import committed
+from arriero.checkpoint.find import committed
 from arriero.common.errors import UserError
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.observe.events import KINDS, goodput, read_events

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import toy
-from arriero.checkpoint.layout import committed
+from arriero.checkpoint.find import committed
 from arriero.cli.main import dispatch
 from arriero.common.errors import EXIT_OK, EXIT_USAGE, UserError
 from arriero.data.batches import Batches

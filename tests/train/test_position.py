@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import toy
-from arriero.checkpoint.layout import committed
+from arriero.checkpoint.find import committed
 from arriero.common.errors import UserError
 from arriero.data.batch import Batch
 from arriero.data.batches import Batches

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from arriero.checkpoint.digest import state_sha256
-from arriero.checkpoint.layout import committed
+from arriero.checkpoint.find import committed
 from arriero.cli.main import dispatch
-from arriero.cli.pretrain import duration
 from arriero.common.errors import EXIT_OK, EXIT_STOPPED, EXIT_USAGE, UserError
 from arriero.data.indexed import IndexedWriter
+from arriero.train.run import duration
 from toy import arriero, write_recipe
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from arriero.checkpoint.layout import STATE, read_json
+from arriero.checkpoint.layout import read_json
 from arriero.checkpoint.load import CheckpointReader
+from arriero.common.checkpoint_names import STATE
 
 
 def state_sha256(checkpoint: Path) -> str:

@@ -21,15 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from arriero.checkpoint import disk
-from arriero.checkpoint.formats.native import FIX as DAMAGED
-from arriero.checkpoint.formats.native import committed, run_of, save_number
 from arriero.common import untrusted
-from arriero.common.checkpoint_names import MARKER, STATE, step_of
+from arriero.common.checkpoint_names import DAMAGED, MARKER, step_of
 from arriero.common.files import open_regular
-
-__all__ = ["DAMAGED", "FORMAT", "MANIFEST", "MARKER", "STATE", "TEMPORARY", "commit", "committed", "file_digest",
-           "read_json", "run_of", "save_number", "step_directory", "step_of",
-           "write_json"]  # fmt: skip
 
 FORMAT = 1
 MANIFEST = "manifest.json"

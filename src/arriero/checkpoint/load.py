@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from arriero.checkpoint.formats.native import places
-from arriero.checkpoint.layout import DAMAGED, STATE, committed, read_json
-from arriero.checkpoint.state import state_problem
 from arriero.checkpoint.tensors.raw_file import RawFile
 from arriero.checkpoint.tensors.safetensors_file import SafetensorsFile
 from arriero.checkpoint.tensors.stream import torch_dtype
 from arriero.checkpoint.verify import shape_problems, verify
+from arriero.common.checkpoint_names import DAMAGED
 from arriero.common.errors import UserError
 from arriero.common.files import open_regular
 from arriero.common.text import shown
@@ -144,34 +141,6 @@ class CheckpointReader:
         return flat.view(part.shape)
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or the newest whole one of the run.
-
-    Raises:
-        UserError: there is none.
-    """
-    return candidates(path)[0]
-
-
-def candidates(path: Path) -> list[Path]:
-    """The checkpoints from which `path` can be resumed, the best first: itself, or all of a run.
-
-    Raises:
-        UserError: there is none.
-    """
-    if not os.path.isdir(path):  # which, unlike Path.is_dir, takes any text
-        raise UserError(f"{shown(path)}: no such directory", "name a run directory, or one of its checkpoints/step-*")
-    if (path / STATE).is_file():
-        return [path]
-    found = committed(path / "checkpoints")
-    if not found:
-        fix = "start the run without --resume, or name another directory"
-        if committed(path):
-            fix = f"name the run's directory: --resume {shown(os.path.normpath(path / os.pardir))}"
-        raise UserError(f"{shown(path)}: holds no checkpoint", fix)
-    return found[::-1]
-
-
 def newest_that_verifies(
     paths: list[Path], ranks: Ranks, *, say: Callable[[str], None], model: LlamaConfig | None = None
 ) -> Path:  # fmt: skip
@@ -198,15 +167,3 @@ def newest_that_verifies(
             say(f" DAMAGED: {line}")
         say(f" DAMAGED: {shown(path)} is not used")
     raise UserError(f"{paths[0].parent}: no checkpoint there is whole", "start again, or from a copy kept elsewhere")
-
-
-def load_state(directory: Path, form: dict[str, Any]) -> dict[str, Any]:
-    """The JSON part of a checkpoint, which must hold at least what `form` gives, every value in its range.
-
-    Raises:
-        UserError: it does not.
-    """
-    if problem := state_problem(directory, form):
-        raise UserError(problem, DAMAGED)
-    state: dict[str, Any] = read_json(directory / STATE)
-    return state

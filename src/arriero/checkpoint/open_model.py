@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from arriero.checkpoint import find
 from arriero.checkpoint.formats import megatron, meta, native, torch_dist
 from arriero.checkpoint.formats.foreign_config import ConfigHints
 from arriero.checkpoint.formats.huggingface import has_weights, open_with_config
@@ -54,7 +55,7 @@ def detect(path: Path) -> str:
     if not path.exists():
         raise UserError(f"{path}: no such file or directory", "name a run, a checkpoint or a model directory")
     if path.is_dir():
-        if native.is_run(path) or native.is_checkpoint(path):
+        if find.is_run(path) or find.is_checkpoint(path):
             return "run"
         if torch_dist.is_torch_dist(path):
             return "torch_dist"

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from arriero.checkpoint import disk
 from arriero.checkpoint.config import CheckpointConfig
-from arriero.checkpoint.layout import MARKER, TEMPORARY, committed, made_by_arriero, step_of
+from arriero.checkpoint.find import committed
+from arriero.checkpoint.layout import TEMPORARY, made_by_arriero
+from arriero.common.checkpoint_names import MARKER, step_of
 
 
 def superfluous(

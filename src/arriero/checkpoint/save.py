@@ -17,18 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from arriero.checkpoint import disk
 from arriero.checkpoint.config import CheckpointConfig
-from arriero.checkpoint.layout import (
-    STATE,
-    TEMPORARY,
-    commit,
-    committed,
-    save_number,
-    step_directory,
-    write_json,
-)
+from arriero.checkpoint.find import committed, save_number
+from arriero.checkpoint.layout import TEMPORARY, commit, step_directory, write_json
 from arriero.checkpoint.parts import Part, data_file, write_parts
 from arriero.checkpoint.retention import forget, never_committed, superfluous, sweep
 from arriero.checkpoint.verify import verify
+from arriero.common.checkpoint_names import STATE
 from arriero.common.device import host_room, synchronize
 from arriero.common.errors import UserError
 from arriero.distributed.parallel.mesh import Ranks

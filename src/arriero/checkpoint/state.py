@@ -6,7 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from arriero.checkpoint.layout import STATE, read_json, step_of
+from arriero.checkpoint.layout import read_json
+from arriero.common.checkpoint_names import DAMAGED, STATE, step_of
+from arriero.common.errors import UserError
 from arriero.common.text import shown
 from arriero.common.untrusted import misfit
 
@@ -64,3 +66,15 @@ def _scale_range(scale: dict[str, Any]) -> str:
         return f"loss_scale.scale is {scale['scale']}, not a positive number"
     wrong = [key for key, form in SCALE.items() if form is int and not 0 <= scale[key] < MOST]
     return f"loss_scale.{wrong[0]} is {scale[wrong[0]]}, not from 0 to 2^53" if wrong else ""
+
+
+def load_state(directory: Path, form: dict[str, Any]) -> dict[str, Any]:
+    """The JSON part of a checkpoint, which must hold at least what `form` gives, every value in its range.
+
+    Raises:
+        UserError: it does not.
+    """
+    if problem := state_problem(directory, form):
+        raise UserError(problem, DAMAGED)
+    state: dict[str, Any] = read_json(directory / STATE)
+    return state

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arriero.checkpoint.layout import FORMAT, MANIFEST, MARKER, STATE, file_digest, read_json
+from arriero.checkpoint.layout import FORMAT, MANIFEST, file_digest, read_json
 from arriero.checkpoint.state import state_problem
+from arriero.common.checkpoint_names import MARKER, STATE
 from arriero.common.errors import UserError
 from arriero.common.files import open_regular, why
 from arriero.common.text import shown

@@ -2,45 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
-from arriero.checkpoint.layout import MANIFEST, committed, run_of, save_number
-from arriero.checkpoint.load import candidates, find_checkpoint
-from arriero.checkpoint.lock import RunLock
-from arriero.common.device import device_count, device_type
-from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_STOPPED, UserError, join_problems
+from arriero.checkpoint.find import committed, find_checkpoint, run_of
+from arriero.common.errors import EXIT_OK, UserError
 from arriero.common.ranges import path_problem
-from arriero.common.text import printable, shown
-from arriero.data.check import batch_notices, check_data_against, size_notices
-from arriero.data.tokenizer import load_tokenizer
-from arriero.distributed.launch.launcher import (
-    LaunchConfig,
-    Place,
-    ProcessFailed,
-    in_process_group,
-    leave,
-    run_processes,
-    start_number,
-    started_by_another,
-    take_place,
-)  # fmt: skip
-from arriero.distributed.launch.secret import Secret
-from arriero.distributed.launch.worker import leave_last
-from arriero.distributed.parallel.mesh import Ranks
-from arriero.train.directory import out_problems, prepare_run_directory, record_problems, room
-from arriero.train.facts import file_sample, run_facts
-from arriero.train.loop import Continuation, train
-from arriero.train.memory import memory_problems
-from arriero.train.preflight import compile_machine_problems, machine_problems
+from arriero.common.text import shown
+from arriero.distributed.launch.config import LaunchConfig
+from arriero.train.config import Start
 from arriero.train.recipe import (
     Recipe,
     Setting,
@@ -51,38 +25,6 @@ from arriero.train.recipe import (
     parse,
     show_flags,
 )  # fmt: skip
-from arriero.train.resume import check_changes, readable
-from arriero.train.trainer import open_batches
-from arriero.train.verify_layout import verify_layout
-
-
-@dataclass(frozen=True)
-class Start:
-    """How this start of the run differs from another start of the same run."""
-
-    resume: str = ""
-    """A run directory to continue from its newest checkpoint that is whole, or one of its checkpoints; the run's own
-    recipe is used where none is named. "auto" continues `out` where it holds a checkpoint, and begins it otherwise."""
-    allow_change: tuple[str, ...] = ()
-    """On resume: keys that may differ from the run that is continued although they make it another run."""
-    stop_after: str = ""
-    """Save and stop after this long, such as 55m, 90s or 11.5h; the exit code is then 75."""
-    verify_layout: bool = False
-    """Train nothing: prove on the CPU, at reduced width in float64, that the layout gives one process's numbers."""
-    launch: Annotated[LaunchConfig, tyro.conf.arg(name="")] = field(default_factory=LaunchConfig)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every process of the run is handed."""
-
-    recipe: Recipe
-    device_kind: str
-    start: Continuation
-    facts: dict[str, str]
-    """What all processes must agree on; see agreement.py."""
-    earlier: float = -1.0
-    """Saves up to this number are not of this job: a restart does not go on from them."""
 
 
 def run(words: list[str]) -> int:
@@ -91,55 +33,9 @@ def run(words: list[str]) -> int:
         print_help()
         return EXIT_OK
     recipe, start = read_command(words)
-    launch = take_place(start.launch, os.environ)
-    kind = device_type(recipe.device)
-    here = process_count(recipe, launch, kind)
-    world = here * max(1, launch.nodes)
-    if start.verify_layout:
-        return verify(recipe, world)
-    paths = candidates(Path(start.resume)) if start.resume else []
-    joining = launch.node_rank > 0 or Place.from_environment().rank > 0
-    local = 1 if started_by_another() else here
-    changed = check(recipe, world, paths, kind=kind, joining=joining, allowed=start.allow_change, here=local)
-    continuation = Continuation(tuple(paths), tuple(changed), duration(start.stop_after))
-    earlier = -1.0
-    if paths == [Path(start.resume)]:  # one checkpoint, by its name: what was saved after it is another course
-        earlier = max(map(save_number, committed(Path(recipe.out) / "checkpoints")), default=-1.0)
-    job = Job(recipe, kind, continuation, run_facts(recipe) if world > 1 else {}, earlier)
-    secret = Secret.find(launch.secret_file, os.environ, Path(recipe.out or "arriero"))
-    joining_in: dict[str, Any] = {
-        "join_seconds": launch.join_timeout, "collective_seconds": launch.collective_timeout, "secret": secret,
-    }  # fmt: skip
-    if world == 1 and not launch.max_restarts:
-        complete = in_process_group(work, job, saves=True)
-    elif started_by_another():
-        try:
-            complete = in_process_group(work, job, facts=facts, saves=True, **joining_in)
-            if not complete:
-                return leave_last(EXIT_STOPPED)
-        except BaseException as error:
-            leave(error)
-    else:
-        try:
-            complete = all(run_processes(work, job, here, launch=launch, facts=facts, saves=True, secret=secret))
-        except ProcessFailed as error:
-            print(printable(f"arriero: {error}"), file=sys.stderr)
-            return EXIT_CHECK_FAILED
-    return EXIT_OK if complete else EXIT_STOPPED
+    from arriero.train.run import pretrain
 
-
-def duration(text: str) -> float:
-    """Seconds of "90s", "55m", "11.5h" or "1d"; 0 of nothing.
-
-    Raises:
-        UserError: it is not a duration.
-    """
-    if not text:
-        return 0.0
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd])", text)
-    if not match or not float(match[1]):
-        raise UserError(f"--stop-after is '{shown(text)}'", "give a number and s, m, h or d, such as 55m")
-    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    return pretrain(recipe, start)
 
 
 def read_command(words: list[str]) -> tuple[Recipe, Start]:
@@ -216,121 +112,6 @@ def _begun(named: str, given: list[Setting]) -> str:
     if path_problem(out):
         return ""  # the recipe's own check names it
     return out if out and committed(Path(out) / "checkpoints") else ""
-
-
-def process_count(recipe: Recipe, launch: LaunchConfig, kind: str) -> int:
-    """How many processes run here, or in all where another has started them.
-
-    Raises:
-        UserError: more than there are devices.
-    """
-    if started_by_another():
-        return Place.from_environment().world
-    wanted, devices = launch.nproc_per_node, device_count(kind)
-    if kind != "cpu" and wanted > devices:
-        raise UserError(f"--nproc-per-node is {wanted}, and this machine has {devices} {kind} devices", "give fewer")
-    share = -(-recipe.parallel.model_parallel // max(1, launch.nodes))
-    return wanted or (share if kind == "cpu" else devices)
-
-
-def verify(recipe: Recipe, processes: int) -> int:
-    """The proof of `--verify-layout`, once the recipe's layout is possible at all."""
-    problems = recipe.layout_problems(processes)
-    if started_by_another():
-        fix = "leave torchrun or srun out: --nproc-per-node N gives the number of processes"
-        problems.append(UserError("--verify-layout starts its own processes, on one machine", fix))
-    if recipe.train.compile:
-        problems += compile_machine_problems("cpu")
-    if problems:
-        raise join_problems(problems)
-    return verify_layout(recipe, processes)
-
-
-def check(
-    recipe: Recipe, processes: int, checkpoints: Sequence[Path], *, kind: str = "cpu", joining: bool = False,
-    allowed: Sequence[str] = (), here: int = 0,
-) -> list[str]:  # fmt: skip
-    """Refuses what cannot work, all problems together, before any process is started.
-
-    Args:
-        recipe: what shall be run.
-        processes: on how many.
-        checkpoints: from which it may go on.
-        kind: of device.
-        joining: this is not the machine of rank 0, so it may come back to a run that has begun.
-        allowed: changed keys that are meant.
-        here: processes whose memory is this machine's; 0 for all of them.
-
-    Returns:
-        Lines that tell whether memory is scarce, what has changed since the checkpoint, and what is odd about the
-        inputs.
-
-    Raises:
-        UserError: what is wrong, each with its fix.
-    """
-    problems = record_problems(recipe) or recipe.problems(processes)
-    problems += machine_problems(recipe, kind)
-    changed: list[str] = []
-    scarce: list[str] = []
-    notices: list[str] = []
-    if not problems and kind == "cpu":
-        problems, scarce = memory_problems(recipe, processes, here or processes)
-    if not problems:
-        wrong, notices = _check_inputs(recipe)
-        problems += wrong
-    if not problems and checkpoints:
-        changed, problems = check_changes(recipe, readable(checkpoints), allowed)
-    if recipe.out and not joining and not record_problems(recipe):
-        problems += out_problems(Path(recipe.out), checkpoints)
-        if not problems:
-            warnings, problems = room(Path(recipe.out), recipe)
-            changed += warnings
-    if problems:
-        raise join_problems(problems)
-    return scarce + changed + notices
-
-
-def _check_inputs(recipe: Recipe) -> tuple[list[UserError], list[str]]:
-    """Data and tokenizer against the model: what is wrong, and lines about what is merely odd."""
-    model, notices = recipe.model_config(), list[str]()
-    try:
-        tokenizer = load_tokenizer(Path(recipe.tokenizer)) if recipe.tokenizer else None
-        notices += size_notices(
-            model.vocab_size, model.max_position_embeddings, length=recipe.train.sequence_length,
-            tokenizer_size=tokenizer.vocab_size if tokenizer else None, tokenizer=recipe.tokenizer,
-        )  # fmt: skip
-        for split in ("train", *(["valid"] if recipe.train.eval_every else [])):
-            notices += batch_notices(open_batches(recipe, split))
-        check_data_against(recipe.data, model.vocab_size, tokenizer.fingerprint if tokenizer else None)
-    except UserError as error:
-        return [error], []
-    return [], notices
-
-
-def present_checkpoints(job: Job) -> tuple[Path, ...]:
-    """Where this start may begin: after a loss, from what the run itself has written."""
-    written = committed(Path(job.recipe.out) / "checkpoints") if start_number() > 0 else []
-    return tuple(p for p in reversed(written) if save_number(p) > job.earlier) or job.start.checkpoints
-
-
-def facts(job: Job) -> dict[str, str]:
-    """What all processes must agree on at this start."""
-    path = next(iter(present_checkpoints(job)), None)
-    return job.facts | {"checkpoint": f"{path.name}, {file_sample(path / MANIFEST)}" if path else "none"}
-
-
-def work(job: Job) -> bool:
-    """What each process does; returns whether the run is complete."""
-    place, start = Place.from_environment(), replace(job.start, checkpoints=present_checkpoints(job))
-    with contextlib.ExitStack() as held:
-        if place.rank == 0:
-            lock = RunLock(Path(job.recipe.out))
-            held.callback(lock.release)
-            if lock.stale:
-                start = replace(start, notices=(f" the last job was cut off: {lock.stale}", *start.notices))
-            prepare_run_directory(job.recipe)
-        ranks = Ranks.build(job.recipe.parallel, job.device_kind)
-        return train(job.recipe, ranks, local_rank=place.local_rank, device_kind=job.device_kind, start=start)
 
 
 def print_help() -> None:

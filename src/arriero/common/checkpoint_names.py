@@ -8,6 +8,7 @@ from pathlib import Path
 MARKER = "COMMITTED"
 """Written last: a directory without it is no checkpoint. checkpoint/layout.py has the rest of the names."""
 STATE = "state.json"
+DAMAGED = "the checkpoint is damaged: use another one"
 _NAME = re.compile(r"step-([0-9]{8,})")
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+import tyro
 from annotated_types import Interval
 
 from arriero.common.errors import UserError
 from arriero.common.ranges import range_problems
+from arriero.distributed.launch.config import LaunchConfig
 from arriero.distributed.parallel.config import Float8Recipe
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
@@ -165,3 +167,19 @@ class WatchConfig:
     def problems(self) -> list[UserError]:
         """All that is impossible about it."""
         return range_problems(self, "watch.{}".format)
+
+
+@dataclass(frozen=True)
+class Start:
+    """How this start of the run differs from another start of the same run."""
+
+    resume: str = ""
+    """A run directory to continue from its newest checkpoint that is whole, or one of its checkpoints; the run's own
+    recipe is used where none is named. "auto" continues `out` where it holds a checkpoint, and begins it otherwise."""
+    allow_change: tuple[str, ...] = ()
+    """On resume: keys that may differ from the run that is continued although they make it another run."""
+    stop_after: str = ""
+    """Save and stop after this long, such as 55m, 90s or 11.5h; the exit code is then 75."""
+    verify_layout: bool = False
+    """Train nothing: prove on the CPU, at reduced width in float64, that the layout gives one process's numbers."""
+    launch: Annotated[LaunchConfig, tyro.conf.arg(name="")] = field(default_factory=LaunchConfig)

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from arriero.checkpoint.layout import committed, run_of
+from arriero.checkpoint.find import committed, run_of
 from arriero.checkpoint.size import checkpoint_bytes, disk_room, held_bytes, in_bytes
 from arriero.common.checkpoint_names import inside_checkpoint
 from arriero.common.errors import UserError

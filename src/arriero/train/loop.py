@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from arriero.checkpoint.layout import committed
+from arriero.checkpoint.find import committed
 from arriero.checkpoint.load import newest_that_verifies
 from arriero.checkpoint.save import Saved, last_word
 from arriero.common.device import device_name, float8_units

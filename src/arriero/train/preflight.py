@@ -6,12 +6,21 @@ import importlib.util
 import os
 import shutil
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from sys import version_info
 
 from arriero.common.device import float8_casts
-from arriero.common.errors import UserError
-from arriero.train.recipe import Recipe
+from arriero.common.errors import UserError, join_problems
+from arriero.data.check import batch_notices, check_data_against, size_notices
+from arriero.data.tokenizer import load_tokenizer
+from arriero.train.directory import out_problems, record_problems, room
+from arriero.train.memory import memory_problems
+from arriero.train.recipe import (
+    Recipe,
+)  # fmt: skip
+from arriero.train.resume import check_changes, readable
+from arriero.train.trainer import open_batches
 
 
 def machine_problems(recipe: Recipe, kind: str) -> list[UserError]:
@@ -55,3 +64,64 @@ def compiler(kind: str) -> str:
     """
     names = (os.environ.get("CXX", "g++"),) if kind == "cpu" else (os.environ.get("CC", ""), "gcc", "clang")
     return next((found for name in names if name and (found := shutil.which(name))), "")
+
+
+def check(
+    recipe: Recipe, processes: int, checkpoints: Sequence[Path], *, kind: str = "cpu", joining: bool = False,
+    allowed: Sequence[str] = (), here: int = 0,
+) -> list[str]:  # fmt: skip
+    """Refuses what cannot work, all problems together, before any process is started.
+
+    Args:
+        recipe: what shall be run.
+        processes: on how many.
+        checkpoints: from which it may go on.
+        kind: of device.
+        joining: this is not the machine of rank 0, so it may come back to a run that has begun.
+        allowed: changed keys that are meant.
+        here: processes whose memory is this machine's; 0 for all of them.
+
+    Returns:
+        Lines that tell whether memory is scarce, what has changed since the checkpoint, and what is odd about the
+        inputs.
+
+    Raises:
+        UserError: what is wrong, each with its fix.
+    """
+    problems = record_problems(recipe) or recipe.problems(processes)
+    problems += machine_problems(recipe, kind)
+    changed: list[str] = []
+    scarce: list[str] = []
+    notices: list[str] = []
+    if not problems and kind == "cpu":
+        problems, scarce = memory_problems(recipe, processes, here or processes)
+    if not problems:
+        wrong, notices = _check_inputs(recipe)
+        problems += wrong
+    if not problems and checkpoints:
+        changed, problems = check_changes(recipe, readable(checkpoints), allowed)
+    if recipe.out and not joining and not record_problems(recipe):
+        problems += out_problems(Path(recipe.out), checkpoints)
+        if not problems:
+            warnings, problems = room(Path(recipe.out), recipe)
+            changed += warnings
+    if problems:
+        raise join_problems(problems)
+    return scarce + changed + notices
+
+
+def _check_inputs(recipe: Recipe) -> tuple[list[UserError], list[str]]:
+    """Data and tokenizer against the model: what is wrong, and lines about what is merely odd."""
+    model, notices = recipe.model_config(), list[str]()
+    try:
+        tokenizer = load_tokenizer(Path(recipe.tokenizer)) if recipe.tokenizer else None
+        notices += size_notices(
+            model.vocab_size, model.max_position_embeddings, length=recipe.train.sequence_length,
+            tokenizer_size=tokenizer.vocab_size if tokenizer else None, tokenizer=recipe.tokenizer,
+        )  # fmt: skip
+        for split in ("train", *(["valid"] if recipe.train.eval_every else [])):
+            notices += batch_notices(open_batches(recipe, split))
+        check_data_against(recipe.data, model.vocab_size, tokenizer.fingerprint if tokenizer else None)
+    except UserError as error:
+        return [error], []
+    return [], notices

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from arriero.checkpoint.load import load_state
+from arriero.checkpoint.state import load_state
 from arriero.checkpoint.verify import verify_small
 from arriero.common.errors import UserError, nearest
 from arriero.common.text import shown

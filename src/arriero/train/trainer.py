@@ -16,10 +16,12 @@ from pathlib import Path
 import torch
 
 from arriero.checkpoint.formats.huggingface import open_huggingface
-from arriero.checkpoint.layout import DAMAGED, STATE, step_directory
-from arriero.checkpoint.load import CheckpointReader, load_state, newest_that_verifies
+from arriero.checkpoint.layout import step_directory
+from arriero.checkpoint.load import CheckpointReader, newest_that_verifies
 from arriero.checkpoint.parts import Part
 from arriero.checkpoint.save import Saver
+from arriero.checkpoint.state import load_state
+from arriero.common.checkpoint_names import DAMAGED, STATE
 from arriero.common.device import synchronize, take_device
 from arriero.common.errors import UserError
 from arriero.common.version import __version__

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from arriero.checkpoint.load import CheckpointReader, find_checkpoint
+from arriero.checkpoint.find import find_checkpoint
+from arriero.checkpoint.load import CheckpointReader
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK
 from arriero.data.config import DataConfig
 from arriero.data.indexed import IndexedWriter

@@ -16,12 +16,11 @@ from arriero.checkpoint.formats.dialects import MCORE, MCORE_TE, Dialect
 from arriero.checkpoint.formats.foreign_config import ConfigHints, resolve_config
 from arriero.checkpoint.formats.huggingface import checked
 from arriero.checkpoint.formats.megatron import TRACKER, iteration_directory
-from arriero.checkpoint.formats.native import check_cover
 from arriero.checkpoint.formats.rank_table import Cut, RankTable, Slot, gather
 from arriero.checkpoint.formats.tied import settle_head
 from arriero.checkpoint.tensors.pickle_symbols import MAX_PICKLE_BYTES, Call, TensorRef, follow, naturals
 from arriero.checkpoint.tensors.raw_file import RawFile
-from arriero.checkpoint.tensors.stream import ITEMSIZE, Assembly, Piece, PieceReader, Stored, matrix_shape
+from arriero.checkpoint.tensors.stream import ITEMSIZE, Assembly, Piece, PieceReader, Stored, check_cover, matrix_shape
 from arriero.checkpoint.tensors.torch_file import TorchFile
 from arriero.common.errors import UserError
 from arriero.common.text import shown

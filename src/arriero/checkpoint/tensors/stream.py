@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from arriero.checkpoint.tensors.raw_file import RawFile
+from arriero.common.checkpoint_names import DAMAGED
 from arriero.common.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -289,3 +290,15 @@ def _bounds(part: slice, size: int, name: str) -> tuple[int, int]:
     if step != 1:
         raise ValueError(f"{name}: slices must have step 1, not {step}")
     return start, max(start, stop)
+
+
+def check_cover(name: str, tensor: Assembly, *, where: str) -> None:
+    """Raises UserError unless the pieces lie inside the tensor and have as many elements as it."""
+    rows, columns = matrix_shape(tensor.shape)
+    inside = all(
+        p.at_row >= 0 and p.at_column >= 0 and p.at_row + p.rows <= rows and p.at_column + p.columns <= columns
+        for p in tensor.pieces
+    )
+    area = sum(p.rows * p.columns for p in tensor.pieces)
+    if not inside or area != rows * columns:
+        raise UserError(f"{where}: {name} has {area:,} of {rows * columns:,} elements", DAMAGED)

@@ -16,19 +16,12 @@ from arriero.cli.bench.peak import Peak, matmul_peak
 from arriero.cli.bench.sweep import check_target, sweep, sweep_table, write_best
 from arriero.cli.bench.table import as_json, peak_table, result_table
 from arriero.cli.bench.trial import run_trial, trial
-from arriero.cli.pretrain import process_count
 from arriero.common.device import describe, device_type, matmul_dtypes, take_device
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError, join_problems
 from arriero.common.ranges import PathText, flag, range_problems
 from arriero.common.text import printable
-from arriero.distributed.launch.launcher import (
-    LaunchConfig,
-    Place,
-    ProcessFailed,
-    run_processes,
-    started_by_another,
-    take_place,
-)
+from arriero.distributed.launch.config import LaunchConfig, take_place
+from arriero.distributed.launch.launcher import Place, ProcessFailed, run_processes, started_by_another
 from arriero.train.memory import memory_problems
 from arriero.train.preflight import machine_problems
 from arriero.train.recipe import (
@@ -41,6 +34,7 @@ from arriero.train.recipe import (
     parse,
     show_flags,
 )
+from arriero.train.run import process_count
 
 
 @dataclass(frozen=True)

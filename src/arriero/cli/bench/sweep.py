@@ -12,7 +12,7 @@ from arriero.common.device import available_memory
 from arriero.common.errors import CheckFailed, UserError
 from arriero.common.files import write_atomic
 from arriero.common.text import shown
-from arriero.distributed.launch.launcher import LaunchConfig
+from arriero.distributed.launch.config import LaunchConfig
 from arriero.distributed.parallel.config import RecomputeConfig
 from arriero.distributed.parallel.limits import compile_layout_problems
 from arriero.train.preflight import compile_machine_problems

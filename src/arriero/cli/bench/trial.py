@@ -23,13 +23,8 @@ from arriero.cli.bench.peak import matmul_peak
 from arriero.common.device import describe, device_name, peak_memory, resident_memory, synchronize
 from arriero.common.errors import UserError
 from arriero.data.config import DataConfig
-from arriero.distributed.launch.launcher import (
-    LaunchConfig,
-    ProcessFailed,
-    in_process_group,
-    run_processes,
-    started_by_another,
-)
+from arriero.distributed.launch.config import LaunchConfig
+from arriero.distributed.launch.launcher import ProcessFailed, in_process_group, run_processes, started_by_another
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.distributed.parallel.shards import local
 from arriero.model.config import LlamaConfig

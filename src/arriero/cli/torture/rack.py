@@ -120,7 +120,8 @@ class Rack:
 
     def life(self, out: Path, kind: str, tally: Tally) -> int:
         """One start of a run, and its end by `kind`, if it does not end before; returns the exit code."""
-        from arriero.checkpoint.layout import committed, step_of
+        from arriero.checkpoint.find import committed
+        from arriero.common.checkpoint_names import step_of
 
         words, fault = [], ""
         if kind in ("rank", "save", "torn") and self.random.random() < 0.5:

@@ -10,24 +10,18 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from annotated_types import Interval
-
-from arriero.common.environment import environment_number
-from arriero.common.errors import EXIT_USAGE, UserError, join_problems
-from arriero.common.ranges import flag, range_problems
-from arriero.distributed.launch import slurm
+from arriero.common.errors import EXIT_USAGE, UserError
+from arriero.distributed.launch.config import LaunchConfig, resolve, take_place
 from arriero.distributed.launch.secret import Secret
 from arriero.distributed.launch.worker import (
     ROUND,
     Place,
     in_process_group,
     leave,
-    shares_agent_store,
     start_number,
     started_by_another,
 )
@@ -42,117 +36,8 @@ __all__ = ["LaunchConfig", "Place", "ProcessFailed", "in_process_group", "leave"
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class LaunchConfig:
-    """Where the processes of this run are started; it says nothing about what they compute."""
-
-    nproc_per_node: Annotated[int, Interval(ge=0, le=4096)] = 0
-    """Processes on this machine; 0 means one a device, and on the CPU one a model-parallel rank."""
-    nodes: Annotated[int, Interval(ge=0, le=65_536)] = 0
-    """Machines; 0 takes NNODES, or 1."""
-    node_rank: Annotated[int, Interval(ge=-1, lt=65_536)] = -1
-    """This machine's number, from 0; -1 takes NODE_RANK. Node 0 is where --master-addr leads."""
-    master_addr: str = ""
-    """Address of node 0; empty takes MASTER_ADDR."""
-    master_port: Annotated[int, Interval(ge=0, lt=65_536)] = 0
-    """Port on node 0; 0 takes MASTER_PORT, or 29500."""
-    secret_file: str = ""
-    """File with the secret that all machines share, at least 16 bytes; empty takes ARRIERO_SECRET, or a file that node
-    0 makes beside the run directory and removes at the end."""
-    max_restarts: Annotated[int, Interval(ge=0, le=1_000_000)] = 0
-    """How often the job starts again from its newest checkpoint after a process or a machine was lost."""
-    join_timeout: Annotated[float, Interval(gt=0, le=1e6)] = 30.0
-    """Seconds in which all machines and processes must have come, at the start and after a restart."""
-    stop_timeout: Annotated[float, Interval(gt=0, le=1e6)] = 120.0
-    """Seconds in which the processes must have saved and left after a signal asked them to; then they are ended."""
-    collective_timeout: Annotated[float, Interval(gt=0, le=1e6)] = 600.0
-    """Seconds that a process waits for the others in a collective before the job ends."""
-
-
 class ProcessFailed(RuntimeError):  # noqa: N818 - what happened, not a fault of the caller
     """A process of the run failed; the text names it and holds its traceback."""
-
-
-def resolve(config: LaunchConfig, environment: Mapping[str, str]) -> LaunchConfig:
-    """Fills what was not given from MASTER_ADDR, MASTER_PORT, NNODES and NODE_RANK, or from srun.
-
-    Raises:
-        UserError: all impossible values, each with its fix.
-    """
-    problems: list[UserError] = []
-
-    def number(name: str, default: int, most: int) -> int:
-        try:
-            return environment_number(environment, name, 0, most, fix="a whole number is wanted", default=default)
-        except UserError as error:
-            problems.append(error)
-            return default
-
-    if slurm.in_step(environment):  # one task a node, each of which starts processes: --nproc-per-node says so
-        address, port = slurm.master(environment)
-        number_here, tasks = slurm.place_in_step(environment)
-        given = {"NNODES": str(tasks), "NODE_RANK": str(number_here)}
-        told = {name: value for name, value in environment.items() if value}
-        environment = {"MASTER_ADDR": address, "MASTER_PORT": str(port), **given, **told}
-    counted = config.nodes or number("NNODES", 0, slurm.MOST_NODES)
-    nodes = counted or 1
-    rank = config.node_rank if config.node_rank >= 0 else number("NODE_RANK", -1, slurm.MOST_NODES)
-    found = replace(
-        config, nodes=nodes, node_rank=max(rank, 0) if nodes == 1 and not config.node_rank > 0 else rank,
-        master_addr=config.master_addr or (environment.get("MASTER_ADDR", "") if nodes > 1 else "127.0.0.1"),
-        master_port=config.master_port or (number("MASTER_PORT", 29500, 2**16 - 1) if nodes > 1 else 0),
-    )  # fmt: skip
-    problems += launch_problems(found, counted=bool(counted), given=config)
-    if problems:
-        raise join_problems(problems)
-    return found if nodes > 1 else replace(found, node_rank=0, master_addr="127.0.0.1", master_port=0)
-
-
-def launch_problems(config: LaunchConfig, *, counted: bool, given: LaunchConfig) -> list[UserError]:
-    """All that is impossible about a resolved configuration; `given` is what stood on the command line."""
-    found: list[UserError] = []
-    idle = [
-        f
-        for f in ("node_rank", "master_addr", "master_port", "secret_file")
-        if getattr(given, f) != getattr(LaunchConfig(), f)
-    ]
-    if idle and not counted:
-        flags = ", ".join(map(flag, idle))
-        found.append(UserError(f"{flags} without --nodes has no effect", "give --nodes N, the number of machines"))
-    elif config.nodes < 1:
-        found.append(UserError(f"--nodes is {config.nodes}", "give a whole number from 1"))
-    elif config.nodes > 1 and config.node_rank < 0:
-        found.append(UserError(f"--nodes {config.nodes} without --node-rank", "number the machines from 0"))
-    elif config.node_rank >= config.nodes:
-        fix = f"number the {config.nodes} machines from 0 to {config.nodes - 1}"
-        found.append(UserError(f"--node-rank is {config.node_rank} of --nodes {config.nodes}", fix))
-    if config.nodes > 1 and not config.master_addr:
-        fix = "give every machine the address of node 0: --master-addr HOST, or MASTER_ADDR"
-        found.append(UserError(f"--nodes {config.nodes} without --master-addr", fix))
-    if 0 < config.master_port < 1024:
-        found.append(UserError(f"--master-port is {config.master_port}", "give a port from 1024 to 65535"))
-    return found + range_problems(config, flag)
-
-
-def take_place(config: LaunchConfig, environment: MutableMapping[str, str]) -> LaunchConfig:
-    """Finds out who starts the processes. Called once, first of all; a task of srun gets RANK and its kin here.
-
-    Raises:
-        UserError: impossible values, or flags that have no effect because the processes are there already.
-    """
-    if "RANK" not in environment and slurm.in_step(environment) and not config.nproc_per_node:
-        environment.update(slurm.task_environment(environment))
-    if not ("RANK" in environment or "WORLD_SIZE" in environment):
-        return resolve(config, environment)
-    names = ["nproc_per_node", "nodes", "node_rank", "master_addr", "master_port", "max_restarts"]
-    names += ["secret_file"] if shares_agent_store(environment) else []  # torchrun's, which asks for none
-    idle = [f for f in names if getattr(config, f) != getattr(LaunchConfig(), f)]
-    if idle:
-        flags = ", ".join("--" + f.replace("_", "-") for f in idle)
-        fix = "leave them out, or start arriero without torchrun, once on each machine"
-        raise UserError(f"{flags}: no effect, RANK says that the processes are started already", fix)
-    Place.read(environment)
-    return config
 
 
 def run_processes(
