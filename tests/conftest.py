@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), *(str(HERE / part) for part in ("checkpoint", "data", "parallel", "weights"))]
+HELPERS = ("checkpoint", "checkpoint/formats", "data", "distributed/parallel")
+sys.path[:0] = [str(HERE), *(str(HERE / part) for part in HELPERS)]
 # Before torch is imported, and inherited by every process that a test starts: a second thread costs more than it does.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("ARRIERO_THREADS", "1")

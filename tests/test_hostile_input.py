@@ -30,8 +30,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from small_inputs import train_sentencepiece
+from small_models import TINY, random_weights, save_hf
 from test_foreign import to_meta
-from weights_helpers import TINY, random_weights, save_hf
 
 import arriero
 import toy

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from weights_helpers import TINY, random_weights, save_hf
+from small_models import TINY, random_weights, save_hf
 
 import toy
 from arriero.cli.main import dispatch

@@ -1,6 +1,6 @@
 """Pipeline parallelism by torch.distributed.pipelining: stages of consecutive layers, fed with micro-batches.
 
-The schedules are torch's, by torch's names. Which of them pass the proof of equality is in tests/parallel.
+The schedules are torch's, by torch's names. Which of them pass the proof of equality is in tests/distributed/parallel.
 
 Every stage is given the shapes and dtypes of what it receives and sends. Without them torch infers them at the first
 step, and the stages send them to each other as pickles, which run code where they are read.

@@ -18,6 +18,7 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_variables import STEP
 
 from arriero.cli.main import dispatch
 from arriero.common.errors import UserError
@@ -26,7 +27,6 @@ from arriero.distributed.launch import slurm
 from arriero.distributed.launch.agreement import differences
 from arriero.distributed.launch.config import LaunchConfig, resolve, take_place
 from arriero.distributed.launch.rendezvous import Meeting
-from test_variables import STEP
 from toy import arriero, write_data, write_recipe
 
 HERE = Path(__file__).parent
@@ -199,7 +199,7 @@ def test_a_wrong_address_is_named() -> None:
 
 @pytest.fixture(scope="module")
 def misbehaved() -> dict[str, dict[str, Any]]:
-    command = [sys.executable, HERE / "launch" / "misbehave.py", "well", "raise", "user", "kill", "stop", "hang"]
+    command = [sys.executable, HERE / "misbehave.py", "well", "raise", "user", "kill", "stop", "hang"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     return {record["way"]: record for record in map(json.loads, done.stdout.splitlines())}
@@ -250,7 +250,7 @@ def test_nodes_that_differ_end_with_the_difference(tmp_path: Path) -> None:
 
 def test_torchrun_and_srun_start_the_same_run(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
-    shown = re.search(r"^(torchrun .*) pretrain recipe\.toml$", (HERE.parent / "docs/launch.md").read_text(), re.M)
+    shown = re.search(r"^(torchrun .*) pretrain recipe\.toml$", (HERE.parents[2] / "docs/launch.md").read_text(), re.M)
     assert shown, "docs/launch.md shows no command with torchrun"
     torchrun = [Path(sys.executable).with_name("torchrun"), f"--master-port={free_port()}", *shown[1].split()[1:]]
     step = STEP | {"SLURM_STEP_NODELIST": "127.0.0.1,localhost", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}

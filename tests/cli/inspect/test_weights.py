@@ -2,8 +2,7 @@ import json
 
 import pytest
 import torch
-from test_export import save_run
-from weights_helpers import TINY, random_weights, save_hf
+from small_models import TINY, random_weights, save_hf, save_run
 
 from arriero.cli.convert import ConvertArgs, run
 from arriero.cli.inspect.weights import inspect, recognises

@@ -9,11 +9,11 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import TINY, VARIANTS, random_weights, save_hf
 
 from arriero.checkpoint.open_model import load_model
 from arriero.cli.generate import GenerateArgs, choose, encode_prompt, generate, next_logits, run
 from arriero.common.errors import UserError
-from weights.weights_helpers import TINY, VARIANTS, random_weights, save_hf
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from test_export import save_run
+from small_models import TINY, assert_same, random_weights, save_hf, save_run
 from test_tokenizer_json import train
-from weights_helpers import TINY, assert_same, random_weights, save_hf
 
 from arriero.checkpoint.formats.foreign_config import ConfigHints
 from arriero.checkpoint.formats.huggingface import copy_tokenizer

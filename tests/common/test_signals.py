@@ -24,7 +24,7 @@ ENDED = {
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     recipe = write_recipe(tmp_path_factory.mktemp("signals"))
-    command = [sys.executable, HERE / "launch" / "signalled.py", recipe, *SAVED, *ENDED]
+    command = [sys.executable, HERE / "signalled.py", recipe, *SAVED, *ENDED]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     return {record["case"]: record for record in map(json.loads, done.stdout.splitlines())}

@@ -3,38 +3,12 @@ import json
 import pytest
 import torch
 import transformers
-from weights_helpers import TINY, VARIANTS, assert_same, random_weights, save_hf, unchanged
+from small_models import TINY, VARIANTS, assert_same, random_weights, save_hf, save_run, unchanged
 
 from arriero.checkpoint.formats.huggingface import open_huggingface
-from arriero.checkpoint.layout import TEMPORARY, commit, step_directory
 from arriero.checkpoint.open_model import load_model, open_model
-from arriero.checkpoint.parts import Part, data_file, write_parts
 from arriero.cli.export import ExportArgs, run
 from arriero.common.errors import UserError
-
-
-def save_run(directory, config, weights, *, tensor=2, steps=(50, 100)):
-    """A run whose checkpoints hold each matrix in `tensor` parts, rows or columns, with moments beside them."""
-    for step in steps:
-        home = step_directory(directory / "checkpoints", step)
-        temporary = home.with_name(home.name + TEMPORARY)
-        temporary.mkdir(parents=True)
-        (temporary / "config.json").write_text(json.dumps(config.to_json()))
-        (temporary / "state.json").write_text(json.dumps({"step": step}))
-        for rank in range(tensor):
-            parts = {}
-            for name, whole in weights.items():
-                if whole.dim() == 1 and rank:
-                    continue
-                dim = 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
-                pieces = whole.tensor_split(tensor, dim) if whole.dim() == 2 else [whole]
-                offset = [0] * whole.dim()
-                offset[dim] = sum(p.shape[dim] for p in pieces[:rank])
-                for key in (name, f"exp_avg.{name}"):
-                    parts[key] = Part(pieces[rank].clone().contiguous(), tuple(whole.shape), tuple(offset))
-            write_parts(data_file(temporary, rank), parts)
-        commit(temporary, home)
-    return directory
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -10,8 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_export import save_run
-from weights_helpers import TINY, VARIANTS, assert_same, random_weights, save_hf, unchanged
+from small_models import TINY, VARIANTS, assert_same, random_weights, save_hf, save_run, unchanged
 
 from arriero.checkpoint.formats.huggingface import open_huggingface
 from arriero.checkpoint.formats.megatron_args import beyond_megatron, saved_arguments

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from weights_helpers import TINY, VARIANTS, assert_same, random_weights, save_hf, unchanged
+from small_models import TINY, VARIANTS, assert_same, random_weights, save_hf, unchanged
 
 from arriero.checkpoint.formats.huggingface import open_huggingface, write_huggingface
 from arriero.checkpoint.tensors.held import DictReader

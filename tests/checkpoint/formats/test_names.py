@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from weights_helpers import TINY, assert_same, random_weights, save_hf
+from small_models import TINY, assert_same, random_weights, save_hf
 
 from arriero.checkpoint.formats.huggingface import open_huggingface, write_config
 from arriero.checkpoint.formats.names import CONTAINERS, WRAPPERS, plain_names

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from weights_helpers import TINY, VARIANTS, assert_same, random_weights, save_hf
+from small_models import TINY, VARIANTS, assert_same, random_weights, save_hf
 
 from arriero.checkpoint.formats.foreign_config import ConfigHints
 from arriero.checkpoint.open_model import open_model

@@ -10,7 +10,7 @@ import pytest
 from arriero.model.config import LlamaConfig, count_parameters
 from arriero.train.recipe import Recipe, Setting, bundled_directory, file_settings, find_bundled, parse
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path for path in bundled_directory().glob("*.toml") if path.stem != "demo")
 SEEDS = ("llama-7b-zero-8p", "llama-13b-ptd-8p", "llama-33b-zero-32p", "llama-65b-ptd-32p")
 PARAMETERS = {  # the models' published sizes

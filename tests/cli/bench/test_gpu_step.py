@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_step.py"
+SCRIPT = Path(__file__).parents[3] / "benchmarks" / "gpu_step.py"
 
 
 def run(*words: str, code: int = 0) -> str:

@@ -7,9 +7,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
-from test_export import save_run
+from small_models import TINY, random_weights, save_hf, save_run
 from test_foreign import to_meta
-from weights_helpers import TINY, random_weights, save_hf
 
 from arriero.checkpoint.formats.foreign_config import ConfigHints
 from arriero.checkpoint.formats.huggingface import (

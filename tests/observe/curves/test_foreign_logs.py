@@ -285,7 +285,7 @@ def test_an_unknown_log_gets_the_list_of_what_is_read(tmp_path: Path) -> None:
     with pytest.raises(UserError) as raised:
         read_curves(written(tmp_path, "a.log", "Epoch 1: 100%|###| 9/9 [00:01<00:00, train_loss=2.3]\n"))
     assert FORMATS in raised.value.fix
-    page = (Path(__file__).parents[2] / "docs" / "compare.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "compare.md").read_text(encoding="utf-8")
     for word in ("torchtitan", "litgpt", "nanoGPT", "Trainer", "trainer_state.json", "trainer_log.jsonl", "wandb",
                  "TensorBoard", "Megatron", "MindSpeed", "AscendSpeed"):  # fmt: skip
         assert word in FORMATS

@@ -1,6 +1,7 @@
-"""Small random models for the tests of weights/."""
+"""Small random models, and runs that hold them."""
 
 import contextlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from arriero.checkpoint.formats.huggingface import write_config, write_json
+from arriero.checkpoint.layout import TEMPORARY, commit, step_directory
+from arriero.checkpoint.parts import Part, data_file, write_parts
 from arriero.model.config import LlamaConfig, RopeScaling, parameter_shapes
 
 TINY = LlamaConfig(
@@ -69,3 +72,27 @@ def unchanged(directory: Path):
     before = sorted(p.name for p in directory.iterdir())
     yield
     assert sorted(p.name for p in directory.iterdir()) == before
+
+
+def save_run(directory, config, weights, *, tensor=2, steps=(50, 100)):
+    """A run whose checkpoints hold each matrix in `tensor` parts, rows or columns, with moments beside them."""
+    for step in steps:
+        home = step_directory(directory / "checkpoints", step)
+        temporary = home.with_name(home.name + TEMPORARY)
+        temporary.mkdir(parents=True)
+        (temporary / "config.json").write_text(json.dumps(config.to_json()))
+        (temporary / "state.json").write_text(json.dumps({"step": step}))
+        for rank in range(tensor):
+            parts = {}
+            for name, whole in weights.items():
+                if whole.dim() == 1 and rank:
+                    continue
+                dim = 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
+                pieces = whole.tensor_split(tensor, dim) if whole.dim() == 2 else [whole]
+                offset = [0] * whole.dim()
+                offset[dim] = sum(p.shape[dim] for p in pieces[:rank])
+                for key in (name, f"exp_avg.{name}"):
+                    parts[key] = Part(pieces[rank].clone().contiguous(), tuple(whole.shape), tuple(offset))
+            write_parts(data_file(temporary, rank), parts)
+        commit(temporary, home)
+    return directory
