@@ -14,7 +14,7 @@ from arriero.cli.doctor import _EXTRAS
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
-MODULES = {"torch-npu": "torch_npu", "pytest-timeout": "timeout"}
+MODULES = {"torch-npu": "torch_npu", "pytest-timeout": "timeout", "import-linter": "importlinter"}
 USERS = {"bench": ["benchmarks/*.py"], "dev": ["tests/**/*.py", "src/**/*.py", "Makefile", "pyproject.toml"]}
 """Where the packages of an extra are used; those of all others are imported by the product."""
 

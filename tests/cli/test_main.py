@@ -199,9 +199,9 @@ def test_every_verb_that_trains_asks_the_same_of_the_machine(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import arriero.cli.bench.command
-    import arriero.cli.pretrain
+    import arriero.train.run
 
-    for module in (arriero.cli.bench.command, arriero.cli.pretrain):
+    for module in (arriero.cli.bench.command, arriero.train.run):
         monkeypatch.setattr(module, "device_type", lambda _: "npu")
         monkeypatch.setattr(module, "process_count", lambda *_: 1)
     flags = ["--train.float8", "tensorwise", "--train.compile", "true"]

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import psutil
 
-import arriero.cli.pretrain
+import arriero.train.run
 from arriero.cli.main import dispatch
 from arriero.distributed.launch.store import die_with_parent
 
-assert arriero.cli.pretrain
+assert arriero.train.run
 INT, TERM, HUP, USR1 = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
 Send = Callable[[int, list[int]], None]
 

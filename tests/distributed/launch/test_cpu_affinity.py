@@ -63,7 +63,7 @@ def test_a_process_is_bound_and_takes_as_many_threads(tmp_path: Path) -> None:
         (tmp_path / f"node{i}").mkdir()
         (tmp_path / f"node{i}" / "cpulist").write_text(str(core))
     script = (
-        "import os, pathlib, sys, torch; from arriero import placement\n"
+        "import os, pathlib, sys, torch; from arriero.distributed.launch import cpu_affinity as placement\n"
         "nodes = placement.numa_nodes(pathlib.Path(sys.argv[1])); placement.numa_nodes = lambda: nodes\n"
         "placement.place_process(1, 2, bind=sys.argv[2] == 'bind')\n"
         "print(sorted(os.sched_getaffinity(0)), torch.get_num_threads())"

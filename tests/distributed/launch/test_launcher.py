@@ -20,10 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_variables import STEP
 
+from arriero.cli import launch_slurm
 from arriero.cli.main import dispatch
 from arriero.common.errors import UserError
 from arriero.common.text import ranges
-from arriero.distributed.launch import slurm
 from arriero.distributed.launch.agreement import differences
 from arriero.distributed.launch.config import LaunchConfig, resolve, take_place
 from arriero.distributed.launch.rendezvous import Meeting
@@ -146,9 +146,9 @@ def test_the_batch_file_is_whole_and_bash(tmp_path: Path, capsys: pytest.Capture
 def test_a_batch_file_for_a_recipe_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     with pytest.raises(UserError, match="3 data-parallel"):
-        slurm.run(["slurm", str(recipe), "--nodes", "3", "--gpus-per-node", "1"])
+        launch_slurm.run(["slurm", str(recipe), "--nodes", "3", "--gpus-per-node", "1"])
     with pytest.raises(UserError, match="did you mean 'slurm'"):
-        slurm.run(["slrum"])
+        launch_slurm.run(["slrum"])
 
 
 def meeting(port: int, *, node_rank: int = 0, address: str = "127.0.0.1") -> Meeting:

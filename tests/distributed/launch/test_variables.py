@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from arriero.cli import launch_slurm
 from arriero.cli.main import dispatch
 from arriero.common.errors import UserError
 from arriero.distributed.launch import slurm
@@ -183,13 +184,13 @@ def test_ports_of_jobs_differ() -> None:
 def test_values_that_do_not_belong_into_a_batch_file(tmp_path: Path, flag: str, value: str, named: str) -> None:
     words = ["slurm", str(write_recipe(tmp_path)), "--gpus-per-node", "1", flag, value]
     with pytest.raises(UserError, match=named):
-        slurm.run(words)
+        launch_slurm.run(words)
 
 
 @pytest.mark.parametrize("time", ["UNLIMITED", "30", "2-0", "1-12:00:00"])
 def test_times_that_slurm_takes(tmp_path: Path, time: str) -> None:
     words = [str(write_recipe(tmp_path)), "--gpus-per-node", "1", "--time", time]
-    assert f"#SBATCH --time={time}\n" in slurm.batch_file(words)[0]
+    assert f"#SBATCH --time={time}\n" in launch_slurm.batch_file(words)[0]
 
 
 def test_the_command_ends_with_the_variable_named(
