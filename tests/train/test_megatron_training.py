@@ -19,6 +19,8 @@ from arriero.model.init import InitialWeights
 from arriero.train.config import ScheduleConfig
 from arriero.train.schedule import learning_rate
 
+pytestmark = pytest.mark.slow
+
 CONFIG = replace(toy.CONFIG, vocab_size=260, num_hidden_layers=4)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -18,6 +17,9 @@ from arriero.checkpoint.open_model import open_model
 from arriero.cli.convert import ConvertArgs, run
 from arriero.common.errors import UserError
 from arriero.model.config import RopeScaling
+from programs import free_port
+
+pytestmark = pytest.mark.slow
 
 ORACLE = Path(__file__).with_name("megatron_oracle.py")
 
@@ -26,14 +28,11 @@ def run_oracle(tmp_path, tensor, **job):
     """Runs the oracle in `tensor` processes, each with a time-out; returns what it wrote."""
     job_file = tmp_path / "job.json"
     job_file.write_text(json.dumps({"file": None, **job}))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     common = {
         **os.environ,
         "WORLD_SIZE": str(tensor),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
     }
     processes = [
