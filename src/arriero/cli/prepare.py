@@ -12,7 +12,7 @@ from annotated_types import Interval
 from arriero.common.errors import EXIT_OK
 from arriero.common.progress import ProgressBar
 from arriero.common.ranges import PathText
-from arriero.common.text import printable, shown
+from arriero.common.text import escape, escape_message
 from arriero.data.merge import merge
 from arriero.data.prepare import PrepareConfig, PreparedData, PrepareJob, open_job, run_job
 
@@ -74,8 +74,8 @@ class _ProgressDisplay:
 def _print_job(job: PrepareJob) -> None:
     tokenizer = job.tokenizer
     for notice in tokenizer.notices:
-        print(f"note: {printable(notice)}")
-    print(f"tokenizer  {shown(tokenizer.path)} ({tokenizer.vocab_size} entries)")
+        print(f"note: {escape_message(notice)}")
+    print(f"tokenizer  {escape(tokenizer.path)} ({tokenizer.vocab_size} entries)")
     ends = []
     if job.bos is not None:
         ends.append(f"begin with BOS {job.bos} {tokenizer.piece(job.bos)}")
@@ -91,11 +91,11 @@ def _print_engine(engine: str, reason: str) -> None:
 def _print_reused(prepared: PreparedData) -> None:
     for name, entry in prepared.manifest["outputs"].items():
         counts = f"{entry['documents']:,} documents, {entry['tokens']:,} tokens"
-        print(f"reused     {shown(prepared.out)}_{shown(name)}: same inputs and options, {counts}")
+        print(f"reused     {escape(prepared.out)}_{escape(name)}: same inputs and options, {counts}")
 
 
 def _print_written(prepared: PreparedData) -> None:
-    manifest, out = prepared.manifest, shown(prepared.out)
+    manifest, out = prepared.manifest, escape(prepared.out)
     for name, entry in manifest["outputs"].items():
         counts = f"{entry['documents']:,} documents, {entry['tokens']:,} tokens"
         print(f"wrote      {out}_{name}: {counts}, {entry['dtype']}")

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from arriero.common.errors import UserError
-from arriero.common.files import make_directory, open_regular, why
+from arriero.common.files import make_directory, open_regular, os_error_text
 from arriero.common.ranges import path_problem
-from arriero.common.text import shown
+from arriero.common.text import escape
 
 _FIX = "choose another --out"
 ENDINGS = (".manifest.json", ".manifest.json.partial", ".quarantine.jsonl", ".quarantine.jsonl.partial", ".lock")
@@ -43,7 +43,7 @@ def check_output(out: str, names: Iterable[str]) -> None:
         except OSError:  # nothing there, or no way there, which `make_output_directory` reports
             continue
         if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
-            raise UserError(f"{shown(path)}: is no file, and a file is to be written there", _FIX)
+            raise UserError(f"{escape(path)}: is no file, and a file is to be written there", _FIX)
 
 
 def make_output_directory(out: str) -> None:
@@ -79,7 +79,7 @@ def writing_output(out: str) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 fix = "wait for it, or choose another --out"
-                raise UserError(f"another process is preparing {shown(out)}", fix) from error
+                raise UserError(f"another process is preparing {escape(out)}", fix) from error
             try:
                 yield
             finally:
@@ -87,5 +87,7 @@ def writing_output(out: str) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        name = shown(error.filename if error.filename is not None else out)
-        raise UserError(f"{name}: {why(error)}", "mend that, or choose another --out; nothing was written") from error
+        name = escape(error.filename if error.filename is not None else out)
+        raise UserError(
+            f"{name}: {os_error_text(error)}", "mend that, or choose another --out; nothing was written"
+        ) from error

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from arriero.common.errors import UserError
-from arriero.common.text import printable
+from arriero.common.text import escape_message
 from arriero.data.indexed import bin_path, idx_path
 from arriero.data.manifest import manifest_path, read_manifest
 from arriero.data.output import writing_output
@@ -64,7 +64,7 @@ def _choose_engine(job: PrepareJob) -> tuple[Tokenizer, str]:
     fast, reason = fast_or_reason(job.tokenizer, sample_texts(job))
     if fast is None and job.config.engine == "fast":
         raise UserError(f"--engine fast: {reason}", "pip install 'arriero[fast]', or use --engine auto")
-    return fast or job.tokenizer, f": {printable(reason)}"
+    return fast or job.tokenizer, f": {escape_message(reason)}"
 
 
 def _check_earlier(job: PrepareJob, earlier: dict[str, Any], hashes: list[str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from arriero.common.errors import UserError
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.data.output import create
 from arriero.data.pipeline import EncodedChunk, Rejected
 
@@ -69,7 +69,7 @@ class RejectedFile:
             counts.rejected += 1
             counts.empty += one.reason.endswith((" is empty", " is blank"))
             if len(counts.first_rejected) < 3:
-                counts.first_rejected.append(shown(f"{where}: {one.reason}", 500))
+                counts.first_rejected.append(escape(f"{where}: {one.reason}", 500))
             self._file = self._file or io.TextIOWrapper(create(self._partial), encoding="utf-8")
             line = {"file": source, "line": one.place.number, "reason": one.reason, "record": one.raw}
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
