@@ -10,7 +10,7 @@ from typing import Literal
 
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_USAGE, CheckFailed, UserError, as_user_error, nearest
 from arriero.common.output import OutputClosed, guarded_output
-from arriero.common.signals import Interrupted, interrupts
+from arriero.common.signals import Interrupted, interrupt_on_signals
 from arriero.common.text import printable, shown
 from arriero.common.version import __version__
 
@@ -64,7 +64,7 @@ def dispatch(words: list[str], *, last: bool = False) -> int:
     """
     verb = VERBS.get(words[0]) if words else None
     shows = not {"-h", "--help", "--verify-layout"}.isdisjoint(words)
-    with guarded_output(required=verb is None or verb.result == "output" or shows), interrupts(last=last):
+    with guarded_output(required=verb is None or verb.result == "output" or shows), interrupt_on_signals(last=last):
         try:
             return _printed(words)
         except CheckFailed as error:
