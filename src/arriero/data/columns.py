@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from arriero.common.errors import UserError
-from arriero.common.text import printable, shown
+from arriero.common.text import escape, escape_message
 from arriero.data import inputs
 from arriero.data.column_reader import FRAME, REFUSED
 from arriero.data.inputs import MAX_UNPACKED, Meter, seekable
@@ -23,14 +23,14 @@ MEMORY = (768 << 20, 4 << 30)  # bytes that reading may take: the least with MAX
 UNPACKED = 256 << 20  # bytes of text that any file may give, and MAX_UNPACKED times its size besides
 
 
-def read_columns(path: Path, kind: str, columns: tuple[str, ...] | None, meter: Meter) -> Numbered:
+def read_columns(path: Path, kind: str, columns: tuple[str, ...] | None, track: Meter) -> Numbered:
     """Records of a parquet or arrow file, numbered from 1.
 
     Args:
         path: the file, which may be compressed as a whole.
         kind: parquet or arrow.
         columns: those that are read; None for all.
-        meter: is given a function that says how much of the file has been read, from 0 to 1.
+        track: is given a function that says how much of the file has been read, from 0 to 1.
 
     Raises:
         UserError: the file cannot be read, or unpacks to more than it may.
@@ -47,7 +47,7 @@ def read_columns(path: Path, kind: str, columns: tuple[str, ...] | None, meter: 
         )  # fmt: skip
         assert reader.stdout is not None
         share = 0.0
-        meter(lambda: share)
+        track(lambda: share)
         number, whole = 1, False
         try:
             with reader.stdout as pipe:
@@ -86,5 +86,5 @@ def _problem(path: Path, kind: str, code: int, errors: str) -> UserError:
         how = f"pyarrow ended with {signal.Signals(-code).name}"
     else:
         last = errors.strip().rpartition("\n")[2]
-        how = f"pyarrow's reader ended with code {code}: {shown(printable(last))}"
+        how = f"pyarrow's reader ended with code {code}: {escape(escape_message(last))}"
     return UserError(f"{path}: not a whole {kind} file ({how})", "do not trust this file, or copy it again")

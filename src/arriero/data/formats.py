@@ -1,7 +1,7 @@
 """Record formats: what is done with one record, and the prompt templates, which are data.
 
 A format turns a record (a dictionary of columns) into documents. A document is a list of `Part`s; the loss mask follows
-from the parts, never from searching the text.
+from the segments, never from searching the text.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
-from arriero.common.errors import UserError, nearest
-from arriero.common.text import shown
+from arriero.common.errors import UserError, closest_match
+from arriero.common.text import escape
 from arriero.common.untrusted import read_text
 from arriero.data import chat
+from arriero.data.prefix import INSTRUCTION_FIELDS
 from arriero.data.records import CONTENT, WEIGHTS, BadRecordError, Record, filled, optional, refuse_content
 
 
@@ -25,8 +26,8 @@ class Part(NamedTuple):
     """A stretch of a document: its text, whether the loss falls on it, and whether EOS follows it."""
 
     text: str
-    learn: bool = True
-    end: bool = False
+    in_loss: bool = True
+    eos: bool = False
 
 
 Document = list[Part]
@@ -103,7 +104,8 @@ def load_template(name: str) -> Template:
     path = Path(name)
     if not os.path.isfile(name):  # False for names that no file can have
         raise UserError(
-            f"unknown template {shown(name)!r}; {nearest(name, TEMPLATES)}", "give one of these names, or a TOML file"
+            f"unknown template {escape(name)!r}; {closest_match(name, TEMPLATES)}",
+            "give one of these names, or a TOML file",
         )
     try:
         found = tomllib.loads(read_text(path, "give a template's TOML file", 1_000_000))
@@ -114,7 +116,9 @@ def load_template(name: str) -> Template:
     known = [f.name for f in fields(Template)]
     for key, value in found.items():
         if key not in known:
-            raise UserError(f"{path}: unknown field {key!r}; {nearest(key, known)}", "a template has only these fields")
+            raise UserError(
+                f"{path}: unknown field {key!r}; {closest_match(key, known)}", "a template has only these fields"
+            )
         if not isinstance(value, str):
             raise UserError(f"{path}: {key} must be a string", f'write {key} = "..."')
         _check_slots(path, key, value)
@@ -161,16 +165,16 @@ def _chat(record: Record, template: Template, loss_on: str, ignored: Sequence[st
     if not answers:
         raise BadRecordError("no answer of the assistant")
     learned = answers if loss_on == "all" else answers[-1:]
-    parts: Document = []
+    segments: Document = []
     for i, (role, content) in enumerate(turns):
         if role == "assistant":
-            parts.append(Part(template.assistant, learn=False))
-            parts.append(Part(template.reply.format(content=content), learn=i in learned, end=True))
+            segments.append(Part(template.assistant, learn=False))
+            segments.append(Part(template.reply.format(content=content), learn=i in learned, eos=True))
             if i < len(turns) - 1:
-                parts.append(Part(template.between, learn=False))
+                segments.append(Part(template.between, learn=False))
         else:
-            parts.append(Part(getattr(template, role).format(content=content), learn=False))
-    return [part for part in parts if part.text]
+            segments.append(Part(getattr(template, role).format(content=content), learn=False))
+    return [segment for segment in segments if segment.text]
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,7 @@ class Format:
 
     Attributes:
         names: what each document of a record is called; it goes into the file name.
-        masked: whether the loss falls on part of a document only (three aligned files are written then).
+        masked: whether the loss falls on segment of a document only (three aligned files are written then).
         columns: the columns that are read, or None for all.
         documents: record -> one document for each name. Raises BadRecordError.
     """
@@ -188,6 +192,12 @@ class Format:
     masked: bool
     columns: tuple[str, ...] | None
     documents: Callable[[Record], list[Document]]
+
+    @property
+    def outputs(self) -> list[str]:
+        """What the written data sets are called after `OUT_`."""
+        names = [f"packed_{field}" for field in INSTRUCTION_FIELDS] if self.masked else self.names
+        return [f"{name}_document" for name in names]
 
 
 FORMATS = ("text", "alpaca", "alpaca-sft", "chat")
@@ -210,7 +220,7 @@ def make_format(
     """
     for one in ignored:
         if one not in IGNORABLE:
-            raise UserError(f"--ignore {one}: {nearest(one, IGNORABLE)}", "other columns are not read anyway")
+            raise UserError(f"--ignore {one}: {closest_match(one, IGNORABLE)}", "other columns are not read anyway")
     alpaca = tuple(dict.fromkeys(ALPACA + CONTENT))  # CONTENT is read to be refused where it is filled
     if name == "text":
         return Format(tuple(keys), False, tuple(keys), lambda record: [[Part(filled(record, key))] for key in keys])
@@ -220,10 +230,12 @@ def make_format(
 
         def split(record: Record) -> list[Document]:
             prompt, answer = _alpaca(record, template, ignored)
-            return [[Part(prompt, learn=False), Part(answer, end=True)]]
+            return [[Part(prompt, learn=False), Part(answer, eos=True)]]
 
         return Format(("packed",), True, alpaca, split)
     if name == "chat":
         columns = tuple(dict.fromkeys(chat.COLUMNS + CONTENT))
         return Format(("packed",), True, columns, lambda record: [_chat(record, template, loss_on, ignored)])
-    raise UserError(f"unknown format {name!r}; {nearest(name, FORMATS)}", "see docs/prepare.md for the four formats")
+    raise UserError(
+        f"unknown format {name!r}; {closest_match(name, FORMATS)}", "see docs/prepare.md for the four formats"
+    )

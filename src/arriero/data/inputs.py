@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from arriero.common.errors import UserError
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.common.untrusted import inside
 
 KINDS = {
@@ -69,11 +69,11 @@ def find_inputs(inputs: tuple[str, ...]) -> tuple[str, list[Path]]:
         elif os.path.isfile(given):
             files.append(path)
         elif os.path.exists(given):
-            raise UserError(f"{shown(given)}: is not a regular file", "give a file, a directory, or a glob in quotes")
+            raise UserError(f"{escape(given)}: is not a regular file", "give a file, a directory, or a glob in quotes")
         elif matched := sorted(p for p in map(Path, glob.glob(given, recursive=True)) if p.is_file()):
             files += matched
         else:
-            raise UserError(f"no such file: {shown(given)}", "give a file, a directory, or a glob in quotes")
+            raise UserError(f"no such file: {escape(given)}", "give a file, a directory, or a glob in quotes")
     kinds: dict[str, list[Path]] = {}
     for path in files:
         kind = kind_of(path)
@@ -90,7 +90,7 @@ def _compression(path: Path) -> str | None:
     return COMPRESSIONS.get(path.suffix.lower())
 
 
-def open_input(path: Path, meter: Meter = no_meter) -> BinaryIO:
+def open_input(path: Path, track: Meter = no_meter) -> BinaryIO:
     """A file's bytes, decompressed."""
     raw = path.open("rb", buffering=BLOCK)
     size = path.stat().st_size
@@ -98,7 +98,7 @@ def open_input(path: Path, meter: Meter = no_meter) -> BinaryIO:
     if how is not None and size == 0:  # which gzip and zstd would take for empty text
         raw.close()
         raise UserError(f"{path}: is empty, which no compressed file is", "copy it again")
-    meter(lambda: 1.0 if raw.closed else raw.tell() / max(1, size))  # the last batches are written after the close
+    track(lambda: 1.0 if raw.closed else raw.tell() / max(1, size))  # the last batches are written after the close
     if how == "gzip":
         return cast(BinaryIO, gzip.open(raw, "rb"))
     if how == "zstd":
