@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from arriero.common.errors import UserError
 from arriero.data.inputs import BLOCK, MAX_UNPACKED
 
-ROWS = 512  # at max_rows in one piece
+ROWS = 512  # at most in one piece
 PIECE_BYTES = 8 << 20  # of text that is aimed at in one piece
 MOST_ELEMENTS = 1 << 22  # of the lists of one piece: 100 MB of Python's objects at the least
 FRAME = struct.Struct("<Q")
@@ -105,7 +105,7 @@ def _pieces(batches: Iterator[Any], bounds: Bounds, path: str) -> Iterator[list[
             )
 
 
-def _select_columns(names: list[str], columns: list[str] | None, path: str) -> list[str] | None:
+def _wanted(names: list[str], columns: list[str] | None, path: str) -> list[str] | None:
     """The columns to read. Raises UserError when there is none, or one of them twice."""
     if columns is None:
         return None
@@ -128,7 +128,7 @@ def _parquet(path: str, source: str, columns: list[str] | None) -> tuple[Iterato
     meta, size = file.metadata, os.stat(source).st_size
     if meta.num_rows > MAX_UNPACKED * size + (1 << 26):
         raise UserError(f"{path}: {meta.num_rows:,} rows in {size:,} bytes", "do not trust this file")
-    wanted = _select_columns(file.schema_arrow.names, columns, path)
+    wanted = _wanted(file.schema_arrow.names, columns, path)
     groups = [meta.row_group(i) for i in range(meta.num_row_groups)]
     # In a file that was joined from two, the last one's footer counts, and its places lead into the first one.
     ends = [
@@ -176,12 +176,12 @@ def _arrow(path: str, source: str, columns: list[str] | None) -> tuple[Iterator[
     mapped = pyarrow.memory_map(source)
     size = mapped.size()
     head = mapped.read(8)
-    max_rows = MAX_UNPACKED * size + (1 << 26)
+    most = MAX_UNPACKED * size + (1 << 26)
 
     def checked(batch: Any) -> Any:
-        if batch.num_rows > max_rows:
+        if batch.num_rows > most:
             raise UserError(f"{path}: {batch.num_rows:,} rows in {size:,} bytes", "do not trust this file")
-        wanted = _select_columns(batch.schema.names, columns, path)
+        wanted = _wanted(batch.schema.names, columns, path)
         chosen = batch if wanted is None else batch.select(wanted)
         _validate(chosen)
         return chosen
@@ -222,13 +222,13 @@ def _check_footer(mapped: Any, path: str) -> None:
         raise UserError(f"{path}: more is in it than its footer lists: two files joined?", "cut them apart again")
 
 
-def main(arguments: list[str]) -> int:
+def main(words: list[str]) -> int:
     """The program: PATH SOURCE KIND COLUMNS BOUNDS, the last two as JSON; frames to stdout.
 
     A frame is its length and, marshalled, the share of the file that has been read and a list of records.
     """
-    path, source, kind = arguments[:3]
-    columns, bounds = json.loads(arguments[3]), Bounds(*json.loads(arguments[4]))
+    path, source, kind = words[:3]
+    columns, bounds = json.loads(words[3]), Bounds(*json.loads(words[4]))
     out = os.fdopen(os.dup(1), "wb", buffering=BLOCK)
     os.dup2(2, 1)  # what a library prints does not get between the frames
     try:

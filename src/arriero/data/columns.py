@@ -23,14 +23,14 @@ MEMORY = (768 << 20, 4 << 30)  # bytes that reading may take: the least with MAX
 UNPACKED = 256 << 20  # bytes of text that any file may give, and MAX_UNPACKED times its size besides
 
 
-def read_columns(path: Path, kind: str, columns: tuple[str, ...] | None, track: Meter) -> Numbered:
+def read_columns(path: Path, kind: str, columns: tuple[str, ...] | None, meter: Meter) -> Numbered:
     """Records of a parquet or arrow file, numbered from 1.
 
     Args:
         path: the file, which may be compressed as a whole.
         kind: parquet or arrow.
         columns: those that are read; None for all.
-        track: is given a function that says how much of the file has been read, from 0 to 1.
+        meter: is given a function that says how much of the file has been read, from 0 to 1.
 
     Raises:
         UserError: the file cannot be read, or unpacks to more than it may.
@@ -47,7 +47,7 @@ def read_columns(path: Path, kind: str, columns: tuple[str, ...] | None, track: 
         )  # fmt: skip
         assert reader.stdout is not None
         share = 0.0
-        track(lambda: share)
+        meter(lambda: share)
         number, whole = 1, False
         try:
             with reader.stdout as pipe:

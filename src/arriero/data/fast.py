@@ -70,7 +70,7 @@ class FastTokenizer(Tokenizer):
             raise UnsuitableError("gigatoken is not installed")
         self.reference = reference
         self.__dict__.update({k: v for k, v in reference.__dict__.items() if not k.startswith("_")})
-        self._splittable = reference._splittable
+        self._cuts = reference._cuts
         self._json = json.dumps(_description(reference))
         self._lock = threading.Lock()
         self._since_start = 0
@@ -141,8 +141,8 @@ class FastTokenizer(Tokenizer):
                 f"gigatoken gives other ids than {self.reference.engine} for {shown!r}", "use --engine reference"
             )
 
-    def _has_prefix_space(self) -> bool:
-        return self.reference._has_prefix_space()
+    def _adds_blank(self) -> bool:
+        return self.reference._adds_blank()
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """See `Tokenizer`."""

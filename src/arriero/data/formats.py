@@ -1,7 +1,7 @@
 """Record formats: what is done with one record, and the prompt templates, which are data.
 
 A format turns a record (a dictionary of columns) into documents. A document is a list of `Part`s; the loss mask follows
-from the segments, never from searching the text.
+from the parts, never from searching the text.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Part(NamedTuple):
     """A stretch of a document: its text, whether the loss falls on it, and whether EOS follows it."""
 
     text: str
-    in_loss: bool = True
-    eos: bool = False
+    learn: bool = True
+    end: bool = False
 
 
 Document = list[Part]
@@ -165,16 +165,16 @@ def _chat(record: Record, template: Template, loss_on: str, ignored: Sequence[st
     if not answers:
         raise BadRecordError("no answer of the assistant")
     learned = answers if loss_on == "all" else answers[-1:]
-    segments: Document = []
+    parts: Document = []
     for i, (role, content) in enumerate(turns):
         if role == "assistant":
-            segments.append(Part(template.assistant, learn=False))
-            segments.append(Part(template.reply.format(content=content), learn=i in learned, eos=True))
+            parts.append(Part(template.assistant, learn=False))
+            parts.append(Part(template.reply.format(content=content), learn=i in learned, end=True))
             if i < len(turns) - 1:
-                segments.append(Part(template.between, learn=False))
+                parts.append(Part(template.between, learn=False))
         else:
-            segments.append(Part(getattr(template, role).format(content=content), learn=False))
-    return [segment for segment in segments if segment.text]
+            parts.append(Part(getattr(template, role).format(content=content), learn=False))
+    return [part for part in parts if part.text]
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class Format:
 
     Attributes:
         names: what each document of a record is called; it goes into the file name.
-        masked: whether the loss falls on segment of a document only (three aligned files are written then).
+        masked: whether the loss falls on part of a document only (three aligned files are written then).
         columns: the columns that are read, or None for all.
         documents: record -> one document for each name. Raises BadRecordError.
     """
@@ -230,7 +230,7 @@ def make_format(
 
         def split(record: Record) -> list[Document]:
             prompt, answer = _alpaca(record, template, ignored)
-            return [[Part(prompt, learn=False), Part(answer, eos=True)]]
+            return [[Part(prompt, learn=False), Part(answer, end=True)]]
 
         return Format(("packed",), True, alpaca, split)
     if name == "chat":

@@ -90,7 +90,7 @@ def _compression(path: Path) -> str | None:
     return COMPRESSIONS.get(path.suffix.lower())
 
 
-def open_input(path: Path, track: Meter = no_meter) -> BinaryIO:
+def open_input(path: Path, meter: Meter = no_meter) -> BinaryIO:
     """A file's bytes, decompressed."""
     raw = path.open("rb", buffering=BLOCK)
     size = path.stat().st_size
@@ -98,7 +98,7 @@ def open_input(path: Path, track: Meter = no_meter) -> BinaryIO:
     if how is not None and size == 0:  # which gzip and zstd would take for empty text
         raw.close()
         raise UserError(f"{path}: is empty, which no compressed file is", "copy it again")
-    track(lambda: 1.0 if raw.closed else raw.tell() / max(1, size))  # the last batches are written after the close
+    meter(lambda: 1.0 if raw.closed else raw.tell() / max(1, size))  # the last batches are written after the close
     if how == "gzip":
         return cast(BinaryIO, gzip.open(raw, "rb"))
     if how == "zstd":

@@ -84,41 +84,35 @@ def parse_line(raw: bytes) -> dict[str, Any] | Bad:
 
 
 class _Text:
-    """The text of a file, of which only what is not yet decoded is buffer.
+    """The text of a file, of which only what is not yet decoded is held.
 
     Bytes that are not UTF-8 become lone surrogates, which the next stage refuses record by record.
     """
 
     def __init__(self, path: Path, file: io.TextIOWrapper) -> None:
         self.path, self._file = path, file
-        self.buffer, self.value_start, self.at, self._line, self._column = (
-            "",
-            0,
-            0,
-            1,
-            1,
-        )  # `value_start`: where the last value does
-        self._more, self._read_size = True, BLOCK
+        self.held, self.began, self.at, self._line, self._column = "", 0, 0, 1, 1  # `began`: where the last value does
+        self._more, self._want = True, BLOCK
         self.records = 0
 
     def _fill(self) -> bool:
         """Reads on, each time twice as much until a value is whole: one huge value costs linear time."""
         self._line, self._column = self._position(self.at)
-        piece = self._file.read(self._read_size)
-        self._more, self._read_size = bool(piece), self._read_size * 2
-        self.buffer, self.at = self.buffer[self.at :] + piece, 0
-        if len(self.buffer) > MAX_RECORD_BYTES:
+        piece = self._file.read(self._want)
+        self._more, self._want = bool(piece), self._want * 2
+        self.held, self.at = self.held[self.at :] + piece, 0
+        if len(self.held) > MAX_RECORD_BYTES:
             large = f"{self.path}: record {self.records + 1} is larger than {MAX_RECORD_BYTES:,} bytes"
             raise UserError(large, "cut it into several records")
         return self._more
 
     def _position(self, at: int) -> tuple[int, int]:
-        newlines = self.buffer.count("\n", 0, at)
+        newlines = self.held.count("\n", 0, at)
         if newlines:
-            return self._line + newlines, at - self.buffer.rfind("\n", 0, at)
+            return self._line + newlines, at - self.held.rfind("\n", 0, at)
         return self._line, self._column + at
 
-    def syntax_error(self, problem: str, at: int | None = None) -> UserError:
+    def wrong(self, problem: str, at: int | None = None) -> UserError:
         """The error that names a place, by default where the text is read on."""
         line, column = self._position(self.at if at is None else at)
         where = f"line {line}, column {column}, after record {self.records}"
@@ -127,53 +121,53 @@ class _Text:
     def peek(self, blank: re.Pattern[str] = _BLANK) -> str:
         """The next character that is not blank, which stays; empty at the end of the file."""
         while True:
-            found = blank.match(self.buffer, self.at)
+            found = blank.match(self.held, self.at)
             assert found is not None
             self.at = found.end()
-            if self.at < len(self.buffer):
-                return self.buffer[self.at]
-            self._read_size = BLOCK
+            if self.at < len(self.held):
+                return self.held[self.at]
+            self._want = BLOCK
             if not self._fill():
                 return ""
 
     def value(self) -> Any:
-        """Decodes the next value. Raises UserError with the place of what is syntax_error."""
-        self._read_size = BLOCK
+        """Decodes the next value. Raises UserError with the place of what is wrong."""
+        self._want = BLOCK
         while True:
             try:
-                found, end = _decoder.raw_decode(self.buffer, self.at)
+                found, end = _decoder.raw_decode(self.held, self.at)
             except RecursionError:
-                raise self.syntax_error("broken JSON: nested too deep") from None
+                raise self.wrong("broken JSON: nested too deep") from None
             except json.JSONDecodeError as error:
-                # What is syntax_error near the end of the text that is buffer may only be cut there.
-                left = 0 if error.msg.startswith("Unterminated") else len(self.buffer) - error.pos
+                # What is wrong near the end of the text that is held may only be cut there.
+                left = 0 if error.msg.startswith("Unterminated") else len(self.held) - error.pos
                 if not (self._more and left <= LONGEST_LITERAL):
                     ended = left == 0 and not self._more
                     what = "ends within a value" if ended else "broken JSON"
-                    raise self.syntax_error(f"{what}: {error.msg}", error.pos) from None
+                    raise self.wrong(f"{what}: {error.msg}", error.pos) from None
             except ValueError as error:  # a number of more digits than Python reads
-                raise self.syntax_error(f"broken JSON: {error}") from None
+                raise self.wrong(f"broken JSON: {error}") from None
             else:
-                if end < len(self.buffer) or not self._more or self.buffer[end - 1] in '}]"':
-                    self.value_start, self.at = self.at, end
+                if end < len(self.held) or not self._more or self.held[end - 1] in '}]"':
+                    self.began, self.at = self.at, end
                     return found
             self._fill()  # a number at the end may go on: `12` may be the start of `123`
 
 
-def json_records(path: Path, track: Meter) -> Numbered | None:
+def json_records(path: Path, meter: Meter) -> Numbered | None:
     """Records of a .json file: the elements of its arrays, and its objects outside of arrays, one after the other.
 
     Returns:
         None for a file of JSON lines: its first line is one whole object.
     """
-    with open_input(path, track) as raw:
+    with open_input(path, meter) as raw:
         text = _open(path, raw)
         if text.peek(_BETWEEN) == "{":
             text.value()
-            on_one_line = "\n" not in text.buffer[text.value_start : text.at]
+            on_one_line = "\n" not in text.held[text.began : text.at]
             if on_one_line and text.peek(_IN_LINE) in ("", "\n"):
                 return None
-    return _stream(path, track)
+    return _stream(path, meter)
 
 
 def _open(path: Path, raw: BinaryIO) -> _Text:
@@ -183,8 +177,8 @@ def _open(path: Path, raw: BinaryIO) -> _Text:
     return _Text(path, file)
 
 
-def _stream(path: Path, track: Meter) -> Numbered:
-    with open_input(path, track) as raw:
+def _stream(path: Path, meter: Meter) -> Numbered:
+    with open_input(path, meter) as raw:
         text = _open(path, raw)
         while first := text.peek(_BETWEEN):
             if first == "[":
@@ -194,9 +188,9 @@ def _stream(path: Path, track: Meter) -> Numbered:
                 text.records += 1
                 yield text.records, record_of(text.value())
             elif text.records == 0:
-                raise text.syntax_error("is neither a JSON array nor JSON lines: it must begin with [ or {")
+                raise text.wrong("is neither a JSON array nor JSON lines: it must begin with [ or {")
             else:
-                raise text.syntax_error(f"{first!r} stands outside of an array")
+                raise text.wrong(f"{first!r} stands outside of an array")
 
 
 def _array(text: _Text) -> Numbered:
@@ -206,15 +200,13 @@ def _array(text: _Text) -> Numbered:
         return
     while True:
         if not text.peek():
-            raise text.syntax_error("ends within an array")
+            raise text.wrong("ends within an array")
         value = text.value()
         text.records += 1
         yield text.records, record_of(value)
         sign = text.peek()
         if sign not in (",", "]"):
-            raise text.syntax_error(
-                "ends within an array" if not sign else f"broken JSON: {sign!r} where , or ] is due"
-            )
+            raise text.wrong("ends within an array" if not sign else f"broken JSON: {sign!r} where , or ] is due")
         text.at += 1
         if sign == "]":
             return

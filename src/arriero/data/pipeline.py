@@ -36,7 +36,7 @@ class Place(NamedTuple):
 class Rejected(NamedTuple):
     """A record that was not used, and why."""
 
-    location: Place
+    place: Place
     reason: str
     raw: str
 
@@ -89,67 +89,65 @@ class Encoder:
 
     def __call__(self, chunk: list[Item]) -> EncodedChunk:
         """Formats, checks and tokenises one chunk."""
-        usable: list[list[Document]] = []
-        locations: list[Place] = []
+        good: list[list[Document]] = []
+        places: list[Place] = []
         rejected: list[Rejected] = []
-        for location, record in chunk:
+        for place, record in chunk:
             if isinstance(record, Bad):
-                rejected.append(Rejected(location, record.reason, record.raw))
+                rejected.append(Rejected(place, record.reason, record.raw))
                 continue
             try:
                 documents = self.format.documents(record)
                 for document in documents:
-                    for segment in document:
-                        _check_unicode(segment.text)
+                    for part in document:
+                        _check_unicode(part.text)
             except BadRecordError as error:
-                rejected.append(Rejected(location, str(error), brief(record)))
+                rejected.append(Rejected(place, str(error), brief(record)))
             else:
-                usable.append(documents)
-                locations.append(location)
-        usable, columns = self._tokenise(usable, locations, rejected)
-        result = EncodedChunk(columns, rejected, documents=len(usable))
+                good.append(documents)
+                places.append(place)
+        good, columns = self._tokenise(good, places, rejected)
+        result = EncodedChunk(columns, rejected, documents=len(good))
         for n in range(len(self.format.names)):
-            chosen = [documents[n] for documents in usable]
-            result.text_bytes += sum(len(segment.text.encode()) for document in chosen for segment in document)
+            chosen = [documents[n] for documents in good]
+            result.text_bytes += sum(len(part.text.encode()) for document in chosen for part in document)
         ids = result.columns[:1] if self.format.masked else result.columns
         result.largest_id = max((int(flat.max()) for flat, _ in ids if len(flat)), default=-1)
         return result
 
     def _tokenise(
-        self, usable: list[list[Document]], locations: list[Place], rejected: list[Rejected]
+        self, good: list[list[Document]], places: list[Place], rejected: list[Rejected]
     ) -> tuple[list[list[Document]], list[tuple[np.ndarray, np.ndarray]]]:
-        """The records that the tokenizer takes, and their arrays; each that it fails on is rejected with its location.
+        """The records that the tokenizer takes, and their arrays; each that it fails on is rejected with its place.
 
         Raises:
             UserError: the tokenizer takes longer than a sound one does; names where.
         """
         try:
-            return usable, self._arrays(usable)
+            return good, self._arrays(good)
         except TooSlowError as error:
-            where = (
-                f"records {locations[0].number} to {locations[-1].number} of {escape(self.files[locations[0].file])}"
-            )
+            where = f"records {places[0].number} to {places[-1].number} of {escape(self.files[places[0].file])}"
             raise UserError(f"{error.problem} (among {where})", error.fix) from None
         except UserError as error:
-            if len(usable) == 1:
-                text = "".join(segment.text for segment in usable[0][0])
-                rejected.append(Rejected(locations[0], error.problem, brief(text)))
+            if len(good) == 1:
+                text = "".join(part.text for part in good[0][0])
+                rejected.append(Rejected(places[0], error.problem, brief(text)))
                 return [], self._arrays([])
         taken = []
-        for documents, location in zip(usable, locations, strict=True):
-            taken += self._tokenise([documents], [location], rejected)[0]
-        rejected.sort(key=lambda one: one.location)
+        for documents, place in zip(good, places, strict=True):
+            taken += self._tokenise([documents], [place], rejected)[0]
+        rejected.sort(key=lambda one: one.place)
         return taken, self._arrays(taken)
 
-    def _arrays(self, usable: list[list[Document]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _arrays(self, good: list[list[Document]]) -> list[tuple[np.ndarray, np.ndarray]]:
         columns: list[tuple[np.ndarray, np.ndarray]] = []
         for n in range(len(self.format.names)):
-            chosen = [documents[n] for documents in usable]
+            chosen = [documents[n] for documents in good]
             columns += self._masked(chosen) if self.format.masked else self._plain(chosen)
         return columns
 
     def _plain(self, documents: list[Document]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """One segment a document: BOS, text, EOS."""
+        """One part a document: BOS, text, EOS."""
         encoded = self.tokenizer.encode_arrays([document[0].text for document in documents])
         before = np.array([] if self.bos is None else [self.bos], np.int32)
         after = np.array([] if self.eos is None else [self.eos], np.int32)
@@ -160,28 +158,28 @@ class Encoder:
         return [(flat, sizes)]
 
     def _masked(self, documents: list[Document]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Three aligned columns: ids, attention mask (ones), labels (-100 where a segment is not in_loss_masks, and on BOS)."""
+        """Three aligned columns: ids, attention mask (ones), labels (-100 where a part is not learned, and on BOS)."""
         firsts = iter(self.tokenizer.encode_arrays([document[0].text for document in documents]))
-        later = [segment.text for document in documents for segment in document[1:]]
+        later = [part.text for document in documents for part in document[1:]]
         rest = iter(self.tokenizer.encode_continuation(later))
         ids: list[np.ndarray] = []
-        in_loss_masks: list[np.ndarray] = []
+        learned: list[np.ndarray] = []
         sizes = []
         for document in documents:
             before = [] if self.bos is None else [self.bos]
             ids.append(np.array(before, np.int32))
-            in_loss_masks.append(np.zeros(len(before), bool))
+            learned.append(np.zeros(len(before), bool))
             size = len(before)
-            for i, segment in enumerate(document):
+            for i, part in enumerate(document):
                 tokens = next(firsts) if i == 0 else next(rest)
-                if segment.eos and self.eos is not None:
+                if part.end and self.eos is not None:
                     tokens = np.append(tokens, self.eos)
                 ids.append(tokens)
-                in_loss_masks.append(np.full(len(tokens), segment.in_loss))
+                learned.append(np.full(len(tokens), part.learn))
                 size += len(tokens)
             sizes.append(size)
         flat = np.concatenate(ids, dtype=np.int32, casting="unsafe") if ids else np.empty(0, np.int32)
-        keep = np.concatenate(in_loss_masks) if in_loss_masks else np.empty(0, bool)
+        keep = np.concatenate(learned) if learned else np.empty(0, bool)
         lengths = np.array(sizes, np.int32)
         labels = np.where(keep, flat, np.int32(-100)).astype(np.int32)
         return [(flat, lengths), (np.ones_like(flat), lengths), (labels, lengths)]
@@ -200,13 +198,13 @@ def _check_unicode(text: str) -> None:
 
 
 def map_in_order(
-    encode: Callable[[list[Item]], EncodedChunk], chunks: Iterable[list[Item]], *, workers: int
+    encode: Callable[[list[Item]], EncodedChunk], todo: Iterable[list[Item]], *, workers: int
 ) -> Iterator[EncodedChunk]:
     """Results of the chunks in their order; at most `workers` + 2 chunks are in memory."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenise")
     waiting: deque[Future[EncodedChunk]] = deque()
     try:
-        for chunk in chunks:
+        for chunk in todo:
             waiting.append(pool.submit(encode, chunk))
             if len(waiting) > workers + 1:
                 yield waiting.popleft().result()

@@ -21,9 +21,9 @@ from arriero.data.inputs import MAX_RECORD_BYTES, Meter, no_meter, open_input
 from arriero.data.json_stream import Bad, Numbered, json_records, parse_line
 
 
-def _lines(path: Path, track: Meter) -> Iterator[tuple[int, bytes]]:
+def _lines(path: Path, meter: Meter) -> Iterator[tuple[int, bytes]]:
     """Numbered lines without their line ends; a UTF-8 byte order mark at the start is dropped."""
-    with open_input(path, track) as file:
+    with open_input(path, meter) as file:
         first = _line(file, path)
         if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise UserError(f"{path} is UTF-16", f"convert it: iconv -f utf-16 -t utf-8 {path}")
@@ -41,55 +41,55 @@ def _line(file: BinaryIO, path: Path) -> bytes:
     return line
 
 
-def _abbreviate_bytes(raw: bytes) -> str:
+def _show(raw: bytes) -> str:
     return raw[:2000].decode("utf-8", "backslashreplace")
 
 
-def _text(path: Path, per: str, track: Meter) -> Numbered:
+def _text(path: Path, per: str, meter: Meter) -> Numbered:
     """A record {"text": ...} for each line, paragraph (blank lines between) or file. Blank lines are no records."""
-    first, lines, size = 1, list[bytes](), 0
+    first, held, size = 1, list[bytes](), 0
 
-    def flush() -> Iterator[tuple[int, dict[str, Any] | Bad]]:
-        raw = b"\n".join(lines)
-        lines.clear()
+    def give() -> Iterator[tuple[int, dict[str, Any] | Bad]]:
+        raw = b"\n".join(held)
+        held.clear()
         if raw.strip():
             try:
                 yield first, {"text": raw.decode("utf-8")}
             except UnicodeDecodeError as error:
-                yield first, Bad(f"invalid UTF-8 ({error.reason} at byte {error.start})", _abbreviate_bytes(raw))
+                yield first, Bad(f"invalid UTF-8 ({error.reason} at byte {error.start})", _show(raw))
 
-    for number, line in _lines(path, track):
+    for number, line in _lines(path, meter):
         if per != "file" and not line.strip():
-            yield from flush()
+            yield from give()
             continue
-        if not lines:
+        if not held:
             first = number
             size = 0
-        lines.append(line)
+        held.append(line)
         size += len(line)
         if size > MAX_RECORD_BYTES:
             raise UserError(f"{path}: has a record of more than {MAX_RECORD_BYTES:,} bytes", "cut it into records")
         if per == "line":
-            yield from flush()
-    yield from flush()
+            yield from give()
+    yield from give()
 
 
-def _jsonl(path: Path, track: Meter) -> Numbered:
-    for number, line in _lines(path, track):
+def _jsonl(path: Path, meter: Meter) -> Numbered:
+    for number, line in _lines(path, meter):
         if line.strip():
             yield number, parse_line(line)
 
 
-def _json(path: Path, track: Meter) -> Numbered:
-    return _jsonl(path, track) if (found := json_records(path, track)) is None else found
+def _json(path: Path, meter: Meter) -> Numbered:
+    return _jsonl(path, meter) if (found := json_records(path, meter)) is None else found
 
 
-def _csv(path: Path, track: Meter) -> Numbered:
+def _csv(path: Path, meter: Meter) -> Numbered:
     csv.field_size_limit(MAX_RECORD_BYTES)
-    with open_input(path, track) as raw:
+    with open_input(path, meter) as raw:
         # Bytes that are not UTF-8 come through as lone surrogates, which the next stage refuses record by record.
         file = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        rows = csv.reader(iter(lambda: _csv_line(file, path), ""), strict=True)
+        rows = csv.reader(iter(lambda: _piece(file, path), ""), strict=True)
         header = next(rows, [])
         line = rows.line_num + 1
         while True:
@@ -107,7 +107,7 @@ def _csv(path: Path, track: Meter) -> Numbered:
             line = rows.line_num + 1
 
 
-def _csv_line(file: io.TextIOWrapper, path: Path) -> str:
+def _piece(file: io.TextIOWrapper, path: Path) -> str:
     line = file.readline(MAX_RECORD_BYTES + 1)
     if len(line) > MAX_RECORD_BYTES:
         raise UserError(f"{path}: has a line of more than {MAX_RECORD_BYTES:,} bytes", "cut it into records")
@@ -120,7 +120,7 @@ def read_records(
     *,
     columns: tuple[str, ...] | None = None,
     per: str = "line",
-    track: Meter = no_meter,
+    meter: Meter = no_meter,
 ) -> Numbered:
     """Records of one file.
 
@@ -129,22 +129,22 @@ def read_records(
         kind: as `find_inputs` found it.
         columns: the columns that are needed, where a file can be read by column; None for all.
         per: what a text file's record is: line, paragraph or file.
-        track: is given a function that says how much of the file has been read, from 0 to 1.
+        meter: is given a function that says how much of the file has been read, from 0 to 1.
 
     Raises:
         UserError: the file, or the rest of it, cannot be read.
     """
     try:
         if kind == "text":
-            yield from _text(path, per, track)
+            yield from _text(path, per, meter)
         elif kind == "jsonl":
-            yield from _jsonl(path, track)
+            yield from _jsonl(path, meter)
         elif kind == "json":
-            yield from _json(path, track)
+            yield from _json(path, meter)
         elif kind == "csv":
-            yield from _csv(path, track)
+            yield from _csv(path, meter)
         else:
-            yield from read_columns(path, kind, columns, track)
+            yield from read_columns(path, kind, columns, meter)
     except UserError:
         raise
     except csv.Error as error:

@@ -61,8 +61,8 @@ class RejectedFile:
     def add(self, found: list[Rejected], counts: Counts, *, strict: bool) -> None:
         """Writes rejected records and counts them. Raises UserError at the first one if `strict`."""
         for one in found:
-            source = str(self._files[one.location.file])
-            where = f"{source}:{one.location.number}"
+            source = str(self._files[one.place.file])
+            where = f"{source}:{one.place.number}"
             if strict:
                 fix = "mend the record, or run without --strict to set such records aside"
                 raise UserError(f"{where}: {one.reason}", fix)
@@ -71,7 +71,7 @@ class RejectedFile:
             if len(counts.first_rejected) < 3:
                 counts.first_rejected.append(escape(f"{where}: {one.reason}", 500))
             self._file = self._file or io.TextIOWrapper(create(self._partial), encoding="utf-8")
-            line = {"file": source, "line": one.location.number, "reason": one.reason, "record": one.raw}
+            line = {"file": source, "line": one.place.number, "reason": one.reason, "record": one.raw}
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def publish(self) -> None:

@@ -87,7 +87,7 @@ class Tokenizer:
         self.bos_id: int | None = None
         self.eos_id: int | None = None
         self.notices: list[str] = []
-        self._splittable = False
+        self._cuts = False
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, one integer array a text. Raises UnicodeEncodeError for lone surrogates.
@@ -95,7 +95,7 @@ class Tokenizer:
         A long text goes to the engine in stretches (see `cut`): a fifth faster with sentencepiece, and a huge document
         needs little more memory than its own.
         """
-        if not self._splittable or all(len(text) <= STRETCH for text in texts):
+        if not self._cuts or all(len(text) <= STRETCH for text in texts):
             return self._encode(texts)
         stretches = [cut(text) for text in texts]
         found = iter(self._encode([piece for pieces in stretches for piece in pieces]))
@@ -105,9 +105,9 @@ class Tokenizer:
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         raise NotImplementedError
 
-    def _is_splittable(self, pieces: Sequence[str]) -> bool:
+    def _may_cut(self, pieces: Sequence[str]) -> bool:
         """Whether `cut` changes no id: each text gets a blank in front, and no piece goes on over a blank."""
-        if not self._has_prefix_space() or any(_BLANK_INSIDE.search(piece) for piece in pieces):
+        if not self._adds_blank() or any(_BLANK_INSIDE.search(piece) for piece in pieces):
             return False
         whole = "".join(f"{word} " * 40 for word in ("some", "words\n", "\tx = 1;", "é 日本", "  two", "a▁ b"))
         split = self._encode(cut(whole, 50))
@@ -121,7 +121,7 @@ class Tokenizer:
         """One id as it is written in the vocabulary."""
         raise NotImplementedError
 
-    def unused_ids(self, rows: int) -> np.ndarray:
+    def without_text(self, rows: int) -> np.ndarray:
         """The ids below `rows`, in order, that the vocabulary has no entry for."""
         return np.arange(min(self.vocab_size, rows), rows)
 
@@ -138,7 +138,7 @@ class Tokenizer:
 
         The blank is kept away by a newline in front, whose ids are cut off again. Raises UserError if they cannot be.
         """
-        if not self._has_prefix_space():
+        if not self._adds_blank():
             return self.encode_arrays(texts)
         head = self.encode_arrays(["\n"])[0]
         whole = self.encode_arrays(["\n" + text for text in texts])
@@ -151,7 +151,7 @@ class Tokenizer:
                 )
         return [ids[len(head) :] for ids in whole]
 
-    def _has_prefix_space(self) -> bool:
+    def _adds_blank(self) -> bool:
         return True
 
     def save_to(self, directory: Path) -> None:
@@ -217,7 +217,7 @@ class SentencePieceTokenizer(Tokenizer):
             self.vocab_size = len(self._processor)
             pieces = self._processor.id_to_piece(list(range(self.vocab_size)))
             self.fingerprint = _hash_pieces(pieces)
-            self._splittable = self._is_splittable(pieces)
+            self._cuts = self._may_cut(pieces)
             self.bos_id = _known_id(self._processor.bos_id())
             self.eos_id = _known_id(self._processor.eos_id())
         except (RuntimeError, OSError, ValueError, IndexError) as error:  # ValueError: pieces that are not UTF-8
@@ -260,7 +260,7 @@ class JsonTokenizer(Tokenizer):
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.fingerprint = _hash_pieces(sorted(vocabulary, key=vocabulary.__getitem__))
-        self._splittable = self._is_splittable(list(vocabulary))
+        self._cuts = self._may_cut(list(vocabulary))
         if not len(self._encode(["\U00013000"])[0]):  # a hieroglyph, which no small vocabulary has
             self.notices.append(f"{path}: characters that its vocabulary lacks are lost: it has no unk_token for them")
         config = _special_names(path.parent)
@@ -271,7 +271,7 @@ class JsonTokenizer(Tokenizer):
         candidates = [named] if named else list(known)
         return next((i for name in candidates if (i := self._tokenizer.token_to_id(name)) is not None), None)
 
-    def _has_prefix_space(self) -> bool:
+    def _adds_blank(self) -> bool:
         with sentence(self.path, "cannot be written"):
             raw = json.loads(self._tokenizer.to_str())
         return _mentions_prefix(raw.get("normalizer")) or _mentions_prefix(raw.get("pre_tokenizer"))
@@ -298,7 +298,7 @@ class JsonTokenizer(Tokenizer):
         """See `Tokenizer`."""
         return self._tokenizer.id_to_token(int(token)) or f"<{int(token)}>"
 
-    def unused_ids(self, rows: int) -> np.ndarray:
+    def without_text(self, rows: int) -> np.ndarray:
         """See `Tokenizer`; the ids of a tokenizer.json may have gaps."""
         free = np.ones(rows, bool)
         known = np.fromiter(self._tokenizer.get_vocab(with_added_tokens=True).values(), np.int64)

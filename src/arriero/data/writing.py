@@ -135,7 +135,7 @@ def sample_texts(job: PrepareJob, characters: int = 300_000) -> list[str]:
             if isinstance(record, Bad):
                 continue
             with contextlib.suppress(BadRecordError):
-                found = [segment.text[:left] for document in job.format.documents(record) for segment in document]
+                found = [part.text[:left] for document in job.format.documents(record) for part in document]
                 texts += [text for text in found if text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)]
                 left -= sum(map(len, found))
             if left <= 0:
@@ -147,7 +147,7 @@ def _records(job: PrepareJob, progress: InputProgress) -> Iterator[Item]:
     for n, path in enumerate(job.files):
         progress.start_file(n)
         columns, per = job.format.columns, job.config.per
-        for number, record in read_records(path, job.kind, columns=columns, per=per, track=progress.track):
+        for number, record in read_records(path, job.kind, columns=columns, per=per, meter=progress.track):
             yield Place(n, number), record
 
 

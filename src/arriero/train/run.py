@@ -17,17 +17,16 @@ from arriero.common.device import device_count, device_type
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_STOPPED, UserError, join_problems
 from arriero.common.text import escape, escape_message
 from arriero.distributed.launch.config import LaunchConfig, resolve_launch_env
-from arriero.distributed.launch.launcher import (  # fmt: skip
-    ProcessFailed,
+from arriero.distributed.launch.launcher import ProcessFailed, run_processes
+from arriero.distributed.launch.secret import Secret
+from arriero.distributed.launch.worker import (
     RankInfo,
+    exit_after_peers,
     exit_worker,
     is_launched_externally,
     restart_count,
     run_in_process_group,
-    run_processes,
 )
-from arriero.distributed.launch.secret import Secret
-from arriero.distributed.launch.worker import exit_after_peers
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.train.config import Start
 from arriero.train.directory import prepare_run_directory
