@@ -40,7 +40,7 @@ def _escaped(text: str, *, keep: str) -> str:
     )
 
 
-def ranges(ranks: list[int]) -> str:
+def format_ranks(ranks: list[int]) -> str:
     """[0, 1, 2, 5] -> "ranks 0-2, 5"."""
     runs: list[list[int]] = []
     for rank in ranks:

@@ -24,7 +24,7 @@ from arriero.common.device import BACKENDS, process_group_backend, tune_allocato
 from arriero.common.environment import environment_number
 from arriero.common.errors import EXIT_USAGE, CheckFailed, UserError, as_user_error
 from arriero.common.signals import Interrupted, LoneListener
-from arriero.common.text import printable, ranges
+from arriero.common.text import format_ranks, printable
 from arriero.distributed.launch.agreement import Disagreement, agree
 from arriero.distributed.launch.cpu_affinity import place_process
 from arriero.distributed.launch.objects import refuse_pickled_objects
@@ -162,7 +162,7 @@ def silent_ranks(place: Place) -> str:
         first = store.add("lost-touch", 1) == 1
         time.sleep(1 if first else 2)  # the first looks, and is heard first
         silent = [r for r in range(place.world) if first and not store.check([f"lost-touch/{r}"])]
-        return f"{ranges(silent)} did not answer\n" if silent else ""
+        return f"{format_ranks(silent)} did not answer\n" if silent else ""
     except RuntimeError:
         return "rank 0, which holds the store, did not answer\n"
 
