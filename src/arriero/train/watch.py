@@ -20,7 +20,7 @@ import torch
 
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory, open_regular
-from arriero.common.text import format_ranks, shown
+from arriero.common.text import escape, format_ranks
 from arriero.distributed.parallel.mesh import DIMENSIONS, Ranks
 from arriero.train.config import WatchConfig
 
@@ -139,7 +139,7 @@ class Watchdog:
             with contextlib.suppress(OSError):
                 handle = open_regular(self._folder / f"rank-{rank:05d}.txt")
                 with open(handle, encoding="utf-8", errors="replace") as file:
-                    head = shown(file.readline(1000).strip())
+                    head = escape(file.readline(1000).strip())
             ours = head.startswith(f"step {self._step} ")
             at.setdefault(head.partition(" s: ")[2] if ours else "wrote nothing", []).append(rank)
         places = sorted(at.items(), key=lambda item: len(item[1]))
