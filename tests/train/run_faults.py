@@ -18,14 +18,14 @@ from arriero.common.errors import CheckFailed
 from arriero.distributed.launch.launcher import run_processes
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.distributed.parallel.shards import local
-from arriero.train.loop import Continuation, train
+from arriero.train.loop import ResumePlan, train
 from arriero.train.optim import Optimizer
 from arriero.train.recipe import Recipe, Setting, parse
 from arriero.train.trainer import Trainer
 from arriero.train.watch import OwnTime, Watchdog
 
-STEP, BATCH, GRADIENTS = Trainer.step, Trainer.next_batch, Optimizer.take_gradients
-TOLD = Watchdog._told
+STEP, BATCH, GRADIENTS = Trainer.step, Trainer.next_batch, Optimizer.collect_gradients
+SUMMARY = Watchdog._stack_summary
 NAME = "model.norm.weight"
 
 
@@ -36,11 +36,11 @@ def oversleep(log: Path) -> None:
 
 
 def stacks_of_all(self: Watchdog) -> list[str]:
-    """What `_told` returns once every process has written its stacks, however busy the machine is."""
+    """What `_stack_summary` returns once every process has written its stacks, however busy the machine is."""
     files = [self._folder / f"rank-{rank:05d}.txt" for rank in range(self._world)]
     while not all(file.exists() and f"step {self._step} " in file.read_text() for file in files):
         time.sleep(0.05)
-    return TOLD(self)
+    return SUMMARY(self)
 
 
 def spin(seconds: float) -> None:
@@ -77,8 +77,8 @@ def install(fault: str, here: bool, skipped: list[int]) -> None:
             assert held is not None
             held.view(-1)[0] = math.nan
 
-    Trainer.step, Trainer.next_batch, Optimizer.take_gradients = step, batch, gradients  # type: ignore[method-assign]
-    Watchdog._told = stacks_of_all if fault == "sleep" else TOLD  # type: ignore[method-assign]
+    Trainer.step, Trainer.next_batch, Optimizer.collect_gradients = step, batch, gradients  # type: ignore[method-assign]
+    Watchdog._stack_summary = stacks_of_all if fault == "sleep" else SUMMARY  # type: ignore[method-assign]
     # Without the wait for a processor, which on a busy machine may be longer on any other process.
     OwnTime._now = lambda self: time.thread_time()  # type: ignore[method-assign]
 
@@ -92,7 +92,7 @@ def run_job(job: dict[str, Any]) -> None:
         install(case["fault"], ranks.rank == case["rank"], skipped)
         failed = ""
         try:
-            train(recipe, ranks, local_rank=0, device_kind="cpu", start=Continuation())
+            train(recipe, ranks, local_rank=0, device_kind="cpu", start=ResumePlan())
         except CheckFailed as error:
             failed = str(error)
         with open(job["results"], "a", encoding="utf-8") as file:

@@ -189,7 +189,7 @@ def start(recipe: Recipe, *, profiled: bool) -> None:
         reporter = Reporter(
             Path(recipe.out), recipe.log, recipe.train, CONFIG, devices=1, device_name="cpu", first=True
         )  # fmt: skip
-        events = Events(Path(recipe.out), first=True, since_start=0.0, trouble=reporter.trouble)
+        events = Events(Path(recipe.out), first=True, since_start=0.0, errors=reporter.trouble)
         reporter.resume_after(3)
         for step in (4, 5):
             result = StepResult(
@@ -200,7 +200,7 @@ def start(recipe: Recipe, *, profiled: bool) -> None:
             events.note("step", step=step, seconds=1.0, data=0.0)
         dog = Watchdog(Path(recipe.out), Ranks(), WatchConfig(seconds=0.0, times=0.0), reporter.say)
         dog._dump(1.0)
-        dog._told()
+        dog._stack_summary()
         dog.done()
         profile = Profile("1:1" if profiled else "", Path(recipe.out) / "profile", 0)
         with profile.step(1):
@@ -233,7 +233,7 @@ def test_whatever_lies_in_the_place_of_a_file_of_the_run_is_not_followed(
     refused = ""
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(watch_module, "GRACE", 0.0)  # there are no other processes to wait for
+            patch.setattr(watch_module, "STACK_FILE_WAIT", 0.0)  # there are no other processes to wait for
             if name != "loss.png":
                 patch.setattr(reporter_module, "loss_figure", lambda *_: None)  # which takes most of the time
             start(recipe, profiled=name.startswith("profile"))

@@ -32,7 +32,7 @@ def test_the_limit_follows_the_median_but_never_below_its_floor(tmp_path: Path) 
 def test_a_slow_step_within_its_limit_leaves_nothing(tmp_path: Path) -> None:
     said: list[str] = []
     dog = Watchdog(tmp_path, Ranks(), WatchConfig(seconds=6000.0), said.append)
-    dog.begin(1)
+    dog.start_step(1)
     assert dog._began is not None
     dog._began -= 4000.0  # as if the step had taken so long
     while not (tmp_path / "stacks/rank-00000.txt").exists():  # armed at half of the limit
@@ -51,7 +51,7 @@ def test_a_process_that_holds_the_interpreters_lock_is_seen_too(tmp_path: Path) 
         "later = watch.faulthandler.dump_traceback_later\n"
         "watch.faulthandler.dump_traceback_later = lambda seconds, file: later(0.5, file=file)\n"
         "dog = watch.Watchdog(Path(sys.argv[1]), Ranks(), watch.WatchConfig(seconds=6000.0), print)\n"
-        "dog.begin(1); dog._began -= 4000.0\n"  # as if the step had taken so long
+        "dog.start_step(1); dog._began -= 4000.0\n"  # as if the step had taken so long
         "while dog._file is None: time.sleep(0.05)\n"
         "held()"
     )

@@ -13,7 +13,7 @@ from arriero.common.errors import UserError
 from arriero.common.files import make_directory, open_regular, os_error_text, write_atomic
 from arriero.common.text import escape
 from arriero.common.untrusted import inside, read_bytes
-from arriero.data.tokenizer import GENERATION, load_tokenizer
+from arriero.data.tokenizer import GENERATION_CONFIG, load_tokenizer
 from arriero.train.facts import flat
 from arriero.train.recipe import MAX_RECIPE_BYTES, Recipe, to_toml
 
@@ -34,7 +34,7 @@ def out_problems(out: Path, checkpoints: Sequence[Path]) -> list[UserError]:
     return []
 
 
-def record_problems(recipe: Recipe) -> list[UserError]:
+def recipe_text_problems(recipe: Recipe) -> list[UserError]:
     """Why the recipe could not be read back from the run and its checkpoints."""
     found = []
     for key, value in flat(recipe).items():
@@ -56,7 +56,7 @@ def _is_text(value: str) -> bool:
     return True
 
 
-def room(out: Path, recipe: Recipe) -> tuple[list[str], list[UserError]]:
+def disk_space_problems(out: Path, recipe: Recipe) -> tuple[list[str], list[UserError]]:
     """Lines that warn of a disk without room for the run's checkpoints; what is wrong if it can never hold one."""
     policy, steps = recipe.checkpoint, recipe.train.steps
     size, there = checkpoint_bytes(recipe.model_config(), recipe.train.dtype), disk_room(out)
@@ -91,26 +91,26 @@ def prepare_run_directory(recipe: Recipe) -> None:
     make_directory(out, fix)
     make_directory(out / "checkpoints", fix, follow=False)
     try:
-        keep_file(out / "recipe.toml", to_toml(recipe).encode())
+        write_if_changed(out / "recipe.toml", to_toml(recipe).encode())
         files: dict[str, bytes] = {}
         if recipe.tokenizer:
             with tempfile.TemporaryDirectory(prefix="arriero-tokenizer-") as made:
                 load_tokenizer(Path(recipe.tokenizer)).save_to(Path(made))
                 for path in sorted(path for path in Path(made).rglob("*") if path.is_file()):
                     files[str(path.relative_to(made))] = path.read_bytes()
-        if recipe.init and (Path(recipe.init) / GENERATION).is_file():
-            source = inside(Path(recipe.init), Path(recipe.init) / GENERATION)
-            files[GENERATION] = read_bytes(source, "restore the file, or remove it")
+        if recipe.init and (Path(recipe.init) / GENERATION_CONFIG).is_file():
+            source = inside(Path(recipe.init), Path(recipe.init) / GENERATION_CONFIG)
+            files[GENERATION_CONFIG] = read_bytes(source, "restore the file, or remove it")
         for name, data in files.items():
             for folder in (out / "tokenizer", (out / "tokenizer" / name).parent):
                 make_directory(folder, fix, follow=False)
-            keep_file(out / "tokenizer" / name, data)
+            write_if_changed(out / "tokenizer" / name, data)
     except OSError as error:
         where = escape(error.filename2 or error.filename or out)
         raise UserError(f"{where}: cannot be written ({os_error_text(error)})", fix) from None
 
 
-def keep_file(path: Path, data: bytes) -> None:
+def write_if_changed(path: Path, data: bytes) -> None:
     """Makes a file have this content; one that has it already is left alone, so that a full disk does not matter then.
 
     Raises:

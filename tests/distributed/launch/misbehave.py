@@ -19,6 +19,8 @@ from torch.distributed import distributed_c10d
 
 from arriero.common.errors import UserError
 from arriero.distributed.launch import launcher as launch
+from arriero.distributed.launch import worker_monitor
+from arriero.distributed.launch.config import LaunchConfig, resolve
 
 
 def work(way: str) -> None:
@@ -40,10 +42,9 @@ def work(way: str) -> None:
 
 
 if __name__ == "__main__":
-    stopped_after = launch.STOPPED_AFTER
+    launch.STOPPED_AFTER = worker_monitor.STOPPED_AFTER = 2
     for way in sys.argv[1:]:
-        launch.STOPPED_AFTER = 2 if way == "stop" else stopped_after
-        config = replace(launch.resolve(launch.LaunchConfig(), {}), collective_timeout=600)
+        config = replace(resolve(LaunchConfig(), {}), collective_timeout=600)
         said = None
         try:
             launch.run_processes(work, way, 3, launch=config)
