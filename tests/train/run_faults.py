@@ -22,7 +22,7 @@ from arriero.train.loop import ResumePlan, train
 from arriero.train.optim import Optimizer
 from arriero.train.recipe import Recipe, Setting, parse
 from arriero.train.trainer import Trainer
-from arriero.train.watch import OwnTime, Watchdog
+from arriero.train.watch import HostBusyTime, Watchdog
 
 STEP, BATCH, GRADIENTS = Trainer.step, Trainer.next_batch, Optimizer.collect_gradients
 SUMMARY = Watchdog._stack_summary
@@ -80,7 +80,7 @@ def install(fault: str, here: bool, skipped: list[int]) -> None:
     Trainer.step, Trainer.next_batch, Optimizer.collect_gradients = step, batch, gradients  # type: ignore[method-assign]
     Watchdog._stack_summary = stacks_of_all if fault == "sleep" else SUMMARY  # type: ignore[method-assign]
     # Without the wait for a processor, which on a busy machine may be longer on any other process.
-    OwnTime._now = lambda self: time.thread_time()  # type: ignore[method-assign]
+    HostBusyTime._now = lambda self: time.thread_time()  # type: ignore[method-assign]
 
 
 def run_job(job: dict[str, Any]) -> None:

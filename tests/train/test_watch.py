@@ -11,7 +11,7 @@ import pytest
 
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.train.config import WatchConfig
-from arriero.train.watch import OwnTime, Watchdog
+from arriero.train.watch import HostBusyTime, Watchdog
 
 pytestmark = pytest.mark.slow
 
@@ -67,7 +67,7 @@ def test_a_process_that_holds_the_interpreters_lock_is_seen_too(tmp_path: Path) 
 
 
 def test_own_time_counts_this_threads_work() -> None:
-    own, busy = OwnTime(), time.thread_time()
+    own, busy = HostBusyTime(), time.thread_time()
     while time.thread_time() - busy < 0.2:
         pass
     assert own.read() >= 0.15  # the kernel counts in ticks of up to 10 ms
