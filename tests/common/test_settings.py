@@ -31,10 +31,11 @@ from arriero.common.ranges import (
 )
 from arriero.common.settings import Setting, command_line_settings, parse, parse_verb, show_flags
 from arriero.common.suggest import OTHER_NAMES, suggestion
+from arriero.common.toml import file_settings
 from arriero.distributed.launch.config import LaunchConfig
 from arriero.model.config import LlamaConfig
 from arriero.train.config import Start
-from arriero.train.recipe import Recipe, file_settings
+from arriero.train.recipe import Recipe
 
 VERB_ARGUMENTS = {
     name: getattr(importlib.import_module(verb.module), verb.arguments)

@@ -65,7 +65,7 @@ def run(words: list[str]) -> int:
 def _help(words: list[str]) -> int:
     if words and words[0] not in ("slurm", "-h", "--help"):
         raise UserError(f"launch: unknown kind '{escape(words[0])}'", closest_match(words[0], ["slurm"]))
-    from arriero.train.recipe import show_flags
+    from arriero.common.settings import show_flags
 
     show_flags(SlurmArgs, "arriero launch slurm RECIPE")
     return EXIT_OK
@@ -79,7 +79,7 @@ def batch_file(words: list[str]) -> tuple[str, str]:
     """
     from arriero.cli.pretrain import read_command
     from arriero.common.errors import join_problems
-    from arriero.train.recipe import command_line_settings, parse
+    from arriero.common.settings import command_line_settings, parse
 
     named = [words[0]] if words and not words[0].startswith("-") else []
     if not named:

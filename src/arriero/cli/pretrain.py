@@ -12,19 +12,12 @@ import tyro
 from arriero.checkpoint.find import committed, find_checkpoint, run_of
 from arriero.common.errors import EXIT_OK, UserError
 from arriero.common.ranges import path_problem
+from arriero.common.settings import Setting, command_line_settings, field_types, parse, show_flags
 from arriero.common.text import escape
+from arriero.common.toml import file_settings
 from arriero.distributed.launch.config import LaunchConfig
 from arriero.train.config import Start
-from arriero.train.recipe import (
-    Recipe,
-    Setting,
-    command_line_settings,
-    field_types,
-    file_settings,
-    find_bundled,
-    parse,
-    show_flags,
-)  # fmt: skip
+from arriero.train.recipe import Recipe, find_bundled
 
 
 def run(words: list[str]) -> int:

@@ -16,11 +16,13 @@ from arriero.cli.bench import sweep
 from arriero.cli.bench.command import BenchConfig
 from arriero.cli.bench.trial import Result, Trial, trial
 from arriero.common.errors import CheckFailed, UserError
+from arriero.common.settings import parse
+from arriero.common.toml import file_settings
 from arriero.distributed.launch.config import LaunchConfig
 from arriero.distributed.parallel.config import RecomputeConfig
 from arriero.model.config import LlamaConfig
 from arriero.observe.throughput import flops_per_token
-from arriero.train.recipe import Recipe, file_settings, parse
+from arriero.train.recipe import Recipe
 
 SHORT = ("--iterations", "2", "--warmup", "1")
 

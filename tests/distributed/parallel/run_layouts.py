@@ -16,10 +16,11 @@ import torch
 from torch._dynamo.utils import counters
 from torch.distributed import distributed_c10d
 
+from arriero.common.settings import Setting, parse
 from arriero.distributed.launch.launcher import in_process_group, run_processes
 from arriero.distributed.launch.objects import PICKLING
 from arriero.distributed.parallel.mesh import Ranks
-from arriero.train.recipe import Recipe, Setting, parse
+from arriero.train.recipe import Recipe
 from arriero.train.trainer import Trainer
 
 PICKLES: list[str] = []

@@ -19,21 +19,14 @@ from arriero.cli.bench.trial import run_trial, trial
 from arriero.common.device import describe, device_type, matmul_dtypes, take_device
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError, join_problems
 from arriero.common.ranges import PathText, flag, range_problems
+from arriero.common.settings import Setting, command_line_settings, field_types, parse, show_flags
 from arriero.common.text import escape_message
+from arriero.common.toml import file_settings
 from arriero.distributed.launch.config import LaunchConfig, take_place
 from arriero.distributed.launch.launcher import Place, ProcessFailed, run_processes, started_by_another
 from arriero.train.memory import memory_problems
 from arriero.train.preflight import machine_problems
-from arriero.train.recipe import (
-    Recipe,
-    Setting,
-    command_line_settings,
-    field_types,
-    file_settings,
-    find_bundled,
-    parse,
-    show_flags,
-)
+from arriero.train.recipe import Recipe, find_bundled
 from arriero.train.run import process_count
 
 

@@ -12,11 +12,12 @@ from arriero.common.device import available_memory
 from arriero.common.errors import CheckFailed, UserError
 from arriero.common.files import write_atomic
 from arriero.common.text import escape
+from arriero.common.toml import to_toml
 from arriero.distributed.launch.config import LaunchConfig
 from arriero.distributed.parallel.config import RecomputeConfig
 from arriero.distributed.parallel.limits import compile_layout_problems
 from arriero.train.preflight import compile_machine_problems
-from arriero.train.recipe import Recipe, to_toml
+from arriero.train.recipe import Recipe
 
 POLICIES = (
     RecomputeConfig(), RecomputeConfig("selective"), RecomputeConfig("selective", keep=("attention",)),

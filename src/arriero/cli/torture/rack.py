@@ -46,7 +46,9 @@ class Rack:
 
     def __init__(self, root: Path, *, recipe: str, processes: int, kills: int, seed: int) -> None:
         """`recipe` is empty for the small model on 2 x tensor and 2 x data parallel, or names one."""
-        from arriero.train.recipe import Recipe, file_settings, find_bundled, parse, to_toml
+        from arriero.common.settings import parse
+        from arriero.common.toml import file_settings, to_toml
+        from arriero.train.recipe import Recipe, find_bundled
         from arriero.train.verify_layout import reduced
 
         self.kills, self.root, self.random = kills, root, random.Random(seed)
