@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
-import tyro
 from annotated_types import Interval
 
+from arriero.cli.arguments import print_sections, recipe_sections, split_command, wants_help
 from arriero.cli.bench.peak import Peak, matmul_peak
 from arriero.cli.bench.sweep import check_target, sweep, sweep_table, write_best
 from arriero.cli.bench.table import as_json, peak_table, result_table
@@ -19,7 +19,7 @@ from arriero.cli.bench.trial import run_trial, trial
 from arriero.common.device import describe, device_type, matmul_dtypes, take_device
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError, join_problems
 from arriero.common.ranges import PathText, flag, range_problems
-from arriero.common.settings import Setting, command_line_settings, field_types, parse, show_flags
+from arriero.common.settings import Setting, parse
 from arriero.common.text import escape_message
 from arriero.common.toml import file_settings
 from arriero.distributed.launch.config import LaunchConfig, take_place
@@ -59,28 +59,48 @@ class BenchConfig:
         return found
 
 
-def run(words: list[str]) -> int:
+@dataclass(frozen=True)
+class BenchArgs:
     """`arriero bench RECIPE [--key.sub value ...]`, or `arriero bench --peak`."""
-    if {"-h", "--help"} & set(words):
-        print_help()
-        return EXIT_OK
-    config, launch, named, settings = read_command(words)
+
+    OWNERS: ClassVar = (BenchConfig, LaunchConfig, Recipe)
+    """The dataclasses whose fields are flags of this verb."""
+    config: BenchConfig
+    launch: LaunchConfig
+    recipe: str
+    """The recipe's name; may be empty."""
+    settings: list[Setting]
+    """The recipe's keys of the command line."""
+
+    @classmethod
+    def from_words(cls, words: list[str]) -> BenchArgs:
+        """Reads the words after `bench`; --help prints the flags, or one section of them, and raises SystemExit."""
+        if not wants_help(words):
+            return read_command(words)
+        sections = {"bench": BenchConfig, "launch": LaunchConfig, **recipe_sections()}
+        print_sections(words, usage="arriero bench [RECIPE]", sections=sections, complete=(BenchConfig, LaunchConfig))
+        print(
+            "Every key of a recipe may be given as in arriero pretrain. Random weights are trained, and no run is kept."
+        )
+        raise SystemExit(EXIT_OK)
+
+
+def run(args: BenchArgs) -> int:
+    """Measures the device's matmul peak, or a recipe; returns the exit code."""
     try:
-        return bench_peak(config, launch, settings) if config.peak else bench(config, launch, named, settings)
+        if args.config.peak:
+            return bench_peak(args.config, args.launch, args.settings)
+        return bench(args.config, args.launch, args.recipe, args.settings)
     except ProcessFailed as error:
         print(escape_message(f"arriero: {error}"), file=sys.stderr)
         return EXIT_CHECK_FAILED
 
 
-def read_command(words: list[str]) -> tuple[BenchConfig, LaunchConfig, str, list[Setting]]:
+def read_command(words: list[str]) -> BenchArgs:
     """Bench's own flags, the launch's, the recipe's name and the recipe's keys, from the words after `bench`."""
-    named, words = (words[0], words[1:]) if words and not words[0].startswith("-") else ("", words)
-    given = command_line_settings(words)
-    own, starting = field_types(BenchConfig), field_types(LaunchConfig)
-    flags = [replace(s, words=s.words or ["True"]) if own.get(s.key) is bool else s for s in given]
-    config = parse(BenchConfig, [s for s in flags if s.key in own], prog="arriero bench")
-    launch = parse(LaunchConfig, [s for s in flags if s.key in starting], prog="arriero bench")
-    rest = [s for s in given if s.key not in own and s.key not in starting]
+    named, (own, launched), rest = split_command(words, BenchConfig, LaunchConfig)
+    config = parse(BenchConfig, own, prog="arriero bench")
+    launch = parse(LaunchConfig, launched, prog="arriero bench")
     problems = config.problems()
     if config.peak and (named or any(s.key != "device" for s in rest)):
         problems.append(UserError("--peak measures the device, not a recipe", "leave the recipe and its keys out"))
@@ -88,7 +108,7 @@ def read_command(words: list[str]) -> tuple[BenchConfig, LaunchConfig, str, list
         problems.append(UserError("no recipe named", "arriero bench RECIPE, such as: arriero bench llama-7b-zero-8p"))
     if problems:
         raise join_problems(problems)
-    return config, launch, named, rest
+    return BenchArgs(config, launch, named, rest)
 
 
 def bench(config: BenchConfig, launch: LaunchConfig, named: str, settings: list[Setting]) -> int:
@@ -146,7 +166,7 @@ class PeakJob:
 
 
 def bench_peak(config: BenchConfig, launch: LaunchConfig, settings: list[Setting]) -> int:
-    """Measures matmuls; with --nproc-per-node, in several processes at once, of which the first speaks."""
+    """Measures matmuls; with --nproc-per-node, in several processes at once, of which the first one's are printed."""
     recipe = parse(Recipe, settings, prog="arriero bench")
     launch = take_place(launch, os.environ)
     kind = device_type(recipe.device)
@@ -163,17 +183,3 @@ def measure_peak(job: PeakJob) -> str:
     device = take_device(job.device_kind, place.local_rank)
     peaks: list[Peak] = [matmul_peak(device, dtype) for dtype in matmul_dtypes(job.device_kind)]
     return as_json(peaks) if job.json else peak_table(describe(job.device_kind), peaks)
-
-
-def print_help() -> None:
-    """Bench's flags; the recipe's are `pretrain`'s."""
-
-    @dataclass(frozen=True)
-    class Bench:
-        bench: Annotated[BenchConfig, tyro.conf.arg(name="")] = field(default_factory=BenchConfig)
-        launch: Annotated[LaunchConfig, tyro.conf.arg(name="")] = field(default_factory=LaunchConfig)
-
-    print("usage: arriero bench RECIPE [--key.sub value ...]\n       arriero bench --peak\n")
-    print("Trains some iterations with random weights, writes no run, and prints the table. Every key of a recipe may")
-    print("be given as in arriero pretrain.\n")
-    show_flags(Bench, "arriero bench [RECIPE]")
