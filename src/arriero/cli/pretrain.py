@@ -15,7 +15,7 @@ from arriero.common.settings import Setting, parse
 from arriero.common.text import escape
 from arriero.common.toml import file_settings
 from arriero.distributed.launch.config import LaunchConfig
-from arriero.train.config import Start
+from arriero.train.config import RunOptions
 from arriero.train.recipe import Recipe, find_bundled
 
 USAGE = "arriero pretrain [RECIPE]"
@@ -25,17 +25,17 @@ USAGE = "arriero pretrain [RECIPE]"
 class PretrainArgs:
     """`arriero pretrain [RECIPE] [--key.sub value ...] [--resume RUN] [--nproc-per-node N]`."""
 
-    OWNERS: ClassVar = (Start, LaunchConfig, Recipe)
+    OWNERS: ClassVar = (RunOptions, LaunchConfig, Recipe)
     """The dataclasses whose fields are flags of this verb."""
     recipe: Recipe
-    start: Start
+    start: RunOptions
 
     @classmethod
     def from_words(cls, words: list[str]) -> PretrainArgs:
         """Reads the recipe and the flags; --help prints them, or one section of them, and raises SystemExit."""
         if wants_help(words):
-            sections = {"start": without(Start, {"launch"}), "launch": LaunchConfig, **recipe_sections()}
-            print_sections(words, usage=USAGE, sections=sections, complete=(Start, Recipe))
+            sections = {"start": without(RunOptions, {"launch"}), "launch": LaunchConfig, **recipe_sections()}
+            print_sections(words, usage=USAGE, sections=sections, complete=(RunOptions, Recipe))
             raise SystemExit(EXIT_OK)
         return cls(*read_command(words))
 
@@ -47,15 +47,15 @@ def run(args: PretrainArgs) -> int:
     return pretrain(args.recipe, args.start)
 
 
-def read_command(words: list[str]) -> tuple[Recipe, Start]:
+def read_command(words: list[str]) -> tuple[Recipe, RunOptions]:
     """The recipe and how it is started, from the words after `pretrain`."""
-    named, (started, launched), given = split_command(words, Start, LaunchConfig)
+    named, (started, launched), given = split_command(words, RunOptions, LaunchConfig)
     given = [replace(s, key="log.profile") if s.key == "profile" else s for s in given]
     launch = parse(LaunchConfig, launched, prog="arriero pretrain")
     for s in started:
         if not all(s.words or [""]):
             raise UserError(f"{flag(s.key)} is empty", "give it a value, or leave it out")
-    start = replace(parse(Start, started, prog="arriero pretrain"), launch=launch)
+    start = replace(parse(RunOptions, started, prog="arriero pretrain"), launch=launch)
     resume = start.resume
     settings: list[Setting] = []
     if resume == "auto":
