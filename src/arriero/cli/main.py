@@ -62,8 +62,8 @@ VERBS = {
     "torture": Verb(
         "arriero.cli.torture.command", "TortureArgs", "kill a small run again and again: does it always end the same?"
     ),
-    "completion": Verb("arriero.cli.completion", "CompletionArgs", "a script that completes words in bash or zsh"),
     "generate": Verb("arriero.cli.generate", "GenerateArgs", "text from a run or a Hugging Face directory"),
+    "completion": Verb("arriero.cli.completion", "CompletionArgs", "a script that completes words in bash or zsh"),
 }
 
 

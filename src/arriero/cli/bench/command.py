@@ -12,10 +12,10 @@ from typing import Annotated, ClassVar
 from annotated_types import Interval
 
 from arriero.cli.arguments import print_sections, recipe_sections, split_command, wants_help
+from arriero.cli.bench.measure import new_measurement, run_measurement
 from arriero.cli.bench.peak import Peak, matmul_peak
 from arriero.cli.bench.sweep import check_target, sweep, sweep_table, write_best
 from arriero.cli.bench.table import as_json, peak_table, result_table
-from arriero.cli.bench.trial import run_trial, trial
 from arriero.common.device import describe, device_type, matmul_dtypes, take_device
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError, join_problems
 from arriero.common.ranges import PathText, flag, range_problems
@@ -124,7 +124,7 @@ def bench(config: BenchConfig, launch: LaunchConfig, named: str, settings: list[
             raise UserError("--sweep starts its own processes, on one machine", "start it without torchrun or --nodes")
         check_target(config.write)
     with tempfile.TemporaryDirectory(prefix="arriero-bench-") as root:
-        first = trial(
+        first = new_measurement(
             recipe, kind, Path(root), iterations=config.iterations, warmup=config.warmup,
             memory_limit=config.memory_limit,
         )  # fmt: skip
@@ -133,7 +133,7 @@ def bench(config: BenchConfig, launch: LaunchConfig, named: str, settings: list[
             print(as_json(results) if config.json else sweep_table(results))
             write_best(recipe, results, config.write)
             return EXIT_OK
-        result = run_trial(first, here, launch)
+        result = run_measurement(first, here, launch)
     if result is not None:
         print(as_json(result) if config.json else result_table(result))
     return EXIT_OK
@@ -158,7 +158,7 @@ def check(config: BenchConfig, recipe: Recipe, processes: int, kind: str, here: 
 
 
 @dataclass(frozen=True)
-class PeakJob:
+class PeakRequest:
     """What every process of `--peak` is handed."""
 
     device_kind: str
@@ -173,11 +173,11 @@ def bench_peak(config: BenchConfig, launch: LaunchConfig, settings: list[Setting
     if started_by_another() or launch.nodes > 1:
         raise UserError("--peak is about one machine", "start it without torchrun or --nodes")
     here = process_count(recipe, launch, kind) if launch.nproc_per_node else 1
-    print(run_processes(measure_peak, PeakJob(kind, config.json), here, launch=launch)[0])
+    print(run_processes(measure_peak, PeakRequest(kind, config.json), here, launch=launch)[0])
     return EXIT_OK
 
 
-def measure_peak(job: PeakJob) -> str:
+def measure_peak(job: PeakRequest) -> str:
     """What each process does; returns the text to print."""
     place = Place.from_environment()
     device = take_device(job.device_kind, place.local_rank)
