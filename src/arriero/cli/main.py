@@ -24,7 +24,7 @@ from arriero.common.errors import (
     closest_match,
 )
 from arriero.common.output import OutputClosed, guarded_output
-from arriero.common.signals import Interrupted, interrupts
+from arriero.common.signals import Interrupted, interrupt_on_signals
 from arriero.common.text import escape, escape_message
 from arriero.common.version import __version__
 
@@ -81,7 +81,7 @@ def dispatch(words: list[str], *, last: bool = False) -> int:
     """
     verb = VERBS.get(words[0]) if words else None
     informs = not {"-h", "--help", "--verify-layout"}.isdisjoint(words)
-    with guarded_output(required=verb is None or verb.result == "output" or informs), interrupts(last=last):
+    with guarded_output(required=verb is None or verb.result == "output" or informs), interrupt_on_signals(last=last):
         try:
             return _run_and_flush(words)
         except CheckFailed as error:

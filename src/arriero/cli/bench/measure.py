@@ -24,7 +24,8 @@ from arriero.common.device import describe, device_name, peak_memory, resident_m
 from arriero.common.errors import UserError
 from arriero.data.config import DataConfig
 from arriero.distributed.launch.config import LaunchConfig
-from arriero.distributed.launch.launcher import ProcessFailed, in_process_group, run_processes, started_by_another
+from arriero.distributed.launch.launcher import ProcessFailed, run_processes
+from arriero.distributed.launch.worker import is_launched_externally, run_in_process_group
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.distributed.parallel.shards import local
 from arriero.model.config import LlamaConfig
@@ -126,8 +127,8 @@ def run_measurement(measurement: Measurement, processes: int, launch: LaunchConf
     for name in (OUT_OF_MEMORY, "result.json"):
         (measurement.root / name).unlink(missing_ok=True)
     try:
-        if started_by_another():
-            in_process_group(run_worker, measurement)
+        if is_launched_externally():
+            run_in_process_group(run_worker, measurement)
         else:
             run_processes(run_worker, measurement, processes, launch=launch)
     except ProcessFailed as error:

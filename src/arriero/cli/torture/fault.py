@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from arriero.checkpoint import disk
-from arriero.distributed.launch.worker import ROUND
+from arriero.distributed.launch.worker import ROUND_VARIABLE
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Fault:
 
     def __call__(self, path: Path, write_half: Callable[[], object] | None) -> None:
         """Called before each operation. After a restart no fault is injected, so that the restart succeeds."""
-        if os.environ.get(ROUND, "0") != "0":
+        if os.environ.get(ROUND_VARIABLE, "0") != "0":
             return
         now = next(self._count)
         if int(os.environ.get("RANK", "0")) != self.rank or not (
