@@ -26,7 +26,8 @@ import pytest
 
 import fork_server
 from arriero.cli.main import VERBS
-from arriero.train.recipe import Recipe, field_types
+from arriero.common.settings import field_types
+from arriero.train.recipe import Recipe
 from programs import fork_server_socket
 
 pytestmark = pytest.mark.slow
