@@ -17,6 +17,7 @@ from typing import IO
 import fork_server
 
 ARRIERO = (sys.executable, "-m", "arriero")
+IMPORTS = os.environ.get("PYTHONPATH")
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
@@ -40,18 +41,19 @@ def fork_server_socket() -> str:
     return str(path)
 
 
-def arriero(*words: object, code: int = 0, cwd: Path | None = None, forked: bool = True) -> str:
+def arriero(*words: object, code: int = 0, cwd: Path | None = None) -> str:
     """Runs a command line in a process of its own; asserts its exit code, returns what it printed on either stream.
+
+    The process comes from the fork server, or is a new interpreter where a test has changed what can be imported.
 
     Args:
         words: the verb and what follows it.
         code: the exit code that it must have.
         cwd: its working directory.
-        forked: from the fork server; else the process is a new interpreter, which costs seconds to import torch.
     """
     environment = clean_environment()
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, open(os.devnull) as nothing:
-        if forked:
+        if environment.get("PYTHONPATH") == IMPORTS:
             ended = fork_server.request(
                 fork_server_socket(), list(map(str, words)), cwd=str(cwd or Path.cwd()), environment=environment,
                 streams=(nothing.fileno(), out.fileno(), err.fileno()),

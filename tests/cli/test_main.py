@@ -196,7 +196,7 @@ def test_torch_npu_without_its_libraries_is_a_sentence(tmp_path: Path, monkeypat
     (tmp_path / "torch_npu-2.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: torch-npu\nVersion: 2\n")
     (tmp_path / "torch_npu-2.dist-info/entry_points.txt").write_text("[torch.backends]\ntorch_npu = torch_npu:load\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    printed = arriero("pretrain", "demo", "--device", "npu", code=2, forked=False)
+    printed = arriero("pretrain", "demo", "--device", "npu", code=2)
     assert "torch cannot load torch_npu: libhccl.so: cannot open shared object file" in printed
     assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in printed
     assert "Traceback" not in printed
