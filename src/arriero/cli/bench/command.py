@@ -117,8 +117,8 @@ def bench(config: BenchConfig, launch: LaunchConfig, named: str, settings: list[
     recipe = parse(Recipe, before + settings, prog="arriero bench")
     launch = resolve_launch_env(launch, os.environ)
     kind = device_type(recipe.device)
-    here = process_count(recipe, launch, kind)
-    check(config, recipe, here * max(1, launch.nodes), kind, here)
+    local_processes = process_count(recipe, launch, kind)
+    check(config, recipe, local_processes * max(1, launch.nodes), kind, local_processes)
     if config.sweep:
         if is_launched_externally() or launch.nodes > 1:
             raise UserError("--sweep starts its own processes, on one machine", "start it without torchrun or --nodes")
@@ -129,23 +129,23 @@ def bench(config: BenchConfig, launch: LaunchConfig, named: str, settings: list[
             memory_limit=config.memory_limit,
         )  # fmt: skip
         if config.sweep:
-            results = sweep(first, here, launch)
+            results = sweep(first, local_processes, launch)
             print(as_json(results) if config.json else sweep_table(results))
             write_best(recipe, results, config.write)
             return EXIT_OK
-        result = run_measurement(first, here, launch)
+        result = run_measurement(first, local_processes, launch)
     if result is not None:
         print(as_json(result) if config.json else result_table(result))
     return EXIT_OK
 
 
-def check(config: BenchConfig, recipe: Recipe, processes: int, kind: str, here: int) -> None:
+def check(config: BenchConfig, recipe: Recipe, processes: int, kind: str, local_processes: int) -> None:
     """Refuses what cannot work before anything is started. Data, tokenizer and `out` may be missing.
 
     Raises:
         UserError: all that is wrong.
     """
-    local = 1 if is_launched_externally() else here
+    local = 1 if is_launched_externally() else local_processes
     problems = step_problems(recipe, processes, kind=kind, here=local, memory=not config.sweep)
     if config.memory_limit and kind != "cpu":
         problems.append(UserError("--memory-limit has no effect on an accelerator: its memory is the limit", "drop it"))
@@ -168,8 +168,8 @@ def bench_peak(config: BenchConfig, launch: LaunchConfig, settings: list[Setting
     kind = device_type(recipe.device)
     if is_launched_externally() or launch.nodes > 1:
         raise UserError("--peak is about one machine", "start it without torchrun or --nodes")
-    here = process_count(recipe, launch, kind) if launch.nproc_per_node else 1
-    print(run_processes(measure_peak, PeakRequest(kind, config.json), here, launch=launch)[0])
+    local_processes = process_count(recipe, launch, kind) if launch.nproc_per_node else 1
+    print(run_processes(measure_peak, PeakRequest(kind, config.json), local_processes, launch=launch)[0])
     return EXIT_OK
 
 
