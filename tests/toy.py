@@ -11,7 +11,7 @@ import numpy as np
 
 from arriero.data.indexed import IndexedWriter
 from arriero.model.config import LlamaConfig
-from programs import arriero as arriero
+from programs import arriero  # noqa: F401 - with the toy recipe, most often
 
 CONFIG = LlamaConfig(
     vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
