@@ -132,7 +132,7 @@ def test_the_optimizer_is_the_fused_one() -> None:
     with torch.device("npu:0"):
         model = Llama(CONFIG)
     optimizer = Optimizer([model], OptimConfig(), Ranks())
-    optimizer.start(None, updates=0)
+    optimizer.load(None, updates=0)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.collect_gradients()

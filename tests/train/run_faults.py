@@ -78,7 +78,7 @@ def run_job(job: dict[str, Any]) -> None:
         install(case["fault"], ranks.rank == case["rank"], skipped)
         failed = ""
         try:
-            train(recipe, ranks, local_rank=0, device_kind="cpu", start=ResumePlan())
+            train(recipe, ranks, local_rank=0, device_kind="cpu", plan=ResumePlan())
         except CheckFailed as error:
             failed = str(error)
         with open(job["results"], "a", encoding="utf-8") as file:

@@ -73,7 +73,7 @@ def test_every_step_is_that_of_torchs_fused_adamw_to_the_bit(*, offload: bool, d
     config = OptimConfig(offload=offload)
     ours, theirs = pair()
     optimizer, reference = Optimizer([ours], config, Ranks()), torch_adamw(theirs, config, fused=True)
-    optimizer.start(None, updates=0)
+    optimizer.load(None, updates=0)
     for step in range(1, STEPS + 1):
         take_step(optimizer, ours, step, divisor)
         follow(reference, theirs, step, lambda g: g / torch.tensor(divisor))
@@ -88,7 +88,7 @@ def test_clipping_is_torchs_clipping_but_for_the_last_bit() -> None:
     """torch multiplies by the reciprocal, the kernel divides: each rounds once, so a gradient differs by one ulp."""
     ours, theirs = pair()
     optimizer, reference = Optimizer([ours], OptimConfig(), Ranks()), torch_adamw(theirs, OptimConfig())
-    optimizer.start(None, updates=0)
+    optimizer.load(None, updates=0)
     for step in range(1, STEPS + 1):
         give_gradients(ours, step)
         optimizer.collect_gradients()
@@ -115,7 +115,7 @@ def test_in_float64_the_divisor_is_exact_and_the_plain_formula_is_met(
     monkeypatch.setattr("arriero.train.optim.fused_update_divides", lambda kind: divides)
     ours, theirs = pair(torch.float64)
     optimizer, reference = Optimizer([ours], OptimConfig(), Ranks()), torch_adamw(theirs, OptimConfig(), foreach=False)
-    optimizer.start(None, updates=0)
+    optimizer.load(None, updates=0)
     for step in range(1, STEPS + 1):
         take_step(optimizer, ours, step, 1.0 / 0.3)
         follow(reference, theirs, step, lambda g: g * 0.3)
@@ -132,7 +132,7 @@ def test_a_device_whose_kernel_does_not_divide_gets_multiplied_gradients(monkeyp
     monkeypatch.setattr("arriero.train.optim.fused_update_divides", lambda kind: False)
     ours, theirs = pair()
     optimizer, reference = Optimizer([ours], OptimConfig(), Ranks()), torch_adamw(theirs, OptimConfig(), fused=True)
-    optimizer.start(None, updates=0)
+    optimizer.load(None, updates=0)
     for step in range(1, STEPS + 1):
         take_step(optimizer, ours, step, 4.0)
         follow(reference, theirs, step, lambda g: g * 0.25)
@@ -145,14 +145,14 @@ def test_taken_up_again_after_some_steps_it_goes_on_as_if_nothing_were(*, offloa
     config = OptimConfig(offload=offload)
     whole, halves = pair()
     one, first = Optimizer([whole], config, Ranks()), Optimizer([halves], config, Ranks())
-    one.start(None, updates=0)
-    first.start(None, updates=0)
+    one.load(None, updates=0)
+    first.load(None, updates=0)
     for step in range(1, 4):
         take_step(one, whole, step, 2.5)
         take_step(first, halves, step, 2.5)
     saved = {m: {name: held.clone() for name, held in by_name.items()} for m, by_name in first.moments().items()}
     second = Optimizer([halves], config, Ranks())
-    second.start(saved, updates=3)
+    second.load(saved, updates=3)
     for step in range(4, STEPS + 1):
         take_step(one, whole, step, 2.5)
         take_step(second, halves, step, 2.5)
@@ -183,7 +183,7 @@ def test_starting_anew_forgets_moments_steps_and_values(*, offload: bool) -> Non
 def test_moments_are_there_before_the_first_step() -> None:
     model, _ = pair()
     optimizer = Optimizer([model], OptimConfig(), Ranks())
-    optimizer.start(None, updates=0)
+    optimizer.load(None, updates=0)
     before = {name: held.data_ptr() for name, held in optimizer.moments()["exp_avg_sq"].items()}
     assert list(before) == [name for name, _ in model.named_parameters()]
     take_step(optimizer, model, 1)

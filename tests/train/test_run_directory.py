@@ -187,22 +187,22 @@ def start(recipe: Recipe, *, profiled: bool) -> None:
             Path(recipe.out), recipe.log, recipe.train, CONFIG, devices=1, device_name="cpu", first=True
         )  # fmt: skip
         events = Events(Path(recipe.out), first=True, since_start=0.0, trouble=reporter.trouble)
-        reporter.resume_after(3)
+        reporter.truncate_metrics_after(3)
         for step in (4, 5):
             result = StepResult(
                 step=step, loss=1.0, grad_norm=1.0, learning_rate=1.0, loss_scale=1.0, skipped=False, seconds=1.0,
                 phases={"data_wait": 0.0}, attended=1.0, **POSITION,
             )  # fmt: skip
-            reporter.step(result)
+            reporter.log_step(result)
             events.note("step", step=step, seconds=1.0, data=0.0)
-        dog = Watchdog(Path(recipe.out), Ranks(), WatchConfig(seconds=0.0, times=0.0), reporter.say)
+        dog = Watchdog(Path(recipe.out), Ranks(), WatchConfig(seconds=0.0, times=0.0), reporter.log)
         dog._dump(1.0)
         dog._stack_summary()
-        dog.done()
+        dog.end_step()
         profile = Profile("1:1" if profiled else "", Path(recipe.out) / "profile", 0)
         with profile.step(1):
             pass
-        reporter.say(profile.finish())
+        reporter.log(profile.finish())
         events.close()
         reporter.finish()
     finally:

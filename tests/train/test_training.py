@@ -16,6 +16,7 @@ import toy
 from arriero.checkpoint.digest import state_sha256
 from arriero.common.errors import UserError
 from arriero.distributed.parallel.mesh import Ranks
+from arriero.train.build import build_trainer
 from arriero.train.loop import ResumePlan, train
 from arriero.train.precision import LossScale
 from arriero.train.recipe import Recipe, file_settings, parse
@@ -29,8 +30,8 @@ def recipe_in(directory: Path, **train_changes: Any) -> Recipe:
 
 
 def trainer_of(recipe: Recipe, checkpoint: Path | None = None) -> Trainer:
-    trainer = Trainer(recipe, Ranks(), local_rank=0, device_kind="cpu")
-    trainer.start(checkpoint)
+    trainer = build_trainer(recipe, Ranks(), local_rank=0, device_kind="cpu")
+    trainer.load(checkpoint)
     return trainer
 
 
@@ -46,7 +47,7 @@ def test_five_steps_equal_a_plain_transformers_loop(tmp_path: Path) -> None:
     groups = [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=1.0, betas=recipe.optim.betas, eps=recipe.optim.eps)
     for step in range(5):
-        batch = ours.batches.batch(step, 0, recipe.train.global_batch)
+        batch = ours.loader.batches.batch(step, 0, recipe.train.global_batch)
         tokens, labels = torch.from_numpy(batch.tokens), torch.from_numpy(batch.labels)
         logits = theirs(tokens).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
@@ -70,7 +71,7 @@ def test_masked_labels_and_micro_batches_do_not_change_the_mean(tmp_path: Path) 
     cut = trainer_of(recipe_in(tmp_path / "b", dtype="float64", micro_batch=2))
     gradients = []
     for trainer in (whole, cut):
-        micro = trainer.micro_batches(trainer.batches, 0)
+        micro = trainer.loader.micro_batches(trainer.loader.batches, 0)
         row = 0
         for i, m in enumerate(micro):
             labels = m.labels.clone()

@@ -21,7 +21,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Optimizer:
-    """AdamW over what this process holds of the model, keyed by path in it; `start` comes first.
+    """AdamW over what this process holds of the model, keyed by path in it; `load` comes first.
 
     torch's own kernel is called as it is: torch.optim's objects import the compiler, which takes seconds.
     """
@@ -41,7 +41,7 @@ class Optimizer:
         self._moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
         self._updates = torch.zeros(())
 
-    def start(self, moments: Mapping[str, Mapping[str, Tensor]] | None, updates: int) -> None:
+    def load(self, moments: Mapping[str, Mapping[str, Tensor]] | None, updates: int) -> None:
         """Takes over the parameters' values, once they are loaded, and begins after `updates` updates.
 
         All memory is taken here, so that the first step is as quick as the others.

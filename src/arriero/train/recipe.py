@@ -146,6 +146,11 @@ def file_settings(path: Path) -> list[Setting]:
     return [Setting(key, words, f"{path}:{lines.get(key, 1)}") for key, words in flat]
 
 
+def recipe_of_checkpoint(checkpoint: Path) -> Recipe:
+    """The recipe of the run that wrote a checkpoint. Raises UserError where it cannot be read."""
+    return parse(Recipe, file_settings(checkpoint / "recipe.toml"), prog="arriero pretrain")
+
+
 def _flatten(table: dict[str, Any], prefix: str = "") -> list[tuple[str, list[str]]]:
     found = []
     for name, value in table.items():

@@ -1,6 +1,6 @@
-"""What one run shows and leaves behind: log lines, log.txt, metrics.jsonl, env.json and the figure.
+"""What a run prints and writes: log lines, log.txt, metrics.jsonl, env.json and the figure.
 
-Only the first process has one that does anything.
+It does nothing on all processes but the first.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from arriero.train.watch import SlowestRank
 
 @dataclass(frozen=True)
 class StepResult:
-    """What the loop knows of a step; the rest of a line follows from it."""
+    """What a step returns; the reporter derives the rest of its metrics from it."""
 
     step: int
     """Steps completed, this one included."""
@@ -71,14 +71,14 @@ class Reporter:
         self, out: Path, log: LogConfig, train: TrainConfig, model: LlamaConfig, *, devices: int, device_name: str,
         first: bool, recomputed: int = 0, keep: tuple[str, ...] = (),
     ) -> None:  # fmt: skip
-        self.log, self.train, self.first, self.out, self.devices = log, train, first, out, devices
+        self.settings, self.train, self.first, self.out, self.devices = log, train, first, out, devices
         self.model, self._recomputed, self._keep_results = model, recomputed, keep
         peak = log.peak_tflops or (peak_flops(device_name, train.dtype) or 0.0) / 1e12
         self._peak = peak or None
         self._recent: deque[float] = deque(maxlen=20)
         self._skipped = self._nan = 0
         self.trouble = Trouble()
-        """What is known of files of the run that cannot be written."""
+        """Problems of the run's files that cannot be written."""
         self._text: LineFile | None = None
         self._metrics: MetricsWriter | None = None
         if first:
@@ -91,35 +91,35 @@ class Reporter:
                 "started": datetime.now().astimezone().isoformat(timespec="seconds"), "command": sys.argv,
             }  # fmt: skip
             if problem := keep_environment(out, environment):
-                self.say(f" NOTICE: {problem}")
+                self.log(f" NOTICE: {problem}")
 
-    def say(self, text: str) -> None:
-        """Prints a line, and keeps it in log.txt; what a terminal would obey is shown instead (common/text.py)."""
+    def log(self, text: str) -> None:
+        """Prints a line and writes it to log.txt, control characters escaped (common/text.py)."""
         if self._text is not None:
             print(escape_message(text), flush=True)
             for line in (text, *(f" NOTICE: {note}" for note in new_notes())):
                 self._text.write(escape_message(line).encode())
 
-    def saved(self, results: list[Saved]) -> None:
-        """Tells what became of saves that have ended."""
+    def log_saves(self, results: list[Saved]) -> None:
+        """Logs the results of finished saves."""
         for one in results:
             if one.problem:
-                self.say(f" CHECKPOINT of step {one.step} NOT written: {one.problem}; the run goes on without it")
+                self.log(f" CHECKPOINT of step {one.step} NOT written: {one.problem}; the run goes on without it")
             else:
                 times = f"held up {one.blocked:.2f} s, on disk in {one.seconds:.2f} s"
-                self.say(f" saved checkpoint: {escape(one.path)} ({times})")
+                self.log(f" saved checkpoint: {escape(one.path)} ({times})")
             if one.notice:
-                self.say(f" NOTICE: {one.notice}")
+                self.log(f" NOTICE: {one.notice}")
 
-    def resume_after(self, step: int) -> None:
-        """Drops the metrics of steps that will be run again."""
+    def truncate_metrics_after(self, step: int) -> None:
+        """Drops the metrics of steps after `step`, which will be run again."""
         if self._metrics is not None:
             bad = self._metrics.truncate_after(step)
             for line in [*bad[:4], *([f"and {len(bad) - 4} lines more"] if len(bad) > 4 else [])]:
-                self.say(f" NOTICE: {line}; it is passed over")
+                self.log(f" NOTICE: {line}; it is passed over")
 
-    def step(self, result: StepResult) -> None:
-        """Takes note of a step: metrics always, a line when it is due."""
+    def log_step(self, result: StepResult) -> None:
+        """Writes the metrics of a step, and a log line when it is due."""
         if self._metrics is None:
             return
         train, seconds = self.train, max(result.seconds, 1e-9)
@@ -156,12 +156,14 @@ class Reporter:
             **times,
         )
         self._metrics.write(metrics)
-        if result.step % self.log.every == 0 or result.step == train.steps:
-            self.say(megatron_line(metrics, datetime.now()) if self.log.style == "megatron" else arriero_line(metrics))
+        if result.step % self.settings.every == 0 or result.step == train.steps:
+            self.log(
+                megatron_line(metrics, datetime.now()) if self.settings.style == "megatron" else arriero_line(metrics)
+            )
             self._skipped = self._nan = 0
 
-    def slowest(self, step: int, found: SlowestRank | None, factor: float) -> None:
-        """Takes note of the process that is slower than the others; a line where it is so by more than `factor`."""
+    def log_slowest_rank(self, step: int, found: SlowestRank | None, factor: float) -> None:
+        """Writes the metrics of the slowest process, and a log line where it is slower than the median by `factor`."""
         if found is None:
             return
         if self._metrics is not None:
@@ -171,15 +173,15 @@ class Reporter:
             times = (
                 f"{found.seconds:.3f} s of its own a step, {found.ratio:.1f} times the median of {found.median:.3f} s"
             )
-            self.say(f" SLOW: rank {found.rank} takes {times}")
+            self.log(f" SLOW: rank {found.rank} takes {times}")
 
-    def validation(self, step: int, loss: float) -> None:
-        """Takes note of a validation."""
+    def log_validation(self, step: int, loss: float) -> None:
+        """Writes the metrics and the log line of a validation."""
         if self._metrics is not None:
             perplexity = math.exp(min(loss, 20.0)) if math.isfinite(loss) else math.nan  # as Megatron caps it
             metrics = ValidationMetrics(iteration=step, lm_loss=loss, perplexity=perplexity)
             self._metrics.write(metrics)
-            self.say(validation_line(metrics, framed=self.log.style == "megatron"))
+            self.log(validation_line(metrics, framed=self.settings.style == "megatron"))
 
     def finish(self) -> None:
         """Draws the figure and closes the files."""
@@ -188,10 +190,10 @@ class Reporter:
             picture = self.out / "loss.png"
             try:
                 loss_figure(self.out / "metrics.jsonl", picture)
-                self.say(f" figure: {escape(picture)}")
+                self.log(f" figure: {escape(picture)}")
             except (OSError, UserError) as error:
                 reason = error.problem if isinstance(error, UserError) else os_error_text(error)
-                self.say(f" NO figure: {escape(picture)}: {reason}")
+                self.log(f" NO figure: {escape(picture)}: {reason}")
             self._text.close()
 
 

@@ -13,7 +13,7 @@ from arriero.common.errors import UserError, closest_match
 from arriero.common.text import escape
 from arriero.model.config import LlamaConfig
 from arriero.train.facts import flat, input_changes
-from arriero.train.recipe import Recipe, file_settings, parse
+from arriero.train.recipe import Recipe, recipe_of_checkpoint
 
 CHANGEABLE_KEYS = (
     "out", "device", "parallel.*", "recompute.*", "checkpoint.*", "log.*", "watch.*", "train.steps",
@@ -37,7 +37,7 @@ def recipe_changes(recipe: Recipe, checkpoint: Path) -> dict[str, tuple[Any, Any
     Raises:
         UserError: the checkpoint's recipe or state cannot be read.
     """
-    then = flat(parse(Recipe, file_settings(checkpoint / "recipe.toml"), prog="arriero pretrain"))
+    then = flat(recipe_of_checkpoint(checkpoint))
     now = flat(recipe)
     found = {k: (then[k], now[k]) for k in now if k not in PATH_KEYS and then.get(k) != now[k]}
     saved, model = LlamaConfig.from_json(checkpoint).to_json(), recipe.model_config().to_json()

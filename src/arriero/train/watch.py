@@ -41,9 +41,9 @@ class Watchdog:
     Should the main thread hold the interpreter's lock for ever, faulthandler's own thread, which needs no lock, dumps.
     """
 
-    def __init__(self, out: Path, ranks: Ranks, config: WatchConfig, say: Callable[[str], None]) -> None:
+    def __init__(self, out: Path, ranks: Ranks, config: WatchConfig, log: Callable[[str], None]) -> None:
         self._folder, self._rank, self._world = out / "stacks", ranks.rank, ranks.world
-        self._config, self._say = config, say
+        self._config, self._log = config, log
         self._recent: deque[float] = deque(maxlen=20)
         self._main = threading.get_ident()
         self._began: float | None = None
@@ -59,7 +59,7 @@ class Watchdog:
         """A step begins."""
         self._step, self._began = step, time.monotonic()
 
-    def done(self) -> None:
+    def end_step(self) -> None:
         """It has ended."""
         if self._began is None:
             return
@@ -67,7 +67,7 @@ class Watchdog:
         self._began = None
         self._recent.append(took)
         if self._dumped:
-            self._say(f" WATCHDOG: step {self._step} ended after {took:.1f} s")
+            self._log(f" WATCHDOG: step {self._step} ended after {took:.1f} s")
         if self._file is not None:
             faulthandler.cancel_dump_traceback_later()
             self._file.close()
@@ -115,7 +115,7 @@ class Watchdog:
         if self._rank == 0:
             time.sleep(STACK_FILE_WAIT)
             for line in self._stack_summary():
-                self._say(f" WATCHDOG: step {self._step} takes longer than {self.limit():.1f} s: {line}")
+                self._log(f" WATCHDOG: step {self._step} takes longer than {self.limit():.1f} s: {line}")
 
     def _open(self, head: str) -> IO[str] | None:
         """This process's file, new, with its first line; None where it cannot be written."""

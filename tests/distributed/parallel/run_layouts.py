@@ -19,8 +19,8 @@ from torch.distributed import distributed_c10d
 from arriero.distributed.launch.launcher import in_process_group, run_processes
 from arriero.distributed.launch.objects import PICKLING
 from arriero.distributed.parallel.mesh import Ranks
+from arriero.train.build import build_trainer
 from arriero.train.recipe import Recipe, Setting, parse
-from arriero.train.trainer import Trainer
 
 PICKLES: list[str] = []
 """What this process has pickled for another, or unpickled."""
@@ -48,8 +48,8 @@ def run_case(case: dict[str, Any]) -> dict[str, Any] | None:
     recipe: Recipe = parse(Recipe, settings, prog="case")
     ranks = Ranks.build(recipe.parallel, "cpu")
     recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, keep=0))
-    trainer = Trainer(recipe, ranks, local_rank=0, device_kind="cpu")
-    trainer.start(Path(case["resume"]) if case.get("resume") else None)
+    trainer = build_trainer(recipe, ranks, local_rank=0, device_kind="cpu")
+    trainer.load(Path(case["resume"]) if case.get("resume") else None)
     result: dict[str, Any] = {"name": case["name"], "loss": [], "grad_norm": [], "scale": [], "skipped": []}
     counters.clear()
     while trainer.done < min(5, recipe.train.steps):

@@ -22,7 +22,6 @@ from arriero.common.ranges import PathText, flag, range_problems
 from arriero.common.text import escape_message
 from arriero.distributed.launch.config import LaunchConfig, take_place
 from arriero.distributed.launch.launcher import Place, ProcessFailed, run_processes, started_by_another
-from arriero.train.memory import memory_problems
 from arriero.train.preflight import machine_problems
 from arriero.train.recipe import (
     Recipe,
@@ -135,9 +134,10 @@ def check(config: BenchConfig, recipe: Recipe, processes: int, kind: str, here: 
     problems = recipe.layout_problems(processes)
     for part in (recipe.optim, recipe.schedule, recipe.log):
         problems += part.problems()
-    problems += machine_problems(recipe, kind)
-    if not problems and kind == "cpu" and not config.sweep:
-        problems += memory_problems(recipe, processes, 1 if started_by_another() else here)[0]
+    local = 1 if started_by_another() else here
+    problems += machine_problems(
+        recipe, kind, processes=processes, local_processes=local, check_memory=not problems and not config.sweep
+    )[0]
     if config.memory_limit and kind != "cpu":
         problems.append(UserError("--memory-limit has no effect on an accelerator: its memory is the limit", "drop it"))
     if problems:

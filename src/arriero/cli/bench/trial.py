@@ -29,11 +29,12 @@ from arriero.distributed.parallel.mesh import Ranks
 from arriero.distributed.parallel.shards import local
 from arriero.model.config import LlamaConfig
 from arriero.observe.throughput import peak_flops, throughput
+from arriero.train.build import build_trainer
 from arriero.train.recipe import Recipe
 from arriero.train.reporter import StepResult
+from arriero.train.synthetic import write_random_data
 from arriero.train.trainer import Trainer
-from arriero.train.verify_layout import describe as describe_layout
-from arriero.train.verify_layout import write_random_data
+from arriero.train.verify_layout import describe_layout
 
 OUT_OF_MEMORY = "out-of-memory"
 """The file that a process without memory leaves in the trial's directory."""
@@ -160,8 +161,8 @@ def measure(trial: Trial) -> None:
     """Trains warm-up and measured iterations; the first process writes the result."""
     recipe, kind = trial.recipe, trial.device_kind
     ranks = Ranks.build(recipe.parallel, kind)
-    trainer = Trainer(recipe, ranks, local_rank=int(os.environ.get("LOCAL_RANK", "0")), device_kind=kind)
-    fill_randomly(trainer)
+    trainer = build_trainer(recipe, ranks, local_rank=int(os.environ.get("LOCAL_RANK", "0")), device_kind=kind)
+    fill_randomly(trainer, recipe.seed)
     seconds: list[float] = []
     for step in range(trial.warmup + trial.iterations):
         if step == trial.warmup:
@@ -219,14 +220,14 @@ def known_peak(trial: Trial, device: torch.device) -> tuple[float, str]:
 
 
 @torch.no_grad()
-def fill_randomly(trainer: Trainer) -> None:
+def fill_randomly(trainer: Trainer, seed: int) -> None:
     """Normal weights made on the device, quicker than `InitialWeights`: they depend on the layout, as no run's may."""
-    torch.manual_seed(trainer.recipe.seed)
+    torch.manual_seed(seed)
     for part in trainer.parts:
         for parameter in part.parameters():
             held = local(parameter)
             held.normal_(0.0, 0.02) if parameter.dim() > 1 else held.fill_(1.0)
-    trainer.optimizer.start(None, updates=0)
+    trainer.optimizer.load(None, updates=0)
 
 
 def settle(ranks: Ranks, kind: str) -> None:

@@ -65,10 +65,10 @@ def run(args: TortureArgs) -> int:
 
 def report(args: TortureArgs, peace: Outcome, tally: Tally, others: dict[str, float], seconds: float) -> int:
     """Prints the verdict; raises CheckFailed if a run ended otherwise than in peace."""
-    from arriero.train.verify_layout import LIMIT
+    from arriero.train.verify_layout import MAX_RELATIVE_DIFFERENCE
 
     wrong = sum(end != peace for end in tally.ends)
-    same_elsewhere = all(value <= LIMIT for value in others.values())
+    same_elsewhere = all(value <= MAX_RELATIVE_DIFFERENCE for value in others.values())
     facts = {
         "kills": dict(tally.kills), "resumes": tally.resumes, "lost steps": tally.lost_steps,
         "runs completed": tally.runs, "runs that ended otherwise": wrong, "sha256": peace[0],
@@ -88,5 +88,7 @@ def report(args: TortureArgs, peace: Outcome, tally: Tally, others: dict[str, fl
             print(f"resumed from step {EVERY * (STEPS // EVERY // 2)} on {name}: final state within {value:.1e}")
         print(f"final SHA-256 {peace[0]}: {'never changed' if not wrong else f'CHANGED in {wrong} runs'}")
     if wrong or not same_elsewhere:
-        raise CheckFailed(f"{wrong} of {tally.runs} runs ended otherwise; other layouts: {others}, limit {LIMIT:g}")
+        raise CheckFailed(
+            f"{wrong} of {tally.runs} runs ended otherwise; other layouts: {others}, limit {MAX_RELATIVE_DIFFERENCE:g}"
+        )
     return EXIT_OK

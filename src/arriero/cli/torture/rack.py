@@ -47,7 +47,7 @@ class Rack:
     def __init__(self, root: Path, *, recipe: str, processes: int, kills: int, seed: int) -> None:
         """`recipe` is empty for the small model on 2 x tensor and 2 x data parallel, or names one."""
         from arriero.train.recipe import Recipe, file_settings, find_bundled, parse, to_toml
-        from arriero.train.verify_layout import reduced
+        from arriero.train.synthetic import reduced_recipe
 
         self.kills, self.root, self.random = kills, root, random.Random(seed)
         whole = parse(Recipe, file_settings(find_bundled("", recipe or "demo", ".toml")), prog="arriero torture")
@@ -59,7 +59,7 @@ class Rack:
         self.processes = processes or 2 * whole.parallel.model_parallel
         if problems := whole.layout_problems(self.processes):
             raise join_problems(problems)
-        small = reduced(whole, self.processes, root)
+        small = reduced_recipe(whole, self.processes, root, steps=STEPS)
         small = replace(
             small, train=replace(small.train, steps=STEPS), log=replace(small.log, every=1),
             checkpoint=replace(small.checkpoint, every=EVERY, keep=2, keep_every=EVERY * (STEPS // EVERY // 2)),

@@ -113,7 +113,7 @@ class Pipeline:
             loss_fn=lambda loss, labels: loss.sum(),  # the last stage has taken the labels, and returns the loss
         )  # fmt: skip
 
-    def watch(self, timed: Callable[..., Callable[..., Any]]) -> None:
+    def time_phases(self, timed: Callable[..., Callable[..., Any]]) -> None:
         """Has the schedule's calls timed by `timed(call, phase, before)`; what lies between them is communication."""
         for stage in self.stages:
             for name in ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk"):
