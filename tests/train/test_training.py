@@ -153,7 +153,7 @@ def test_a_nonfinite_step_is_printed_counted_and_harms_nothing(
         return loss
 
     monkeypatch.setattr(Trainer, "forward_backward", poisoned)
-    arguments = {"local_rank": 0, "device_kind": "cpu", "start": ResumePlan()}
+    arguments = {"local_rank": 0, "device_kind": "cpu", "plan": ResumePlan()}
     if policy == "stop":
         with pytest.raises(UserError, match="step 2"):
             train(recipe, Ranks(), **arguments)
