@@ -18,7 +18,7 @@ from arriero.common.errors import (
     closest_match,
 )
 from arriero.common.output import OutputClosed, guarded_output
-from arriero.common.signals import Interrupted, interrupts
+from arriero.common.signals import Interrupted, interrupt_on_signals
 from arriero.common.text import escape, escape_message
 from arriero.common.version import __version__
 
@@ -41,7 +41,7 @@ VERBS = {
     "doctor": Verb(
         "arriero.cli.doctor", "DoctorArgs", "what this machine has, what is missing, and the line that fixes it"
     ),
-    "prepare": Verb("arriero.data.prepare", "PrepareArgs", "text, JSON or parquet -> token files", "files"),
+    "prepare": Verb("arriero.cli.prepare", "PrepareArgs", "text, JSON or parquet -> token files", "files"),
     "inspect": Verb("arriero.cli.inspect.command", "InspectArgs", "what a path is, and whether it is whole"),
     "pretrain": Verb("arriero.cli.pretrain", "", "train a recipe, on one process or many", "files"),
     "bench": Verb("arriero.cli.bench.command", "", "a recipe's speed here, the matmul peak, the best settings"),
@@ -72,7 +72,7 @@ def dispatch(words: list[str], *, last: bool = False) -> int:
     """
     verb = VERBS.get(words[0]) if words else None
     shows = not {"-h", "--help", "--verify-layout"}.isdisjoint(words)
-    with guarded_output(required=verb is None or verb.result == "output" or shows), interrupts(last=last):
+    with guarded_output(required=verb is None or verb.result == "output" or shows), interrupt_on_signals(last=last):
         try:
             return _printed(words)
         except CheckFailed as error:
