@@ -22,7 +22,7 @@ from arriero.train.facts import input_digests
 from arriero.train.guard import SpikeDetector
 from arriero.train.loader import MicroBatchLoader
 from arriero.train.model_parts import ModelParts
-from arriero.train.optim import Optimizer
+from arriero.train.optim import build_optimizer
 from arriero.train.precision import LossScale, in_compute_dtype, store_dtype
 from arriero.train.recipe import Recipe, to_toml
 from arriero.train.schedule import learning_rate
@@ -43,7 +43,7 @@ def build_trainer(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind:
     half = train.dtype == "float16"
     return Trainer(
         model=model,
-        optimizer=Optimizer(model.parts, recipe.optim, ranks),
+        optimizer=build_optimizer(model.parts, recipe.optim, ranks),
         learning_rate=partial(learning_rate, recipe.schedule, steps=train.steps),
         loss_scale=LossScale(
             train.initial_loss_scale if half else 1.0, train.loss_scale_window, train.loss_scale_hysteresis

@@ -11,7 +11,7 @@ from arriero.checkpoint.load import newest_that_verifies
 from arriero.checkpoint.save import Saved, last_word
 from arriero.common.device import device_name, float8_units
 from arriero.common.errors import UserError
-from arriero.common.signals import Phase, set_phase, stop_wanted
+from arriero.common.signals import Phase, set_phase, stop_requested
 from arriero.common.text import escape
 from arriero.distributed.launch.worker import seconds_since_start
 from arriero.distributed.parallel.mesh import Ranks
@@ -50,7 +50,7 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, pl
     out, settings = Path(recipe.out), recipe.train
     reporter = build_reporter(recipe, trainer)
     profile = Profile(recipe.log.profile, out / "profile", ranks.rank)
-    events = Events(out, first=ranks.first, since_start=seconds_since_start(), trouble=reporter.trouble)
+    events = Events(out, first=ranks.first, since_start=seconds_since_start(), errors=reporter.trouble)
     watchdog = Watchdog(out, ranks, recipe.watch, reporter.log)
     initialize(trainer, recipe, plan, reporter)
     stragglers = StragglerDetector(ranks, recipe.watch, trainer.device)
@@ -62,7 +62,7 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, pl
             collect(trainer.done)  # here, where every step passes, a skipped one too
             watchdog.start_step(trainer.done + 1)
             with profile.step(trainer.done + 1):
-                result = trainer.step(lambda: stop_wanted() or timed_out(plan))
+                result = trainer.step(lambda: stop_requested() or timed_out(plan))
             watchdog.end_step()
             reporter.log_step(result)
             data_seconds = result.phases.get("data_wait", 0.0)

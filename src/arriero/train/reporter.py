@@ -21,12 +21,12 @@ import torch
 from arriero.checkpoint.save import Saved
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory, os_error_text, write_atomic
-from arriero.common.output import new_notes
+from arriero.common.output import new_write_failures
 from arriero.common.text import escape, escape_message
 from arriero.common.version import __version__
 from arriero.model.config import LlamaConfig
 from arriero.observe.figure import loss_figure
-from arriero.observe.lines import LineFile, Trouble
+from arriero.observe.line_file import LineFile, WriteErrors
 from arriero.observe.logline import arriero_line, megatron_line, validation_line
 from arriero.observe.metrics import MetricsWriter, RankMetrics, StepMetrics, ValidationMetrics
 from arriero.observe.step_time import BETWEEN, IN_STEP
@@ -77,7 +77,7 @@ class Reporter:
         self._peak = peak or None
         self._recent: deque[float] = deque(maxlen=20)
         self._skipped = self._nan = 0
-        self.trouble = Trouble()
+        self.trouble = WriteErrors()
         """Problems of the run's files that cannot be written."""
         self._text: LineFile | None = None
         self._metrics: MetricsWriter | None = None
@@ -97,7 +97,7 @@ class Reporter:
         """Prints a line and writes it to log.txt, control characters escaped (common/text.py)."""
         if self._text is not None:
             print(escape_message(text), flush=True)
-            for line in (text, *(f" NOTICE: {note}" for note in new_notes())):
+            for line in (text, *(f" NOTICE: {note}" for note in new_write_failures())):
                 self._text.write(escape_message(line).encode())
 
     def log_saves(self, results: list[Saved]) -> None:

@@ -15,18 +15,17 @@ from arriero.checkpoint.lock import RunLock
 from arriero.common.device import device_count, device_type
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_STOPPED, UserError, join_problems
 from arriero.common.text import escape, escape_message
-from arriero.distributed.launch.config import LaunchConfig, take_place
-from arriero.distributed.launch.launcher import (  # fmt: skip
-    Place,
-    ProcessFailed,
-    in_process_group,
-    leave,
-    run_processes,
-    start_number,
-    started_by_another,
-)
+from arriero.distributed.launch.config import LaunchConfig, resolve_launch_env
+from arriero.distributed.launch.launcher import ProcessFailed, run_processes
 from arriero.distributed.launch.secret import Secret
-from arriero.distributed.launch.worker import leave_last
+from arriero.distributed.launch.worker import (
+    RankInfo,
+    exit_after_peers,
+    exit_worker,
+    is_launched_externally,
+    restart_count,
+    run_in_process_group,
+)
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.train.config import RunOptions
 from arriero.train.directory import prepare_run_directory
@@ -56,7 +55,7 @@ def pretrain(recipe: Recipe, options: RunOptions) -> int:
     Raises:
         UserError: what is wrong with the recipe, its inputs or this machine, all together.
     """
-    launch = take_place(options.launch, os.environ)
+    launch = resolve_launch_env(options.launch, os.environ)
     kind = device_type(recipe.device)
     local = process_count(recipe, launch, kind)
     world = local * max(1, launch.nodes)
@@ -79,10 +78,10 @@ def prepare_run(
         first_node: whether rank 0 is on this machine.
     """
     paths = candidates(Path(options.resume)) if options.resume else []
-    joining = not first_node or Place.from_environment().rank > 0
+    joining = not first_node or RankInfo.from_environment().rank > 0
     notices = preflight(
         recipe, world, paths, kind=kind, joining=joining, allowed=options.allow_change,
-        local_processes=1 if started_by_another() else local,
+        local_processes=1 if is_launched_externally() else local,
     )  # fmt: skip
     ignored = -1.0
     if paths == [Path(options.resume)]:  # one checkpoint, by its name: what was saved after it is of another run
@@ -98,17 +97,17 @@ def run_workers(spec: RunSpec, launch: LaunchConfig, *, local: int, world: int) 
     """
     secret = Secret.find(launch.secret_file, os.environ, Path(spec.recipe.out or "arriero"))
     if world == 1 and not launch.max_restarts:
-        complete = in_process_group(run_worker, spec, saves=True)
-    elif started_by_another():
+        complete = run_in_process_group(run_worker, spec, saves=True)
+    elif is_launched_externally():
         try:
-            complete = in_process_group(
+            complete = run_in_process_group(
                 run_worker, spec, facts=worker_facts, saves=True, join_seconds=launch.join_timeout,
                 collective_seconds=launch.collective_timeout, secret=secret,
             )  # fmt: skip
             if not complete:
-                return leave_last(EXIT_STOPPED)
+                return exit_after_peers(EXIT_STOPPED)
         except BaseException as error:
-            leave(error)
+            exit_worker(error)
     else:
         try:
             complete = all(
@@ -126,8 +125,8 @@ def process_count(recipe: Recipe, launch: LaunchConfig, kind: str) -> int:
     Raises:
         UserError: more than there are devices.
     """
-    if started_by_another():
-        return Place.from_environment().world
+    if is_launched_externally():
+        return RankInfo.from_environment().world_size
     wanted, devices = launch.nproc_per_node, device_count(kind)
     if kind != "cpu" and wanted > devices:
         raise UserError(f"--nproc-per-node is {wanted}, and this machine has {devices} {kind} devices", "give fewer")
@@ -138,7 +137,7 @@ def process_count(recipe: Recipe, launch: LaunchConfig, kind: str) -> int:
 def check_layout(recipe: Recipe, processes: int) -> int:
     """`--verify-layout`: checks that the layout is possible, then that it gives one process's numbers."""
     problems = recipe.layout_problems(processes)
-    if started_by_another():
+    if is_launched_externally():
         fix = "leave torchrun or srun out: --nproc-per-node N gives the number of processes"
         problems.append(UserError("--verify-layout starts its own processes, on one machine", fix))
     if recipe.train.compile:
@@ -150,7 +149,7 @@ def check_layout(recipe: Recipe, processes: int) -> int:
 
 def current_checkpoints(spec: RunSpec) -> tuple[Path, ...]:
     """The checkpoints to resume from now, the newest first: after a restart, those that the run itself has saved."""
-    written = committed(Path(spec.recipe.out) / "checkpoints") if start_number() > 0 else []
+    written = committed(Path(spec.recipe.out) / "checkpoints") if restart_count() > 0 else []
     return tuple(p for p in reversed(written) if save_number(p) > spec.ignore_saves_up_to) or spec.plan.checkpoints
 
 
@@ -162,16 +161,16 @@ def worker_facts(spec: RunSpec) -> dict[str, str]:
 
 def run_worker(spec: RunSpec) -> bool:
     """Runs in every process: trains, and returns whether the run is complete. Rank 0 holds the run's lock meanwhile."""
-    place, plan = Place.from_environment(), replace(spec.plan, checkpoints=current_checkpoints(spec))
+    info, plan = RankInfo.from_environment(), replace(spec.plan, checkpoints=current_checkpoints(spec))
     with contextlib.ExitStack() as cleanup:
-        if place.rank == 0:
+        if info.rank == 0:
             lock = RunLock(Path(spec.recipe.out))
             cleanup.callback(lock.release)
             if lock.stale:
                 plan = replace(plan, notices=(f" the last job was cut off: {lock.stale}", *plan.notices))
             prepare_run_directory(spec.recipe)
         ranks = Ranks.build(spec.recipe.parallel, spec.device_kind)
-        return train(spec.recipe, ranks, local_rank=place.local_rank, device_kind=spec.device_kind, plan=plan)
+        return train(spec.recipe, ranks, local_rank=info.local_rank, device_kind=spec.device_kind, plan=plan)
 
 
 def duration(text: str) -> float:

@@ -32,7 +32,7 @@ from arriero.train.config import TrainConfig
 from arriero.train.guard import MAX_REWINDS, ReplicatedTensor, SpikeDetector, check_replicas
 from arriero.train.loader import MicroBatchLoader
 from arriero.train.model_parts import ModelParts
-from arriero.train.optim import MOMENTS, Optimizer
+from arriero.train.optim import Optimizer
 from arriero.train.position import position_from_state
 from arriero.train.precision import LossScale
 from arriero.train.recipe import recipe_of_checkpoint
@@ -116,11 +116,13 @@ class Trainer:
         state, reader = load_state(checkpoint, STATE_FORM), CheckpointReader(checkpoint)
         self.model.load(reader)
         own = self.optimizer.shards.items()
-        moments = {m: {path: reader.read(f"{m}.{s.name}", s.index) for path, s in own} for m in MOMENTS}
+        states = {
+            n: {path: reader.read(f"{n}.{s.name}", s.index) for path, s in own} for n in self.optimizer.state_names
+        }
         recipe, where = partial(recipe_of_checkpoint, checkpoint), str(checkpoint / STATE)
         self.position = self.loader.resume_at(position_from_state(state, recipe=recipe, where=where, fix=DAMAGED))
         self.updates = state["updates"]
-        self.optimizer.load(moments, self.updates)
+        self.optimizer.load(states, self.updates)
         self.scale = LossScale(**state["loss_scale"])
         self.spikes.recent = state.get("recent_losses", [])
 
@@ -146,15 +148,15 @@ class Trainer:
         log(f" REWOUND to step {self.done} ({checkpoint or 'the start'}); samples {first} to {last} are left out now")
 
     def tensors_to_save(self) -> dict[str, Part]:
-        """The weights and moments that this process writes, by global name."""
+        """The weights and states that this process writes, by global name."""
         found: dict[str, Part] = {}
-        moments = self.optimizer.moments()
+        states = self.optimizer.states()
         for path, (shard, parameter) in shards(self.parts, self.ranks).items():
             if not shard.written_by(self.ranks) or 0 in shard.local_shape:
                 continue
             found[shard.name] = Part(local(parameter).detach(), shard.shape, shard.offset)
-            for moment, by_path in moments.items():
-                found[f"{moment}.{shard.name}"] = Part(by_path[path], shard.shape, shard.offset)
+            for state_name, by_path in states.items():
+                found[f"{state_name}.{shard.name}"] = Part(by_path[path], shard.shape, shard.offset)
         return found
 
     def save(self, *, wait: bool = True) -> Path:
@@ -255,12 +257,14 @@ class Trainer:
 
     def check_replicas(self) -> None:
         """Compares replicated weights and optimizer states between processes. Raises CheckFailed on all processes."""
-        moments, state = self.optimizer.moments(), []
+        states, state = self.optimizer.states(), []
         for path, (shard, parameter) in shards(self.parts, self.ranks).items():
             over = tuple(n for n, size in self.ranks.sizes.items() if size > 1 and n not in shard.sharded_over)
             if over and 0 not in shard.local_shape:
                 state.append(ReplicatedTensor(shard.name, local(parameter), over))
-                state += [ReplicatedTensor(f"{moment}.{shard.name}", of[path], over) for moment, of in moments.items()]
+                state += [
+                    ReplicatedTensor(f"{state_name}.{shard.name}", of[path], over) for state_name, of in states.items()
+                ]
         check_replicas(state, self.ranks, self.done)
 
     @torch.no_grad()

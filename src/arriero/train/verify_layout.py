@@ -16,7 +16,8 @@ from typing import Any
 from arriero.checkpoint.find import find_checkpoint
 from arriero.checkpoint.load import CheckpointReader
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK
-from arriero.distributed.launch.launcher import in_process_group, run_processes
+from arriero.distributed.launch.launcher import run_processes
+from arriero.distributed.launch.worker import run_in_process_group
 from arriero.distributed.parallel.config import ParallelConfig, RecomputeConfig
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.train.build import build_trainer
@@ -51,7 +52,7 @@ def verify_layout(recipe: Recipe, processes: int) -> int:
             train_steps, runs[0], 1
         )  # in another process: one whose thread pools have started must not be forked
         if processes == 1:
-            in_process_group(train_steps, runs[1])
+            run_in_process_group(train_steps, runs[1])
         else:
             run_processes(train_steps, runs[1], processes)
         worst = differences(*runs)
