@@ -66,8 +66,8 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, pl
             watchdog.end_step()
             reporter.log_step(result)
             data_seconds = result.phases.get("data_wait", 0.0)
-            events.note("step", step=result.step, seconds=result.seconds, data=data_seconds)
-            reporter.log_slowest_rank(result.step, stragglers.step(data_seconds), recipe.watch.slow)
+            events.note("step", step=result.iteration, seconds=result.seconds, data=data_seconds)
+            reporter.log_slowest_rank(result.iteration, stragglers.step(data_seconds), recipe.watch.slow)
             if result.skipped and handle_bad_step(trainer, result, reporter, events, plan):
                 continue
             last = trainer.done == settings.steps
@@ -167,14 +167,14 @@ def handle_bad_step(
     Raises:
         UserError: the policy is to stop, or the run went back too often.
     """
-    settings, step = trainer.train, result.step
+    settings, step = trainer.train, result.iteration
     reason = "no label" if result.unlabelled else "spike" if result.spike else "not finite"
     events.note("skipped", step=step, reason=reason)
     if result.unlabelled:  # nothing is wrong with the numbers: there were none
         reporter.log(f" SKIPPED step {step}: no label of its {settings.global_batch} samples carries a loss")
         return False
     policy = settings.on_spike if result.spike else "skip" if trainer.fp16 else settings.on_nonfinite
-    what = f"step {step}: loss {result.loss:g}, gradient norm {result.grad_norm:g}"
+    what = f"step {step}: loss {result.lm_loss:g}, gradient norm {result.grad_norm:g}"
     if result.spike:
         what += f": above {trainer.spikes.limit():g}, a spike"
     if policy == "stop":
