@@ -33,7 +33,7 @@ class ResumePlan:
     checkpoints: tuple[Path, ...] = ()
     """Checkpoints to resume from, the newest first; none for a new run."""
     notices: tuple[str, ...] = field(default=())
-    """Lines for the log, such as what has changed since the checkpoint."""
+    """Lines for the log, such as changes since the checkpoint."""
     stop_after: float = 0.0
     """Seconds after which to save and stop; 0 for never."""
 
@@ -44,7 +44,7 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, pl
     A signal or `plan.stop_after` ends it after the present step, with a checkpoint.
 
     Raises:
-        UserError: a non-finite step where the recipe says to stop, no checkpoint that is whole, or the last one failed.
+        UserError: a non-finite step where the policy is to stop, no checkpoint that is whole, or the last one failed.
     """
     trainer = build_trainer(recipe, ranks, local_rank=local_rank, device_kind=device_kind)
     out, settings = Path(recipe.out), recipe.train
@@ -118,7 +118,7 @@ def validate(trainer: Trainer, reporter: Reporter) -> None:
 
 
 def timed_out(plan: ResumePlan) -> bool:
-    """Whether the time that `--stop-after` gives is over."""
+    """Whether the time limit of `--stop-after` has passed."""
     return bool(plan.stop_after) and seconds_since_start() > plan.stop_after
 
 

@@ -40,18 +40,18 @@ class StepResult(StepMeasurement):
     """What a step returns: its measurement, whether the update was skipped and why, and its times."""
 
     skipped: bool
-    """Whether the update was left out, on all processes."""
+    """Whether the update was skipped, on all processes."""
     seconds: float
     phases: dict[str, float]
     """Seconds of each phase (observe/step_time.py), those since the step before included."""
     attended_length: float
     """Tokens of context: the sequence length, or under document masks sum of squared lengths over their sum."""
     spike: bool = False
-    """Whether it was left out for a loss that stands out, not for one that is not finite."""
+    """Whether it was skipped for a loss spike, not for a non-finite loss."""
     unlabelled: bool = False
-    """Whether it was left out because no label of the batch carries a loss; `lm_loss` is NaN then."""
+    """Whether it was skipped because no label of the batch carries a loss; `lm_loss` is NaN then."""
     stop: bool = False
-    """Whether some process was asked to end the run."""
+    """Whether some process was asked to stop."""
 
 
 class Reporter:
