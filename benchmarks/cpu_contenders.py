@@ -81,7 +81,7 @@ def _arriero(job: Job, *, compiled: bool) -> None:
     trainer.load(None)
     turns = Turns(job.warmup)
     while True:
-        turns.after_step(trainer.step().loss)
+        turns.after_step(trainer.step().lm_loss)
 
 
 def can_compile() -> bool:

@@ -105,7 +105,7 @@ def ours(bench: Bench, case: Case, micro: int, **changes: Any) -> Callable[[], f
 
     def step() -> float:
         try:
-            return trainer.step().loss
+            return trainer.step().lm_loss
         except torch.OutOfMemoryError:
             trainer.close()
             raise

@@ -76,7 +76,7 @@ def test_lion_is_the_papers_and_resumes(tmp_path: Path, monkeypatch: pytest.Monk
     checkpoint = whole.save()
     later = build_trainer(recipe, Ranks(), local_rank=0, device_kind="cpu")
     later.load(checkpoint)
-    assert [whole.step().loss for _ in range(3)] == [later.step().loss for _ in range(3)]
+    assert [whole.step().lm_loss for _ in range(3)] == [later.step().lm_loss for _ in range(3)]
     whole.close()
     later.close()
 

@@ -127,7 +127,7 @@ def test_a_step_without_a_label_changes_nothing(tmp_path: Path) -> None:
         result = trainer.step()
         now = [p for part in trainer.parts for p in part.parameters()]
         assert all(bool((a == b).all()) for a, b in zip(before, now, strict=True)) == result.unlabelled
-        assert math.isnan(result.loss) == result.unlabelled == result.skipped
+        assert math.isnan(result.lm_loss) == result.unlabelled == result.skipped
         assert not result.spike
     trainer.close()
 

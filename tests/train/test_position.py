@@ -117,8 +117,8 @@ def test_a_changed_batch_goes_on_with_the_next_sample(tmp_path: Path, read: list
     results += trained(changed, 3, checkpoint)[1]
     rows += [one.tokens for one in read]
     assert np.array_equal(np.concatenate(rows), as_it_began.samples(0, 48 + 3 * batch).tokens)
-    assert [r.samples for r in results] == [*range(8, 49, 8), *(48 + batch * i for i in (1, 2, 3))]
-    assert all(r.tokens == 16 * r.samples for r in results)
+    assert [r.consumed_samples for r in results] == [*range(8, 49, 8), *(48 + batch * i for i in (1, 2, 3))]
+    assert all(r.consumed_tokens == 16 * r.consumed_samples for r in results)
 
 
 def test_a_run_that_was_changed_before_goes_on_from_its_position(tmp_path: Path, read: list[Batch]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -167,7 +166,6 @@ PLACES: dict[str, Callable[[Path, Path], object]] = {
 FILES = ["log.txt", "metrics.jsonl", "events.jsonl", "env.json", "env-2.json", "recipe.toml", "lock.json", "loss.png",
          "tokenizer", "tokenizer/tokenizer.model", "stacks", "stacks/rank-00000.txt", "profile", "profile/rank-0.json",
          "checkpoints"]  # fmt: skip
-POSITION = {name: 0 for name in ("samples", "tokens") if name in {f.name for f in dataclasses.fields(StepResult)}}
 LINES = ("log.txt", "metrics.jsonl", "events.jsonl")
 
 
@@ -190,8 +188,9 @@ def start(recipe: Recipe, *, profiled: bool) -> None:
         reporter.truncate_metrics_after(3)
         for step in (4, 5):
             result = StepResult(
-                step=step, loss=1.0, grad_norm=1.0, learning_rate=1.0, loss_scale=1.0, skipped=False, seconds=1.0,
-                phases={"data_wait": 0.0}, attended=1.0, **POSITION,
+                iteration=step, consumed_samples=0, consumed_tokens=0, lm_loss=1.0,
+                grad_norm=1.0, learning_rate=1.0, loss_scale=1.0, skipped=False, seconds=1.0,
+                phases={"data_wait": 0.0}, attended_length=1.0,
             )  # fmt: skip
             reporter.log_step(result)
             events.note("step", step=step, seconds=1.0, data=0.0)

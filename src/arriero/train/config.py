@@ -1,4 +1,4 @@
-"""What the training loop is told."""
+"""The recipe's sections on training: batch, optimizer, schedule, log, watchdog; and the options of one start."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ class WatchConfig:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How this start of the run differs from another start of the same run."""
+    """Options of one start of a run, which are not part of its recipe."""
 
     resume: str = ""
     """A run directory to continue from its newest checkpoint that is whole, or one of its checkpoints; the run's own

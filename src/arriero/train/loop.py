@@ -33,7 +33,7 @@ class ResumePlan:
     checkpoints: tuple[Path, ...] = ()
     """Checkpoints to resume from, the newest first; none for a new run."""
     notices: tuple[str, ...] = field(default=())
-    """Lines for the log, such as what has changed since the checkpoint."""
+    """Lines for the log, such as changes since the checkpoint."""
     stop_after: float = 0.0
     """Seconds after which to save and stop; 0 for never."""
 
@@ -44,7 +44,7 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, pl
     A signal or `plan.stop_after` ends it after the present step, with a checkpoint.
 
     Raises:
-        UserError: a non-finite step where the recipe says to stop, no checkpoint that is whole, or the last one failed.
+        UserError: a non-finite step where the policy is to stop, no checkpoint that is whole, or the last one failed.
     """
     trainer = build_trainer(recipe, ranks, local_rank=local_rank, device_kind=device_kind)
     out, settings = Path(recipe.out), recipe.train
@@ -66,8 +66,8 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, pl
             watchdog.end_step()
             reporter.log_step(result)
             data_seconds = result.phases.get("data_wait", 0.0)
-            events.note("step", step=result.step, seconds=result.seconds, data=data_seconds)
-            reporter.log_slowest_rank(result.step, stragglers.step(data_seconds), recipe.watch.slow)
+            events.note("step", step=result.iteration, seconds=result.seconds, data=data_seconds)
+            reporter.log_slowest_rank(result.iteration, stragglers.step(data_seconds), recipe.watch.slow)
             if result.skipped and handle_bad_step(trainer, result, reporter, events, plan):
                 continue
             last = trainer.done == settings.steps
@@ -118,7 +118,7 @@ def validate(trainer: Trainer, reporter: Reporter) -> None:
 
 
 def timed_out(plan: ResumePlan) -> bool:
-    """Whether the time that `--stop-after` gives is over."""
+    """Whether the time limit of `--stop-after` has passed."""
     return bool(plan.stop_after) and seconds_since_start() > plan.stop_after
 
 
@@ -167,14 +167,14 @@ def handle_bad_step(
     Raises:
         UserError: the policy is to stop, or the run went back too often.
     """
-    settings, step = trainer.train, result.step
+    settings, step = trainer.train, result.iteration
     reason = "no label" if result.unlabelled else "spike" if result.spike else "not finite"
     events.note("skipped", step=step, reason=reason)
     if result.unlabelled:  # nothing is wrong with the numbers: there were none
         reporter.log(f" SKIPPED step {step}: no label of its {settings.global_batch} samples carries a loss")
         return False
     policy = settings.on_spike if result.spike else "skip" if trainer.fp16 else settings.on_nonfinite
-    what = f"step {step}: loss {result.loss:g}, gradient norm {result.grad_norm:g}"
+    what = f"step {step}: loss {result.lm_loss:g}, gradient norm {result.grad_norm:g}"
     if result.spike:
         what += f": above {trainer.spikes.limit():g}, a spike"
     if policy == "stop":

@@ -67,6 +67,6 @@ class ModelParts:
         return total / weight
 
     def reshard(self) -> None:
-        """Frees the gathered parameters that a forward pass without backward leaves under ZeRO."""
+        """Frees the gathered parameters that stay after a forward pass without backward under ZeRO."""
         for part in self.parts:
             reshard(part)

@@ -73,7 +73,7 @@ class Optimizer:
         self._parameters: dict[str, nn.Parameter] = {}
         for name, (shard, parameter) in shards(parts, ranks).items():
             if 0 in shard.local_shape:
-                continue  # an uneven cut left this process nothing of it
+                continue  # uneven sharding: this process has no element of it
             self.shards[name] = shard
             self._parameters[name] = parameter
         self.gradients: dict[str, Tensor] = {}
@@ -83,22 +83,20 @@ class Optimizer:
         self._updates = torch.zeros(())
 
     def load(self, states: Mapping[str, Mapping[str, Tensor]] | None, updates: int) -> None:
-        """Takes over the parameters' values, once they are loaded, and begins after `updates` updates.
-
-        All memory is taken here, so that the first step is as quick as the others.
+        """Reads the loaded parameters' values and sets the states; all memory is allocated here, not in the first step.
 
         Args:
             states: as `states()` returned them; None for zeros.
             updates: how many have been made.
         """
         for name, parameter in self._parameters.items():
-            held = local(parameter).detach()
+            value = local(parameter).detach()
             if not self.config.offload:
-                self.masters[name] = held
+                self.masters[name] = value
             elif name in self.masters:
-                self.masters[name].copy_(held)
+                self.masters[name].copy_(value)
             else:
-                self.masters[name] = held.to("cpu", copy=True)
+                self.masters[name] = value.to("cpu", copy=True)
         for state, by_name in self._states.items():
             for name, master in self.masters.items():
                 if states is None:
@@ -113,11 +111,11 @@ class Optimizer:
         return next(iter(self.masters.values())).device
 
     def collect_gradients(self) -> None:
-        """Takes the gradients that the model holds now; with `offload` they are fetched."""
+        """Collects the parameters' local gradients; with `offload` they are copied to the CPU."""
         self.gradients = {}
         for name, parameter in self._parameters.items():
             if not self.config.offload:
-                self.masters[name] = local(parameter).detach()  # FSDP may have put it elsewhere
+                self.masters[name] = local(parameter).detach()  # FSDP may have reallocated it
             gradient = local_gradient(parameter)
             if gradient is not None:
                 self.gradients[name] = gradient.to(self.masters[name].device)
@@ -127,7 +125,7 @@ class Optimizer:
         counted = [(g, self.shards[n]) for n, g in self.gradients.items() if not self.shards[n].copy]
         by_tensor = _sum_of_squares([g for g, s in counted if "tensor" in s.sharded_over], self.device)
         others = _sum_of_squares([g for g, s in counted if "tensor" not in s.sharded_over], self.device)
-        # ZeRO cuts every parameter and the pipeline every model: these sums are over all of them.
+        # ZeRO shards every parameter and the pipeline every model: these sums include all of them.
         return self.ranks.sum(others + self.ranks.sum(by_tensor, "tensor"), "zero", "pipeline").sqrt()
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Where a run stands in its data: counted in samples, so that a changed global batch neither repeats nor skips one.
+"""A run's position in its data, counted in samples, so that a changed global batch neither repeats nor skips one.
 
 A step reads the samples [first, first + global batch) of the run's order, where `first` is the number of samples that
 the steps before it have read, plus those that rewinds have left out.
@@ -36,7 +36,7 @@ class SkippedSamples:
         return consumed + sum(count for at, count in self.windows if at <= consumed)
 
     def skip_range(self, first: int, end: int) -> tuple[int, int]:
-        """Leaves out the samples that were read after `first` consumed ones, up to but not with sample `end` of the
+        """Skips the samples that were read after `first` consumed ones, up to but not with sample `end` of the
         order; returns the numbers of the first and the last."""
         start = self.next_sample(first)
         kept = [(at, count) for at, count in self.windows if at <= first]
@@ -65,7 +65,7 @@ class Position:
         return self.skipped.next_sample(self.samples)
 
     def advance(self, batch: int, length: int) -> None:
-        """Takes note of a step over `batch` samples of `length` tokens."""
+        """Advances by a step over `batch` samples of `length` tokens."""
         self.step, self.samples, self.tokens = self.step + 1, self.samples + batch, self.tokens + batch * length
 
     def step_starts(self, steps: int, batch: int) -> range:

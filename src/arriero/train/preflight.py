@@ -67,7 +67,7 @@ def compile_machine_problems(kind: str) -> list[UserError]:
 def compiler(kind: str) -> str:
     """The program that torch.compile builds kernels with on this kind of device; empty where there is none.
 
-    On the CPU that is CXX, else g++; on CUDA, Triton builds its launchers with CC, gcc or clang. Nothing here may touch
+    On the CPU that is CXX, else g++; on CUDA, Triton builds its launchers with CC, gcc or clang. No check may use
     the device: processes are forked later.
     """
     names = (os.environ.get("CXX", "g++"),) if kind == "cpu" else (os.environ.get("CC", ""), "gcc", "clang")
@@ -90,8 +90,7 @@ def preflight(
         local_processes: how many run on this machine; 0 for all of them.
 
     Returns:
-        Lines that tell whether memory is scarce, what has changed since the checkpoint, and what is odd about the
-        inputs.
+        Notices: scarce memory, changes since the checkpoint, oddities of the inputs.
 
     Raises:
         UserError: what is wrong, each with its fix.

@@ -121,7 +121,7 @@ class Recipe:
 
 
 def file_settings(path: Path) -> list[Setting]:
-    """Reads a TOML recipe into settings that know their line.
+    """Reads a TOML recipe into settings with their line numbers.
 
     Raises:
         UserError: no such file, or not TOML.
@@ -163,7 +163,7 @@ def _flatten(table: dict[str, Any], prefix: str = "") -> list[tuple[str, list[st
 
 
 def _key_lines(text: str) -> dict[str, int]:
-    """The line on which each dotted key stands; tomllib does not tell."""
+    """The line on which each dotted key stands; tomllib does not report it."""
     found: dict[str, int] = {}
     table = ""
     for number, line in enumerate(text.splitlines(), 1):

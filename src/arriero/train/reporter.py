@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -28,40 +28,30 @@ from arriero.model.config import LlamaConfig
 from arriero.observe.figure import loss_figure
 from arriero.observe.line_file import LineFile, WriteErrors
 from arriero.observe.logline import arriero_line, megatron_line, validation_line
-from arriero.observe.metrics import MetricsWriter, RankMetrics, StepMetrics, ValidationMetrics
+from arriero.observe.metrics import MetricsWriter, RankMetrics, StepMeasurement, StepMetrics, ValidationMetrics
 from arriero.observe.step_time import BETWEEN, IN_STEP
 from arriero.observe.throughput import peak_flops, throughput
 from arriero.train.config import LogConfig, TrainConfig
 from arriero.train.watch import SlowestRank
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What a step returns; the reporter derives the rest of its metrics from it."""
+@dataclass(frozen=True, kw_only=True)
+class StepResult(StepMeasurement):
+    """What a step returns: its measurement, whether the update was skipped and why, and its times."""
 
-    step: int
-    """Steps completed, this one included."""
-    samples: int
-    """Samples that the run has read, this step's included."""
-    tokens: int
-    """Tokens likewise."""
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    loss_scale: float
     skipped: bool
-    """Whether the update was left out, on all processes."""
+    """Whether the update was skipped, on all processes."""
     seconds: float
     phases: dict[str, float]
     """Seconds of each phase (observe/step_time.py), those since the step before included."""
-    attended: float
+    attended_length: float
     """Tokens of context: the sequence length, or under document masks sum of squared lengths over their sum."""
     spike: bool = False
-    """Whether it was left out for a loss that stands out, not for one that is not finite."""
+    """Whether it was skipped for a loss spike, not for a non-finite loss."""
     unlabelled: bool = False
-    """Whether it was left out because no label of the batch carries a loss; `loss` is NaN then."""
+    """Whether it was skipped because no label of the batch carries a loss; `lm_loss` is NaN then."""
     stop: bool = False
-    """Whether some process was asked to end the run."""
+    """Whether some process was asked to stop."""
 
 
 class Reporter:
@@ -125,24 +115,24 @@ class Reporter:
         train, seconds = self.train, max(result.seconds, 1e-9)
         self._recent.append(seconds)
         self._skipped += result.skipped
-        self._nan += not math.isfinite(result.loss) and not result.unlabelled
+        self._nan += not math.isfinite(result.lm_loss) and not result.unlabelled
         rate = train.global_batch * train.sequence_length / seconds / self.devices
         figures = throughput(
-            self.model, rate, result.attended, peak_tflops=self._peak, layers=self._recomputed, keep=self._keep_results
+            self.model,
+            rate,
+            result.attended_length,
+            peak_tflops=self._peak,
+            layers=self._recomputed,
+            keep=self._keep_results,
         )
         times: dict[str, Any] = {f"{name}_ms": 1000 * result.phases.get(name, 0.0) for name in BETWEEN}
         times |= {f"{name}_ms": 1000 * result.phases[name] for name in IN_STEP if name in result.phases}
+        measured = {field.name: getattr(result, field.name) for field in fields(StepMeasurement)}
         metrics = StepMetrics(
-            iteration=result.step,
+            **measured,
             iterations=train.steps,
-            consumed_samples=result.samples,
-            consumed_tokens=result.tokens,
             elapsed_ms=seconds * 1000,
-            learning_rate=result.learning_rate,
             global_batch=train.global_batch,
-            lm_loss=result.loss,
-            loss_scale=result.loss_scale,
-            grad_norm=result.grad_norm,
             sequence_length=train.sequence_length,
             skipped_iterations=self._skipped,
             nan_iterations=self._nan,
@@ -150,13 +140,13 @@ class Reporter:
             tokens_per_second_per_device=rate,
             tflops=figures.tflops,
             mfu=figures.mfu,
-            eta_seconds=(train.steps - result.step) * sum(self._recent) / len(self._recent),
+            eta_seconds=(train.steps - result.iteration) * sum(self._recent) / len(self._recent),
             mfu_full=figures.mfu_full,
             hfu=figures.hfu,
             **times,
         )
         self._metrics.write(metrics)
-        if result.step % self.settings.every == 0 or result.step == train.steps:
+        if result.iteration % self.settings.every == 0 or result.iteration == train.steps:
             self.log(
                 megatron_line(metrics, datetime.now()) if self.settings.style == "megatron" else arriero_line(metrics)
             )

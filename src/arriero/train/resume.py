@@ -1,4 +1,4 @@
-"""May this recipe go on from that checkpoint? What differs is shown; what would make it another run is refused."""
+"""Compares a recipe with that of the checkpoint: lists changes, refuses those that make it another run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PATH_KEYS = ("model", "init", "tokenizer", "data.prefix")
 
 
 def first_readable(paths: Sequence[Path]) -> Path:
-    """The first checkpoint whose small files are whole; the first of all if none is, so that its error is told."""
+    """The first checkpoint whose small files are whole; the first of all if none is, so that its error is reported."""
     return next((path for path in paths if not verify_small(path)), paths[0])
 
 

@@ -120,7 +120,7 @@ def run_workers(spec: RunSpec, launch: LaunchConfig, *, local: int, world: int) 
 
 
 def process_count(recipe: Recipe, launch: LaunchConfig, kind: str) -> int:
-    """How many processes run here, or in all where another has started them.
+    """Processes on this machine, or in all where they were started externally.
 
     Raises:
         UserError: more than there are devices.

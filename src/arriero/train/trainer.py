@@ -95,7 +95,7 @@ class Trainer:
         self.updates = 0
         """Steps whose update was not skipped."""
         self.rewinds = 0
-        self.attended = 0.0
+        self.attended_length = 0.0
         """Sum of squared document lengths over their sum, of the last batch: the mean context of a token."""
         self.validation_batches = 0
         """Batches of the last validation that had a label."""
@@ -195,7 +195,7 @@ class Trainer:
         counts = torch.tensor([sum(m.valid for m in micro), sum(m.squares for m in micro)], dtype=torch.float64)
         valid, squares = self.ranks.sum(counts, *BATCH).tolist()
         self.labels = int(valid)
-        self.attended = squares / self.ranks.context / (self.train.global_batch * self.train.sequence_length)
+        self.attended_length = squares / self.ranks.context / (self.train.global_batch * self.train.sequence_length)
         self.clock.mark("communication")
         if not self.labels:
             return torch.full((), math.nan, dtype=torch.float64, device=self.device)
@@ -235,10 +235,11 @@ class Trainer:
         if timed:
             synchronize(self.device.type)  # the marks' times can be read once all of them have passed
         return StepResult(
-            step=self.done, samples=self.position.samples, tokens=self.position.tokens, loss=loss, grad_norm=norm,
+            iteration=self.done, consumed_samples=self.position.samples, consumed_tokens=self.position.tokens,
+            lm_loss=loss, grad_norm=norm,
             learning_rate=rate, loss_scale=scale, skipped=not accepted, stop=stopping,
             spike=finite and not accepted and self.labels > 0, unlabelled=not self.labels,
-            seconds=self.clock.since_begin(), phases=self.clock.take(), attended=self.attended,
+            seconds=self.clock.since_begin(), phases=self.clock.take(), attended_length=self.attended_length,
         )  # fmt: skip
 
     def _agree_on_step(self, loss: float, norm: float, *, stop: bool) -> tuple[bool, bool, bool]:

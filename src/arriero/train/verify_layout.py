@@ -83,7 +83,7 @@ def train_steps(run: LayoutRun) -> None:
     steps = [trainer.step() for _ in range(STEPS)]
     trainer.save()
     if ranks.first:
-        found = {"loss": [s.loss for s in steps], "gradient norm": [s.grad_norm for s in steps]}
+        found = {"loss": [s.lm_loss for s in steps], "gradient norm": [s.grad_norm for s in steps]}
         run.results.write_text(json.dumps(found))
 
 

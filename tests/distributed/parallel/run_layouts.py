@@ -56,7 +56,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any] | None:
     while trainer.done < min(5, recipe.train.steps):
         step = trainer.step()
         trainer.check_replicas()  # what several processes hold alike is alike, in every layout
-        result["loss"].append(step.loss)
+        result["loss"].append(step.lm_loss)
         result["grad_norm"].append(step.grad_norm)
         result["scale"].append(step.loss_scale)
         result["skipped"].append(step.skipped)

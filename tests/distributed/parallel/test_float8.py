@@ -131,7 +131,7 @@ def test_sixty_steps_have_bfloat16s_loss(tmp_path: Path) -> None:
         recipe = recipe_in(tmp_path / kind, float8=kind, steps=60, micro_batch=8)
         # The toy's own rate of 1e-2 is a chaotic one: bfloat16 and float32 part by 0.7% there, and float8 by 3%.
         trainer = trainer_of(replace(recipe, schedule=replace(recipe.schedule, lr=3e-3, min_lr=3e-4)))
-        losses[kind] = [trainer.step().loss for _ in range(60)]
+        losses[kind] = [trainer.step().lm_loss for _ in range(60)]
         assert {p.dtype for p in trainer.parts[0].parameters()} == {torch.float32}
         trainer.close()
     wide = smoothed(losses["none"])

@@ -191,7 +191,7 @@ def conclude(
     samples = train.global_batch / seconds / ranks.world
     tokens = samples * train.sequence_length
     figures = throughput(
-        config, tokens, last.attended, peak_tflops=peak[0] or None,
+        config, tokens, last.attended_length, peak_tflops=peak[0] or None,
         layers=recompute.layers(recipe.parallel, config.num_hidden_layers), keep=recompute.kept,
     )  # fmt: skip
     return Result(
@@ -201,7 +201,7 @@ def conclude(
         data=trial.data, iterations=trial.iterations,
         seconds_per_step=seconds, samples_per_second_per_device=samples, tokens_per_second_per_device=tokens,
         tflops=figures.tflops, mfu=figures.mfu, mfu_full=figures.mfu_full, hfu=figures.hfu, peak_tflops=peak[0],
-        peak_source=peak[1], first_step_seconds=first_step_seconds, peak_memory_gb=memory / 1e9, last_loss=last.loss,
+        peak_source=peak[1], first_step_seconds=first_step_seconds, peak_memory_gb=memory / 1e9, last_loss=last.lm_loss,
         compiled=train.compile,
     )  # fmt: skip
 
