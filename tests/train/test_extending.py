@@ -17,10 +17,12 @@ import transformers
 import toy
 from arriero.checkpoint.load import CheckpointReader
 from arriero.common.registry import Registry
+from arriero.common.settings import parse
+from arriero.common.toml import file_settings
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.model.config import FAMILIES, LlamaConfig
 from arriero.train.build import build_trainer
-from arriero.train.recipe import Recipe, file_settings, parse
+from arriero.train.recipe import Recipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "extending"
 
@@ -93,7 +95,7 @@ def test_an_installed_package_names_its_plugin_as_an_entry_point(tmp_path: Path)
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: own-schedule\nVersion: 1.0\n")
     (information / "entry_points.txt").write_text("[arriero.plugins]\nown = own_schedule\n")
     pretrain(recipe, "--schedule.shape", "inverse-sqrt", "--train.steps", 1, plugins="", path=package)
-    printed = pretrain(recipe, plugins="absent_module", code=2)
+    printed = pretrain(recipe, "--optim.name", "absent", "--out", tmp_path / "no", plugins="absent_module", code=2)
     assert "the plugin absent_module cannot be imported" in printed
 
 
