@@ -1,4 +1,4 @@
-"""The examples of examples/extending/, each run from outside the package, as a user's own file is."""
+"""The examples of optimizer, schedule and model family, each run from outside the package, as a user's own file is."""
 
 from __future__ import annotations
 
