@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
+from arriero.common.settings import Setting, parse
 from arriero.data.indexed import IndexedWriter
 from arriero.distributed.launch.launcher import run_processes
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.observe.events import Events
 from arriero.train.build import build_trainer
-from arriero.train.recipe import Recipe, Setting, parse
+from arriero.train.recipe import Recipe
 from arriero.train.watch import StragglerDetector, Watchdog
 
 SETTINGS = {

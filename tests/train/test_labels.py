@@ -15,6 +15,8 @@ import toy
 from arriero.checkpoint.find import committed
 from arriero.cli.main import dispatch
 from arriero.common.errors import EXIT_OK, EXIT_USAGE, UserError
+from arriero.common.settings import parse
+from arriero.common.toml import file_settings
 from arriero.data.batches import Batches
 from arriero.data.check import batch_notices
 from arriero.data.config import DataConfig
@@ -23,7 +25,7 @@ from arriero.data.instruct import InstructionSet
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.train.build import build_trainer
 from arriero.train.loop import ResumePlan, train
-from arriero.train.recipe import Recipe, file_settings, parse
+from arriero.train.recipe import Recipe
 
 
 def write_records(prefix: Path, records: list[tuple[int, int]]) -> str:

@@ -16,13 +16,15 @@ from hypothesis import strategies as st
 import toy
 from arriero.checkpoint.find import committed
 from arriero.common.errors import UserError
+from arriero.common.settings import parse
+from arriero.common.toml import file_settings
 from arriero.data.batch import Batch
 from arriero.data.batches import Batches
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.train.build import build_trainer
 from arriero.train.loop import ResumePlan, train
 from arriero.train.position import Position, SkippedSamples, position_from_state
-from arriero.train.recipe import Recipe, file_settings, parse
+from arriero.train.recipe import Recipe
 from arriero.train.reporter import StepResult
 
 STATE = {"step": 6, "updates": 6, "loss_scale": {}}

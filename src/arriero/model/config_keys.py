@@ -157,16 +157,16 @@ def check_other_keys(
     return problems, notices
 
 
-def check_model_type(raw: Mapping[str, Any], where: str) -> tuple[list[UserError], list[str]]:
-    """Whether the file is a LLaMA's, by model_type, architectures and activation: problems and notices."""
+def check_model_type(raw: Mapping[str, Any], where: str, expected: str) -> tuple[list[UserError], list[str]]:
+    """Whether the file is of the `expected` model_type, by its keys on model and activation: problems and notices."""
     problems, notices = [], []
     fix = "arriero trains llama models only"
     kind, names = raw.get("model_type"), raw.get("architectures")
-    if kind not in (None, "llama"):
+    if kind not in (None, expected):
         problems.append(UserError(f"{where}: model_type is {escape(repr(kind))}", fix))
     elif names is not None:
         listed = names if isinstance(names, list) else [names]
-        if listed and not any(str(name).lower().startswith("llama") for name in listed):
+        if listed and not any(str(name).lower().startswith(expected) for name in listed):
             problem = f"architectures is {escape(names)}"
             if kind is None:
                 problems.append(UserError(f"{where}: {problem}, and model_type is missing", fix))

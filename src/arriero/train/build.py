@@ -11,6 +11,7 @@ import torch
 from arriero.checkpoint.formats.huggingface import open_huggingface
 from arriero.checkpoint.save import Saver
 from arriero.common.device import take_device
+from arriero.common.toml import to_toml
 from arriero.distributed.parallel.apply import WeightSource, build_model_parts
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.distributed.parallel.pipeline import Pipeline
@@ -24,7 +25,7 @@ from arriero.train.loader import MicroBatchLoader
 from arriero.train.model_parts import ModelParts
 from arriero.train.optim import build_optimizer
 from arriero.train.precision import LossScale, in_compute_dtype, store_dtype
-from arriero.train.recipe import Recipe, to_toml
+from arriero.train.recipe import Recipe
 from arriero.train.schedule import learning_rate
 from arriero.train.trainer import RunRecord, Trainer
 

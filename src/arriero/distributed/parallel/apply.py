@@ -22,7 +22,7 @@ from arriero.distributed.parallel.pipeline import prune_to_stage, stages_of
 from arriero.distributed.parallel.recompute import apply_recompute
 from arriero.distributed.parallel.shards import is_dtensor, local, shards
 from arriero.distributed.parallel.zero import apply_zero
-from arriero.model.config import LlamaConfig
+from arriero.model.config import FAMILIES, LlamaConfig
 from arriero.model.llama import Llama
 
 
@@ -69,7 +69,7 @@ def build_model_parts(
     parts = []
     for stage in stages_of(parallel, ranks.coordinates["pipeline"]):
         with torch.device("meta"):
-            model = Llama(config).to(store)
+            model: Llama = FAMILIES.get(config.model_type).module(config).to(store)
         if parallel.pipeline_parallel > 1:
             prune_to_stage(model, stage, parallel)
         apply_float8(model, float8, emulate=not float8_units(device.type))

@@ -1,4 +1,4 @@
-"""The examples of examples/extending/, each run from outside the package, as a user's own file is."""
+"""The examples of optimizer, schedule and model family, each run from outside the package, as a user's own file is."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import toy
 from arriero.checkpoint.load import CheckpointReader
 from arriero.common.registry import Registry
+from arriero.common.settings import parse
+from arriero.common.toml import file_settings
 from arriero.distributed.parallel.mesh import Ranks
+from arriero.model.config import FAMILIES, LlamaConfig
 from arriero.train.build import build_trainer
-from arriero.train.recipe import Recipe, file_settings, parse
+from arriero.train.recipe import Recipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "extending"
 
@@ -91,7 +95,7 @@ def test_an_installed_package_names_its_plugin_as_an_entry_point(tmp_path: Path)
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: own-schedule\nVersion: 1.0\n")
     (information / "entry_points.txt").write_text("[arriero.plugins]\nown = own_schedule\n")
     pretrain(recipe, "--schedule.shape", "inverse-sqrt", "--train.steps", 1, plugins="", path=package)
-    printed = pretrain(recipe, plugins="absent_module", code=2)
+    printed = pretrain(recipe, "--optim.name", "absent", "--out", tmp_path / "no", plugins="absent_module", code=2)
     assert "the plugin absent_module cannot be imported" in printed
 
 
@@ -103,3 +107,31 @@ def test_a_name_is_registered_once() -> None:
         registry.register("second", 3)
     assert registry.get("first") == math.pi
     assert "did you mean 'second'" in str(registry.problems("secnod")[0])
+
+
+def test_a_model_family_of_ones_own_is_transformers_and_trains_in_other_layouts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.syspath_prepend(EXAMPLES)
+    __import__("model_family")
+    multipliers = {
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 2.0, "attention_multiplier": 0.2
+    }  # fmt: skip
+    recipe = toy.write_recipe(tmp_path)
+    file = tmp_path / "model" / "config.json"
+    raw = json.loads(file.read_text()) | {"model_type": "granite", "architectures": ["GraniteForCausalLM"]}
+    file.write_text(json.dumps(raw | multipliers))
+    config = LlamaConfig.from_json(file)
+    assert LlamaConfig.from_dict(config.to_json()) == config
+    ours = FAMILIES.get("granite").module(config).double()
+    theirs = transformers.GraniteForCausalLM(transformers.GraniteConfig(**config.to_json())).double()
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+    tokens = torch.arange(60).reshape(2, 30)
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-7)
+    double = ["--train.dtype", "float64"]
+    layout = ["--nproc-per-node", "2", "--parallel.pipeline-parallel", "2", "--out", tmp_path / "two"]
+    pretrain(recipe, *double, "--train.steps", 3, plugins="model_family")
+    pretrain(recipe, *double, "--train.steps", 3, *layout, plugins="model_family")
+    for a, b in zip(metrics(tmp_path / "run"), metrics(tmp_path / "two"), strict=True):
+        assert a["lm_loss"] == pytest.approx(b["lm_loss"], rel=1e-10)
+    assert "model_type is 'granite'" in pretrain(recipe, "--out", tmp_path / "no", plugins="", code=2)
