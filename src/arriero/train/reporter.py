@@ -21,7 +21,7 @@ import torch
 from arriero.checkpoint.save import Saved
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory, os_error_text, write_atomic
-from arriero.common.output import new_notes
+from arriero.common.output import new_write_failures
 from arriero.common.text import escape, escape_message
 from arriero.common.version import __version__
 from arriero.model.config import LlamaConfig
@@ -32,7 +32,7 @@ from arriero.observe.metrics import MetricsOutput, RankMetrics, StepMetrics, Val
 from arriero.observe.step_time import BETWEEN, IN_STEP
 from arriero.observe.throughput import peak_flops, throughput
 from arriero.train.config import LogConfig, TrainConfig
-from arriero.train.watch import Slowest
+from arriero.train.watch import SlowestRank
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Reporter:
         """Prints a line, and keeps it in log.txt; what a terminal would obey is shown instead (common/text.py)."""
         if self._text is not None:
             print(escape_message(text), flush=True)
-            for line in (text, *(f" NOTICE: {note}" for note in new_notes())):
+            for line in (text, *(f" NOTICE: {note}" for note in new_write_failures())):
                 self._text.write(escape_message(line).encode())
 
     def saved(self, results: list[Saved]) -> None:
@@ -160,7 +160,7 @@ class Reporter:
             self.say(megatron_line(metrics, datetime.now()) if self.log.style == "megatron" else arriero_line(metrics))
             self._skipped = self._nan = 0
 
-    def slowest(self, step: int, found: Slowest | None, factor: float) -> None:
+    def slowest(self, step: int, found: SlowestRank | None, factor: float) -> None:
         """Takes note of the process that is slower than the others; a line where it is so by more than `factor`."""
         if found is None:
             return
