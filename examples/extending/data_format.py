@@ -1,4 +1,4 @@
-"""A data format and a file type of one's own: questions and answers as tab-separated text, with the loss on the answers.
+"""A data format and a file type of one's own: questions and answers as tab-separated text, the loss on the answers.
 
     python data_format.py prepare questions.tsv --format question-answer --tokenizer DIR --out data/questions
 
