@@ -16,7 +16,7 @@ from typing import Any
 from arriero.common.errors import UserError
 from arriero.common.files import write_atomic
 from arriero.common.untrusted import inside, misfit, read_bytes, read_json
-from arriero.data.tokenizer import VOCABULARY_FILES
+from arriero.data.tokenizer_files import VOCABULARY_FILES
 from arriero.data.tokenizer_safety import MAX_ID, check_sentencepiece, library_errors
 
 PROBES = (

@@ -271,8 +271,15 @@ def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             start += len(raw)
 
 
-def read_metrics(path: Path, *, skipped: list[str] | None = None) -> list[dict[str, Any]]:
-    """Reads `metrics.jsonl` in file order, non-finite numbers as floats; a half-written last line is left out.
+def read_metrics(path: Path, *, skipped: list[str] | None = None) -> list[Record]:
+    """All records of `metrics.jsonl`, see `iterate_metrics`."""
+    return list(iterate_metrics(path, skipped=skipped))
+
+
+def iterate_metrics(path: Path, *, skipped: list[str] | None = None) -> Iterator[Record]:
+    """Reads `metrics.jsonl` in file order, one record at a time, non-finite numbers as floats.
+
+    A half-written last line is left out.
 
     Args:
         path: the file.
@@ -281,15 +288,13 @@ def read_metrics(path: Path, *, skipped: list[str] | None = None) -> list[dict[s
     Raises:
         UserError: no such file, or a line that is not a metrics record, named by its number.
     """
-    found = []
     for line in _parse_lines(path):
         if not isinstance(line.found, UserError):
-            found.append(line.found)
+            yield line.found
         elif skipped is None:
             raise line.found
         else:
             skipped.append(line.found.problem)
-    return found
 
 
 class _ParsedLine(NamedTuple):
@@ -330,7 +335,7 @@ def _parse_lines(path: Path) -> Iterator[_ParsedLine]:
 
 def _record(line: bytes, where: str) -> dict[str, Any] | UserError:
     try:
-        record = parse_json(line, where, FIX, RECORD_SCHEMA)
+        record = parse_json(line, where, FIX, RECORD_SCHEMA, unique_keys=True)
     except UserError as error:
         return error
     if wrong := misfit(record, VALUE_SCHEMA):

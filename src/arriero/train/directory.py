@@ -13,7 +13,8 @@ from arriero.common.errors import UserError
 from arriero.common.files import make_directory, open_regular, os_error_text, write_atomic
 from arriero.common.text import escape
 from arriero.common.untrusted import inside, read_bytes
-from arriero.data.tokenizer import GENERATION_CONFIG, load_tokenizer
+from arriero.data.tokenizer import load_tokenizer
+from arriero.data.tokenizer_files import GENERATION_CONFIG
 from arriero.train.facts import flat
 from arriero.train.recipe import MAX_RECIPE_BYTES, Recipe, to_toml
 
