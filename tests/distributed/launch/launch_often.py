@@ -15,6 +15,6 @@ def nothing(_: None) -> None:
 
 
 if __name__ == "__main__":
-    arriero.distributed.launch.worker_monitor.WATCH_EVERY = 0.0003
+    arriero.distributed.launch.worker_monitor.POLL_INTERVAL = 0.0003
     for _ in range(int(sys.argv[1])):
         arriero.distributed.launch.launcher.run_processes(nothing, None, 8)

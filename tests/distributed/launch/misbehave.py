@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 
 from arriero.common.errors import UserError
-from arriero.distributed.launch import launcher as launch
+from arriero.distributed.launch import worker_monitor
 from arriero.distributed.launch.config import LaunchConfig, resolve
+from arriero.distributed.launch.launcher import run_processes
 
 
 def work(way: str) -> None:
@@ -37,12 +38,12 @@ def work(way: str) -> None:
 
 
 if __name__ == "__main__":
-    launch.STOPPED_AFTER = 2
+    worker_monitor.STOPPED_TIMEOUT = 2
     for way in sys.argv[1:]:
         config = replace(resolve(LaunchConfig(), {}), collective_timeout=3 if way == "hang" else 60)
         began, said = time.monotonic(), None
         try:
-            launch.run_processes(work, way, 3, launch=config)
+            run_processes(work, way, 3, launch=config)
         except Exception as error:
             said = error
         seconds = time.monotonic() - began

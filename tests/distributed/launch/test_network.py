@@ -1,4 +1,4 @@
-"""What strangers on the network can do to a run.
+"""What another host on the network can do to a run.
 
 Nothing of one machine listens outside, the machines of several prove a shared secret, no pickle is read, and garbage on
 an open port changes nothing.
@@ -32,20 +32,20 @@ from torch.distributed import distributed_c10d
 
 import toy
 from arriero.common.errors import UserError
-from arriero.distributed.launch import gate, store
-from arriero.distributed.launch.gate import (
+from arriero.distributed.launch import auth_proxy, store
+from arriero.distributed.launch.auth_proxy import (
     ANSWER,
     GREETING,
     NONCE,
     PROOF,
+    AuthProxy,
     Forwarder,
-    Gate,
-    Refused,
-    prove,
+    HandshakeFailed,
+    compute_proof,
     serve,
-    try_gate,
+    try_handshake,
 )
-from arriero.distributed.launch.objects import PICKLE_FUNCTIONS, PickledObject, refuse_pickled_objects
+from arriero.distributed.launch.pickle_guard import PICKLE_FUNCTIONS, PickledObject, refuse_pickled_objects
 from arriero.distributed.launch.rendezvous import FixedRankRendezvous
 from arriero.distributed.launch.secret import Secret
 from arriero.distributed.parallel.config import ParallelConfig
@@ -63,8 +63,8 @@ def port_of(listening: socket.socket) -> int:
     return int(listening.getsockname()[1])
 
 
-def in_thread(take: gate.Taker, listening: socket.socket) -> int:
-    threading.Thread(target=serve, args=(take, [listening]), daemon=True).start()
+def in_thread(handle: auth_proxy.ConnectionHandler, listening: socket.socket) -> int:
+    threading.Thread(target=serve, args=(handle, [listening]), daemon=True).start()
     return port_of(listening)
 
 
@@ -75,7 +75,7 @@ def seen() -> list[bytes]:
 
 
 @pytest.fixture
-def gate_port(seen: list[bytes]) -> int:
+def proxy_port(seen: list[bytes]) -> int:
     """A gate before a stand-in for the store, which answers the first bytes of each connection."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -84,7 +84,7 @@ def gate_port(seen: list[bytes]) -> int:
         await reader.read()
         writer.close()
 
-    return in_thread(Gate(KEY, in_thread(answer, listen())).take, listen())
+    return in_thread(AuthProxy(KEY, in_thread(answer, listen())).handle, listen())
 
 
 def visit(port: int) -> tuple[socket.socket, bytes]:
@@ -95,9 +95,9 @@ def visit(port: int) -> tuple[socket.socket, bytes]:
     return link, greeting[len(GREETING) :]
 
 
-def answer(key: bytes, gate_nonce: bytes, *, role: bytes = b"forwarder", node: int = 1, signed: int = 1) -> bytes:
+def answer(key: bytes, server_nonce: bytes, *, role: bytes = b"forwarder", node: int = 1, signed: int = 1) -> bytes:
     nonce = bytes(NONCE)
-    return struct.pack(">I", node) + nonce + prove(key, role, signed, gate_nonce, nonce)
+    return struct.pack(">I", node) + nonce + compute_proof(key, role, signed, server_nonce, nonce)
 
 
 def is_closed(link: socket.socket) -> bool:
@@ -107,22 +107,22 @@ def is_closed(link: socket.socket) -> bool:
         return True
 
 
-def test_who_knows_the_secret_reaches_the_store(gate_port: int, seen: list[bytes]) -> None:
-    link, gate_nonce = visit(gate_port)
-    link.sendall(answer(KEY, gate_nonce) + b"at once")
-    assert link.recv(PROOF, socket.MSG_WAITALL) == prove(KEY, b"gate", 1, gate_nonce, bytes(NONCE))
+def test_who_knows_the_secret_reaches_the_store(proxy_port: int, seen: list[bytes]) -> None:
+    link, server_nonce = visit(proxy_port)
+    link.sendall(answer(KEY, server_nonce) + b"at once")
+    assert link.recv(PROOF, socket.MSG_WAITALL) == compute_proof(KEY, b"proxy", 1, server_nonce, bytes(NONCE))
     assert link.recv(len(REPLY), socket.MSG_WAITALL) == REPLY
     assert seen == [b"at once"]
 
 
-def test_a_forwarder_passes_on_what_a_process_sends(gate_port: int, seen: list[bytes]) -> None:
-    found = try_gate("127.0.0.1", gate_port, lambda: KEY, 1)
-    port = in_thread(Forwarder(found, lambda: KEY, 1).take, listen())
+def test_a_forwarder_passes_on_what_a_process_sends(proxy_port: int, seen: list[bytes]) -> None:
+    found = try_handshake("127.0.0.1", proxy_port, lambda: KEY, 1)
+    port = in_thread(Forwarder(found, lambda: KEY, 1).handle, listen())
     link = socket.create_connection(("127.0.0.1", port), timeout=20)
     link.sendall(b"a query")
     assert link.recv(len(REPLY), socket.MSG_WAITALL) == REPLY
     assert seen[-1] == b"a query"
-    port = in_thread(Forwarder(found, lambda: OTHER, 1).take, listen())
+    port = in_thread(Forwarder(found, lambda: OTHER, 1).handle, listen())
     link = socket.create_connection(("127.0.0.1", port), timeout=20)
     link.sendall(b"a query")
     assert is_closed(link)
@@ -132,7 +132,7 @@ def test_a_forwarder_passes_on_what_a_process_sends(gate_port: int, seen: list[b
 FORGERIES: dict[str, Callable[[bytes], bytes]] = {
     "another secret": lambda nonce: answer(OTHER, nonce),
     "an empty secret": lambda nonce: answer(b"", nonce),
-    "the gate's own role": lambda nonce: answer(KEY, nonce, role=b"gate"),
+    "the gate's own role": lambda nonce: answer(KEY, nonce, role=b"proxy"),
     "signed for another node": lambda nonce: answer(KEY, nonce, node=2),
     "an answer of another connection": lambda nonce: answer(KEY, os.urandom(NONCE)),
     "zeros": lambda nonce: bytes(ANSWER),
@@ -145,10 +145,10 @@ FORGERIES: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("forgery", FORGERIES)
-def test_a_stranger_is_not_let_in(gate_port: int, seen: list[bytes], forgery: str) -> None:
-    link, gate_nonce = visit(gate_port)
+def test_a_stranger_is_not_let_in(proxy_port: int, seen: list[bytes], forgery: str) -> None:
+    link, server_nonce = visit(proxy_port)
     try:
-        link.sendall(FORGERIES[forgery](gate_nonce))
+        link.sendall(FORGERIES[forgery](server_nonce))
         link.sendall(b"set a key of the store")
     except ConnectionError:
         return
@@ -164,7 +164,7 @@ def test_no_bytes_but_the_proof_open_the_gate(said: bytes) -> None:
         there.sendall(said)
         there.shutdown(socket.SHUT_WR)
         try:
-            return await gate.admit(reader, writer, KEY)
+            return await auth_proxy.server_handshake(reader, writer, KEY)
         except asyncio.IncompleteReadError:
             return False
         finally:
@@ -174,12 +174,12 @@ def test_no_bytes_but_the_proof_open_the_gate(said: bytes) -> None:
     assert not asyncio.run(admitted())
 
 
-def test_many_silent_connections_keep_nobody_out(gate_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "PENDING", 8)
-    monkeypatch.setattr(gate, "HANDSHAKE_SECONDS", 1000.0)
-    silent = [socket.create_connection(("127.0.0.1", gate_port), timeout=20) for _ in range(50)]
-    try_gate("127.0.0.1", gate_port, lambda: KEY, 1, 20)
-    link, _ = visit(gate_port)
+def test_many_silent_connections_keep_nobody_out(proxy_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auth_proxy, "MAX_PENDING", 8)
+    monkeypatch.setattr(auth_proxy, "HANDSHAKE_SECONDS", 1000.0)
+    silent = [socket.create_connection(("127.0.0.1", proxy_port), timeout=20) for _ in range(50)]
+    try_handshake("127.0.0.1", proxy_port, lambda: KEY, 1, 20)
+    link, _ = visit(proxy_port)
     assert is_closed_in_time(silent[0])
     link.close()
 
@@ -210,17 +210,17 @@ def test_node_0_must_prove_the_secret_too(words: bytes, said: str) -> None:
             link.close()
 
         threading.Thread(target=play, daemon=True).start()
-        with pytest.raises(Refused, match=said):
-            try_gate("127.0.0.1", port_of(false), lambda: KEY, 1, 20)
+        with pytest.raises(HandshakeFailed, match=said):
+            try_handshake("127.0.0.1", port_of(false), lambda: KEY, 1, 20)
 
 
-def test_the_secret_never_travels(gate_port: int) -> None:
+def test_the_secret_never_travels(proxy_port: int) -> None:
     with listen() as ear:
         heard: list[bytes] = []
 
         def listen_in() -> None:
             link, _ = ear.accept()
-            to_gate, _ = socket.create_connection(("127.0.0.1", gate_port), timeout=20), heard.clear()
+            to_gate, _ = socket.create_connection(("127.0.0.1", proxy_port), timeout=20), heard.clear()
             for source, target, count in (
                 (to_gate, link, len(GREETING) + NONCE), (link, to_gate, ANSWER), (to_gate, link, PROOF),
             ):  # fmt: skip
@@ -228,7 +228,7 @@ def test_the_secret_never_travels(gate_port: int) -> None:
                 target.sendall(heard[-1])
 
         threading.Thread(target=listen_in, daemon=True).start()
-        try_gate("127.0.0.1", port_of(ear), lambda: KEY, 1, 20)
+        try_handshake("127.0.0.1", port_of(ear), lambda: KEY, 1, 20)
         assert len(heard) == 3
         assert not any(KEY[i : i + 8] in b"".join(heard) for i in range(len(KEY) - 8))
 
@@ -241,10 +241,10 @@ def test_a_secret_is_found_in_the_order_of_the_docs(tmp_path: Path) -> None:
     assert Secret.find(str(file), environment, tmp_path / "run").key() == b"from the file, sixteen"
     assert Secret.find("", environment, tmp_path / "run").key() == b"from the environment"
     made = Secret.find("", {"ARRIERO_SECRET": ""}, tmp_path / "deep" / "run")
-    made.make()
+    made.create()
     first = made.key()
     assert (tmp_path / "deep" / ".run.secret").stat().st_mode & 0o777 == 0o600
-    made.make()
+    made.create()
     assert len(first) == 64
     assert made.key() != first  # a file that is left over lets nobody in
     made.remove()
@@ -278,7 +278,7 @@ def test_a_made_secret_that_is_a_link_or_anothers_is_not_believed(tmp_path: Path
     secret.file.symlink_to(tmp_path / "known")
     with pytest.raises(UserError, match="symbolic link"):
         secret.key()
-    secret.make()  # node 0 replaces the link, and leaves its target
+    secret.create()  # node 0 replaces the link, and leaves its target
     assert secret.key() != (tmp_path / "known").read_bytes() == b"known to a stranger"
     secret.file.chmod(0o640)
     with pytest.raises(UserError, match="not this user's alone"):
@@ -335,7 +335,7 @@ def secret_of(key: bytes) -> Secret:
 
 def test_a_forged_node_does_not_join(monkeypatch: pytest.MonkeyPatch) -> None:
     """The attack that was seen: a stranger plays node 1, and what he stores is what node 0 reads."""
-    monkeypatch.setattr(store, "TRY_AGAIN", 0.05)
+    monkeypatch.setattr(store, "RETRY_INTERVAL", 0.05)
     with listen() as probe:
         port = port_of(probe)
     place = {"nodes": 2, "address": "127.0.0.1", "port": port, "processes": 1, "restarts": 0}
@@ -359,7 +359,7 @@ def test_a_forged_node_does_not_join(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_the_gate_listens(monkeypatch: pytest.MonkeyPatch, address: str, expected: set[str]) -> None:
     whole = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: whole)
-    gates = store._gate_sockets(address, 0)
+    gates = store._listen_at(address, 0)
     assert {one.getsockname()[0] for one in gates} == expected
     for one in gates:
         one.close()
