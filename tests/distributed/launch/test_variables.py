@@ -17,7 +17,7 @@ from arriero.common.errors import UserError
 from arriero.distributed.launch import slurm
 from arriero.distributed.launch.config import LaunchConfig, resolve, resolve_launch_env
 from arriero.distributed.launch.cpu_affinity import set_cpu_affinity
-from arriero.distributed.launch.worker import RankInfo, restart_count
+from arriero.distributed.launch.rank_info import RankInfo, restart_count
 from toy import write_recipe
 
 STEP = {

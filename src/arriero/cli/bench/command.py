@@ -22,7 +22,7 @@ from arriero.common.ranges import PathText, flag, range_problems
 from arriero.common.text import escape_message
 from arriero.distributed.launch.config import LaunchConfig, resolve_launch_env
 from arriero.distributed.launch.launcher import ProcessFailed, run_processes
-from arriero.distributed.launch.worker import RankInfo, is_launched_externally
+from arriero.distributed.launch.rank_info import RankInfo, is_launched_externally
 from arriero.train.memory import memory_problems
 from arriero.train.preflight import machine_problems
 from arriero.train.recipe import (

@@ -12,10 +12,7 @@ from arriero.common.environment import environment_number
 from arriero.common.errors import UserError, join_problems
 from arriero.common.ranges import flag, range_problems
 from arriero.distributed.launch import slurm
-from arriero.distributed.launch.worker import (
-    RankInfo,
-    uses_agent_store,
-)
+from arriero.distributed.launch.rank_info import RankInfo, uses_agent_store
 
 
 @dataclass(frozen=True)

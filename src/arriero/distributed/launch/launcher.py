@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from arriero.common.errors import EXIT_USAGE, UserError
 from arriero.distributed.launch import worker_monitor
 from arriero.distributed.launch.config import LaunchConfig, resolve
+from arriero.distributed.launch.rank_info import ROUND_VARIABLE
 from arriero.distributed.launch.secret import Secret
-from arriero.distributed.launch.worker import ROUND_VARIABLE, exit_worker, run_in_process_group
+from arriero.distributed.launch.worker import exit_worker, run_in_process_group
 from arriero.distributed.launch.worker_monitor import WorkerMonitor
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from arriero.common.environment import environment_number
 from arriero.common.errors import UserError
 from arriero.common.text import escape
-from arriero.distributed.launch.worker import MAX_PROCESSES
+from arriero.distributed.launch.rank_info import MAX_PROCESSES
 
 FIX = "srun sets the variables SLURM_*; where it has not started this, unset SLURM_STEP_NUM_TASKS"
 PORTS = range(10_000, 32_768)

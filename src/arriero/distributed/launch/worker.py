@@ -1,4 +1,4 @@
-"""One process of several: its rank, the store and the process group it joins, and how it exits when something fails."""
+"""One process of several: the store and the process group it joins, and how it exits when something fails."""
 
 from __future__ import annotations
 
@@ -13,78 +13,37 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from arriero.common.device import BACKENDS, process_group_backend, tune_allocator
-from arriero.common.environment import environment_number
 from arriero.common.errors import EXIT_USAGE, CheckFailed, UserError, as_user_error
 from arriero.common.signals import Interrupted, SignalListener
 from arriero.common.text import escape_message, format_ranks
 from arriero.distributed.launch.agreement import Disagreement, check_agreement
 from arriero.distributed.launch.cpu_affinity import set_cpu_affinity
 from arriero.distributed.launch.pickle_guard import refuse_pickled_objects
+from arriero.distributed.launch.rank_info import (
+    ROUND_VARIABLE,
+    RankInfo,
+    elastic_variable,
+    restart_count,
+    uses_agent_store,
+)
 from arriero.distributed.launch.secret import Secret
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
 T = TypeVar("T")
-ROUND_VARIABLE = "ARRIERO_ROUND"
-"""Set in workers of arriero's own launcher: the rendezvous round, 0 at first, more after each restart of the job."""
 PEER_ERROR_DELAY = 3.0
 """Seconds that a process which only lost its connection to another waits, so that the failed one reports first."""
-MAX_PROCESSES = 1_000_000
 PEER_LOST_ERRORS = re.compile(
     rf"(?i){'|'.join(BACKENDS.values())}|timed out|connection (closed|reset|refused)|broken pipe|socket"
 )
 """Messages of a RuntimeError whose cause is probably another process."""
-
-
-@dataclass(frozen=True)
-class RankInfo:
-    """The rank of a process among all, as torchrun's environment variables give it."""
-
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
-    local_world_size: int = 1
-
-    @property
-    def single_node(self) -> bool:
-        """Whether all processes of the run are known to be on this machine."""
-        return self.local_world_size == self.world_size and "LOCAL_WORLD_SIZE" in os.environ
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> RankInfo:
-        """Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; without the first two, the only process.
-
-        Raises:
-            UserError: one is missing, not a number, or inconsistent with the others.
-        """
-        if not is_launched_externally(environment):
-            return cls()
-        fix = "torchrun sets RANK, WORLD_SIZE and the like; if nothing has started several processes, unset them all"
-        number = partial(environment_number, environment, fix=fix)
-        world_size = number("WORLD_SIZE", 1, MAX_PROCESSES)
-        local_world_size = number("LOCAL_WORLD_SIZE", 1, world_size, default=world_size)
-        local_default = 0 if world_size == 1 else None
-        rank = number("RANK", 0, world_size - 1)
-        local_rank = number("LOCAL_RANK", 0, local_world_size - 1, default=local_default)
-        if world_size > 1:
-            number("MASTER_PORT", 1, 2**16 - 1)
-            if not environment.get("MASTER_ADDR", "").strip():
-                raise UserError("MASTER_ADDR is missing in the environment", fix)
-        return cls(rank, local_rank, world_size, local_world_size)
-
-
-def is_launched_externally(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun or a similar launcher has started this process as one of several."""
-    return "RANK" in environment or "WORLD_SIZE" in environment
 
 
 def exit_worker(error: BaseException) -> NoReturn:
@@ -106,7 +65,7 @@ def exit_worker(error: BaseException) -> NoReturn:
                 json.dump({"message": message, "timestamp": int(time.time()), "peer_lost": peer_lost}, writing)
     if own_agent and is_user_error:
         _publish_user_error(message)  # a restart would meet the same error
-    restarts_left = _elastic_variable("RESTART_COUNT") < _elastic_variable("MAX_RESTARTS")
+    restarts_left = elastic_variable("RESTART_COUNT") < elastic_variable("MAX_RESTARTS")
     if not own_agent or (restarts_left and not is_user_error and not peer_lost):  # the launcher reports the last one
         where = "" if isinstance(error, Disagreement) else f"process {info.rank} on {socket.gethostname()}: "
         if where or info.rank == 0:
@@ -213,11 +172,6 @@ def run_in_process_group(
         return result
 
 
-def uses_agent_store(environment: Mapping[str, str]) -> bool:
-    """Whether arriero's launcher or torchrun has opened the store already."""
-    return environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
 def open_job_store(info: RankInfo, seconds: float, secret: Secret) -> Store:
     """The store through which the processes of this start find each other.
 
@@ -263,14 +217,3 @@ _process_start = time.monotonic()
 def seconds_since_start() -> float:
     """Seconds since this process, or the one from which it was forked, imported this module."""
     return time.monotonic() - _process_start
-
-
-def restart_count() -> int:
-    """0 in the first start of a job, more after each restart that a loss made necessary."""
-    count = environment_number(os.environ, ROUND_VARIABLE, 0, 10**9, fix=f"unset {ROUND_VARIABLE}", default=-1)
-    return count if count >= 0 else _elastic_variable("RESTART_COUNT")
-
-
-def _elastic_variable(name: str) -> int:
-    full = f"TORCHELASTIC_{name}"
-    return environment_number(os.environ, full, 0, 10**9, fix=f"torchrun sets it; elsewhere unset {full}", default=0)
