@@ -23,13 +23,15 @@ from arriero.checkpoint.lock import RunLock
 from arriero.checkpoint.verify import verify
 from arriero.cli.main import dispatch
 from arriero.common.errors import EXIT_OK, EXIT_USAGE, UserError
+from arriero.common.settings import parse
+from arriero.common.toml import file_settings
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.observe.events import Events
 from arriero.observe.profile import Profile
 from arriero.train import reporter as reporter_module
 from arriero.train.config import WatchConfig
 from arriero.train.directory import prepare_run_directory
-from arriero.train.recipe import Recipe, file_settings, parse
+from arriero.train.recipe import Recipe
 from arriero.train.reporter import Reporter, StepResult
 from arriero.train.watch import Watchdog
 from toy import CONFIG
@@ -186,7 +188,7 @@ def start(recipe: Recipe, *, profiled: bool) -> None:
         reporter = Reporter(
             Path(recipe.out), recipe.log, recipe.train, CONFIG, devices=1, device_name="cpu", first=True
         )  # fmt: skip
-        events = Events(Path(recipe.out), first=True, since_start=0.0, trouble=reporter.trouble)
+        events = Events(Path(recipe.out), first=True, since_start=0.0, errors=reporter.trouble)
         reporter.resume_after(3)
         for step in (4, 5):
             result = StepResult(
