@@ -114,6 +114,7 @@ def run_processes(
         children.stop()
         meeting.close()
         error_files.remove()
+        os.environ.pop("TORCHELASTIC_SIGNALS_TO_HANDLE", None)  # torch's agent leaves it behind
 
 
 def hush_agent() -> None:
