@@ -8,7 +8,7 @@ from pathlib import Path
 
 from arriero.common.checkpoint_names import DAMAGED, MARKER, STATE, step_of
 from arriero.common.errors import UserError
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.common.untrusted import parse_json, read_text
 
 _MAX_STATE_BYTES = 10_000_000
@@ -90,13 +90,13 @@ def candidates(path: Path) -> list[Path]:
         UserError: there is none.
     """
     if not os.path.isdir(path):  # which, unlike Path.is_dir, takes any text
-        raise UserError(f"{shown(path)}: no such directory", "name a run directory, or one of its checkpoints/step-*")
+        raise UserError(f"{escape(path)}: no such directory", "name a run directory, or one of its checkpoints/step-*")
     if (path / STATE).is_file():
         return [path]
     found = committed(path / "checkpoints")
     if not found:
         fix = "start the run without --resume, or name another directory"
         if committed(path):
-            fix = f"name the run's directory: --resume {shown(os.path.normpath(path / os.pardir))}"
-        raise UserError(f"{shown(path)}: holds no checkpoint", fix)
+            fix = f"name the run's directory: --resume {escape(os.path.normpath(path / os.pardir))}"
+        raise UserError(f"{escape(path)}: holds no checkpoint", fix)
     return found[::-1]

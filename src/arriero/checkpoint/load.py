@@ -18,7 +18,7 @@ from arriero.checkpoint.verify import shape_problems, verify
 from arriero.common.checkpoint_names import DAMAGED
 from arriero.common.errors import UserError
 from arriero.common.files import open_regular
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.common.untrusted import inside
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.model.config import LlamaConfig
@@ -60,7 +60,7 @@ class CheckpointReader:
                 part = file.assembly(key)
                 if not len(whole) == len(offset) == len(part.shape) or min((0, *whole, *offset)) < 0:
                     raise UserError(
-                        f"{index}: {shown(key)} is {list(part.shape)} at {list(offset)} of {list(whole)}", DAMAGED
+                        f"{index}: {escape(key)} is {list(part.shape)} at {list(offset)} of {list(whole)}", DAMAGED
                     )
                 dtype = torch_dtype(part.dtype)
                 start = part.pieces[0].source.offset  # type: ignore[attr-defined]
@@ -69,7 +69,7 @@ class CheckpointReader:
         for key, whole in self._shapes.items():  # before memory is taken for a shape that a file merely claims
             held, needed = sum(math.prod(part.shape) for part in self._parts[key]), math.prod(whole)
             if held != needed:
-                raise UserError(f"{directory}: {shown(key)} has {held} of {needed} elements", DAMAGED)
+                raise UserError(f"{directory}: {escape(key)} has {held} of {needed} elements", DAMAGED)
 
     def keys(self) -> list[str]:
         """Weights and moments."""
@@ -165,5 +165,5 @@ def newest_that_verifies(
         listed = [*wrong[:4], f"and {len(wrong) - 4} more"] if len(wrong) > 5 else wrong
         for line in listed:
             say(f" DAMAGED: {line}")
-        say(f" DAMAGED: {shown(path)} is not used")
+        say(f" DAMAGED: {escape(path)} is not used")
     raise UserError(f"{paths[0].parent}: no checkpoint there is whole", "start again, or from a copy kept elsewhere")

@@ -14,7 +14,7 @@ from tyro.conf import Positional
 from arriero.checkpoint.export import ExportDtype, export
 from arriero.common.errors import EXIT_OK, join_problems
 from arriero.common.ranges import flag, range_problems
-from arriero.common.text import shown
+from arriero.common.text import escape
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def run(args: ExportArgs) -> int:
         facts = dataclasses.asdict(done) | {"source": str(done.source), "destination": str(done.destination)}
         print(json.dumps({key: value for key, value in facts.items() if key != "tokenizer"}))
         return EXIT_OK
-    print(f"{shown(done.destination)}: {done.parameters:,} parameters from {shown(done.source)}")
+    print(f"{escape(done.destination)}: {done.parameters:,} parameters from {escape(done.source)}")
     print(
         f"fingerprint {done.fingerprint[:16]}; largest logit difference after reloading "
         f"{done.largest_logit_difference:.3g}"

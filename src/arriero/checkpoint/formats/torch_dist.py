@@ -23,7 +23,7 @@ from arriero.checkpoint.tensors.raw_file import RawFile
 from arriero.checkpoint.tensors.stream import ITEMSIZE, Assembly, Piece, PieceReader, Stored, check_cover, matrix_shape
 from arriero.checkpoint.tensors.torch_file import TorchFile
 from arriero.common.errors import UserError
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.common.untrusted import inside, plain_name, read_bytes
 from arriero.model.config import MOST_LAYERS, LlamaConfig, parameter_shapes
 
@@ -71,7 +71,7 @@ def _open(
     slots = list(table.readable_slots(0, 0, range(config.num_hidden_layers), tensors))
     extra = sorted(tensors.keys() - {slot.key for slot in slots})
     if extra:
-        problem = f"{folder}: holds {shown(extra[0], 120)} and {len(extra) - 1} more unknown"
+        problem = f"{folder}: holds {escape(extra[0], 120)} and {len(extra) - 1} more unknown"
         raise UserError(problem, "is it a dense LLaMA?")
     for slot in slots:
         tensor = tensors.get(slot.key)
