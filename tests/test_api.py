@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -101,3 +102,21 @@ def test_text_is_prepared(tmp_path: Path) -> None:
     assert Path(f"{prefix}.bin").is_file()
     with pytest.raises(arriero.UserError, match="no such file"):
         arriero.prepare(tmp_path / "none.txt", out=tmp_path / "set", tokenizer=tmp_path / "tokenizer")
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """The blocks of docs/python.md, one after another, as cells of a notebook are run."""
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
+    names: dict[str, object] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S):
+        exec(block, names)
+    printed = capfd.readouterr().out
+    assert "did you mean 'train.steps'?" in printed
+    assert "hf torch.Size([64, 64]) torch.bfloat16 21" in printed
+
+
+def test_the_page_names_every_function() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
+    for name in set(arriero.__all__) - {"__version__", "Recipe"}:
+        assert name in page
