@@ -18,14 +18,15 @@ if TYPE_CHECKING:
     import pyarrow
 
     from arriero.checkpoint.export import ExportDtype, Exported
+    from arriero.checkpoint.language_model import DeviceChoice, LanguageModel, ModelDtype
     from arriero.checkpoint.open_model import Opened
     from arriero.common.errors import CheckFailed, UserError
     from arriero.observe.compare import Verdict
     from arriero.train.recipe import Recipe
 
 __all__ = [
-    "CheckFailed", "Recipe", "Run", "UserError", "__version__", "change_recipe", "compare", "export", "load_recipe",
-    "open_model", "prepare", "pretrain", "read_metrics", "resume",
+    "CheckFailed", "Recipe", "Run", "UserError", "__version__", "change_recipe", "compare", "export", "load_model",
+    "load_recipe", "open_model", "prepare", "pretrain", "read_metrics", "resume",
 ]  # fmt: skip
 
 _LAZY = {"Recipe": "train.recipe", "UserError": "common.errors", "CheckFailed": "common.errors"}
@@ -243,6 +244,26 @@ def export(
 
     where = None if tokenizer is None else Path(tokenizer)
     return write(Path(source), Path(destination), dtype=dtype, tokenizer=where, max_shard_gb=max_shard_gb)
+
+
+def load_model(
+    path: str | Path, *, tokenizer: str | Path | None = None, dtype: ModelDtype = "auto", device: DeviceChoice = "auto"
+) -> LanguageModel:
+    """Loads a model with its tokenizer; its `generate(prompt, max_new_tokens, ...)` continues a text.
+
+    Args:
+        path: a run (its newest checkpoint), a checkpoint, or a Hugging Face directory.
+        tokenizer: the tokenizer's directory, if it does not lie with the model.
+        dtype: auto is as stored, but float32 for a float16 model on the CPU.
+        device: auto takes the accelerator that is there, or the CPU.
+
+    Raises:
+        UserError: not a whole model, or no tokenizer.
+    """
+    from arriero.checkpoint.language_model import LanguageModel
+
+    where = None if tokenizer is None else Path(tokenizer)
+    return LanguageModel(Path(path), tokenizer=where, dtype=dtype, device=device)
 
 
 def open_model(path: str | Path) -> Opened:

@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import TINY, VARIANTS, random_weights, save_hf
 
+from arriero.checkpoint.language_model import encode_prompt
 from arriero.checkpoint.open_model import load_model
-from arriero.cli.generate import GenerateArgs, choose, encode_prompt, generate, next_logits, run
+from arriero.cli.generate import GenerateArgs, run
 from arriero.common.errors import UserError
+from arriero.model.generate import choose, generate, next_logits
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +105,7 @@ def test_plain_and_json_show_one_text(model_dir, capsys):
 
 
 def test_end_of_text_ends_it(model_dir, capsys, monkeypatch):
-    monkeypatch.setattr("arriero.cli.generate.generate", lambda *a, **k: iter([270, 2, 271]))
+    monkeypatch.setattr("arriero.model.generate.generate", lambda *a, **k: iter([270, 2, 271]))
     run(GenerateArgs(model_dir, prompt="the", max_new_tokens=9, json=True))
     answer = json.loads(capsys.readouterr().out)
     assert answer["tokens"] == [270]
