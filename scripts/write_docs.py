@@ -18,7 +18,7 @@ import grimp
 
 from arriero.checkpoint.size import checkpoint_bytes
 from arriero.model.config import count_parameters
-from arriero.train.memory import least_bytes
+from arriero.train.memory import minimum_bytes
 from arriero.train.recipe import Recipe, Setting, file_settings, find_bundled, parse
 
 ROOT = Path(__file__).parents[1]
@@ -112,7 +112,7 @@ def memory_by_recipe() -> str:
             "export in bfloat16, GB |", "| --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
     for name, devices in DEVICES.items():
         one = recipe(name)
-        model, need = one.model_config(), least_bytes(one, devices)
+        model, need = one.model_config(), minimum_bytes(one, devices)
         parameters = count_parameters(model)
         cells = [
             f"`{name}`", f"{devices}", f"{parameters / 1e9:.2f}e9", f"{state_bytes(one, devices) / 1e9:.1f}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -100,6 +101,11 @@ def test_text_is_prepared(tmp_path: Path) -> None:
     prefix = arriero.prepare(tmp_path / "text.txt", out=tmp_path / "set", tokenizer=tmp_path / "tokenizer")
     assert prefix == f"{tmp_path}/set_text_document"
     assert Path(f"{prefix}.bin").is_file()
+    records = [{"instruction": "Add.", "input": f"{i} + {i}", "output": f"{i + i}"} for i in range(9)]
+    (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, records)))
+    out = tmp_path / "sft"
+    named = arriero.prepare(tmp_path / "records.jsonl", out=out, tokenizer=tmp_path / "tokenizer", format="alpaca-sft")
+    assert named == str(out), "an instruction set is named by the part before _packed"
     with pytest.raises(arriero.UserError, match="no such file"):
         arriero.prepare(tmp_path / "none.txt", out=tmp_path / "set", tokenizer=tmp_path / "tokenizer")
 

@@ -114,7 +114,7 @@ def test_the_figures_of_the_tutorial_are_those_of_the_tables(write_docs: ModuleT
     )
     page = re.sub(r"\s+", " ", text("llama-7b.md"))
     assert f"{two / 1e9:.1f} GB under ZeRO-2, {three / 1e9:.1f} GB under ZeRO-3" in page
-    assert f"{write_docs.least_bytes(one, 8)['activations'] / 1e9:.1f} GB for a micro-batch of 8" in page
+    assert f"{write_docs.minimum_bytes(one, 8)['activations'] / 1e9:.1f} GB for a micro-batch of 8" in page
     assert f"takes {write_docs.checkpoint_bytes(one.model_config(), 'bfloat16') / 1e9:.0f} GB" in page
     assert f"takes {2 * write_docs.count_parameters(one.model_config()) / 1e9:.0f} GB" in page
     flops = flops_per_token(one.model_config(), 2048) * 64 * 2048

@@ -114,19 +114,15 @@ def prepare(
     """
     import shlex
 
-    from arriero.data.manifest import read_manifest
-    from arriero.data.prepare import PrepareArgs, run
+    from arriero.data.prepare import prepare as write
+    from arriero.data.prepare_config import PrepareConfig
 
     files = [inputs] if isinstance(inputs, (str, Path)) else inputs
-    options = PrepareArgs(
+    config = PrepareConfig(
         tuple(map(str, files)), str(out), Path(tokenizer), format=format, keys=tuple(keys), template=template, per=per,
         bos=bos, eos=eos, workers=workers, overwrite=overwrite,
     )  # fmt: skip
-    run(options)
-    written = (read_manifest(str(out)) or {})["outputs"]
-    if any(name.startswith("packed_") for name in written):
-        return str(out)
-    prefixes = [f"{out}_{name}" for name in written]
+    prefixes = write(config).prefixes
     return prefixes[0] if len(prefixes) == 1 else shlex.join(prefixes)
 
 
@@ -176,13 +172,13 @@ def _train(recipe: Recipe, resumed: Path | None = None, *, processes: int, allow
     from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_STOPPED, CheckFailed
     from arriero.common.signals import interrupts
     from arriero.distributed.launch.config import LaunchConfig
-    from arriero.train.config import Start
+    from arriero.train.config import RunOptions
     from arriero.train.run import pretrain
 
     launch = LaunchConfig(nproc_per_node=processes)
-    start = Start(resume=str(resumed or ""), launch=launch, allow_change=allow_change)
+    options = RunOptions(resume=str(resumed or ""), launch=launch, allow_change=allow_change)
     with interrupts():
-        code = pretrain(recipe, start)
+        code = pretrain(recipe, options)
     if code == EXIT_CHECK_FAILED:
         raise CheckFailed(f"{recipe.out}: a process of the run failed; what it reported is on stderr")
     return Run(Path(recipe.out), complete=code != EXIT_STOPPED)

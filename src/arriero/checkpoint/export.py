@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 from arriero.checkpoint.formats.huggingface import open_huggingface, write_huggingface
-from arriero.checkpoint.formats.progress import Progress
 from arriero.checkpoint.open_model import build, open_model
 from arriero.checkpoint.tensors.stream import PieceReader, torch_dtype
 from arriero.checkpoint.tensors.transfer import read_fingerprints
 from arriero.checkpoint.tensors.values import fingerprint
 from arriero.common.errors import CheckFailed
+from arriero.common.progress import ProgressBar
 from arriero.model.config import LlamaConfig
 
 ExportDtype = Literal["keep", "float32", "bfloat16", "float16"]
@@ -58,7 +58,7 @@ def export(
     """
     opened = open_model(source)
     tokenizer = tokenizer or opened.tokenizer
-    with Progress("writing", sum(t.nbytes for t in opened.reader.tensors.values())) as progress:
+    with ProgressBar("writing", sum(t.nbytes for t in opened.reader.tensors.values())) as progress:
         prints = write_huggingface(
             destination, opened.reader, config=opened.config, tokenizer_dir=tokenizer,
             generation=opened.generation, dtype=torch_dtype(_NAMES[dtype]) if dtype != "keep" else None,

@@ -159,7 +159,7 @@ def newest_that_verifies(
         mine = "\n".join(
             (shape_problems(path, model) if model else []) or verify(path, share=ranks.rank, of=ranks.world)
         )
-        wrong = list(dict.fromkeys(line for text in ranks.texts(mine) for line in text.splitlines()))
+        wrong = list(dict.fromkeys(line for text in ranks.gather_texts(mine) for line in text.splitlines()))
         if not wrong:
             return path
         listed = [*wrong[:4], f"and {len(wrong) - 4} more"] if len(wrong) > 5 else wrong

@@ -25,7 +25,7 @@ from arriero.checkpoint.tensors.torch_file import TorchFile
 from arriero.common.errors import UserError
 from arriero.common.text import escape
 from arriero.common.untrusted import inside, plain_name, read_bytes
-from arriero.model.config import MOST_LAYERS, LlamaConfig, parameter_shapes
+from arriero.model.config import MAX_LAYERS, LlamaConfig, parameter_shapes
 
 FIX = "copy the whole directory again"
 
@@ -57,7 +57,7 @@ def _open(
     path: Path, folder: Path, tensors: dict[str, Assembly], dialect: Dialect, hints: ConfigHints
 ) -> tuple[PieceReader, LlamaConfig, list[str]]:
     layers = 1 + max(int(key.split(".")[2]) for key in tensors if key.startswith("decoder.layers."))
-    if layers > MOST_LAYERS:
+    if layers > MAX_LAYERS:
         raise UserError(f"{folder}: numbers a layer {layers - 1}", FIX)
     common = folder / "common.pt"  # Megatron before 0.19 keeps the arguments here
     payload = TorchFile(inside(folder, common)).root if common.is_file() else {}
@@ -168,7 +168,7 @@ def _unstack(tensors: dict[str, Assembly]) -> dict[str, Assembly]:
             result[key] = tensor
             continue
         count, shape = tensor.shape[0], tensor.shape[1:]
-        if count > MOST_LAYERS:
+        if count > MAX_LAYERS:
             raise UserError(f"{key} stacks {count:,} layers", FIX)
         for n in range(count):
             name = key.replace("decoder.layers.", f"decoder.layers.{n}.")

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from arriero.checkpoint.formats.huggingface import open_file
-from arriero.checkpoint.formats.progress import Progress
 from arriero.checkpoint.open_model import detect, open_model
 from arriero.checkpoint.tensors.stream import Assembly
 from arriero.checkpoint.tensors.transfer import read_fingerprints
 from arriero.checkpoint.tensors.values import fingerprint
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError
+from arriero.common.progress import ProgressBar
 from arriero.common.text import escape, escape_message
 from arriero.data.tokenizer_json import vocabulary_size
 
@@ -47,7 +47,7 @@ def inspect(path: Path, *, json: bool, verify: bool) -> int:
             raise UserError(f"{path}: was left by a conversion that was killed, or one still runs", "convert again")
         tensors = _describe_file(path, facts) if path.is_file() else _describe(path, facts)
         if verify:
-            with Progress("reading", sum(t.nbytes for t in tensors.values())) as progress:
+            with ProgressBar("reading", sum(t.nbytes for t in tensors.values())) as progress:
                 prints = read_fingerprints(tensors, advance=progress.advance)
             facts["fingerprint"] = fingerprint(tensors, None, prints)
         facts["whole"] = True
