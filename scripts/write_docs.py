@@ -108,8 +108,8 @@ def state_bytes(one: Recipe, devices: int) -> float:
 
 def memory_by_recipe() -> str:
     """State and activations a device, and bytes on the disk, of each recipe on the devices that it is made for."""
-    rows = ["| recipe | devices | parameters | state, GB a device | activations, GB a micro-batch | checkpoint, GB | "
-            "export in bfloat16, GB |", "| --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    rows = ["| recipe | devices | parameters | state | activations | checkpoint | "
+            "export in bfloat16 |", "| --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
     for name, devices in DEVICES.items():
         one = recipe(name)
         model, need = one.model_config(), minimum_bytes(one, devices)
