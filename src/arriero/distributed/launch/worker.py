@@ -283,12 +283,18 @@ def bind_gloo_interface(address: str) -> None:
         return
 
 
-_begun = time.monotonic()
+class _Clock:
+    start = time.monotonic()
+
+
+def restart_clock() -> None:
+    """Counts `seconds_since_start` from now: for a process that trains several runs."""
+    _Clock.start = time.monotonic()
 
 
 def seconds_since_start() -> float:
     """Since this process, or the one that it was forked from, began."""
-    return time.monotonic() - _begun
+    return time.monotonic() - _Clock.start
 
 
 def restart_count() -> int:
