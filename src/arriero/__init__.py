@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from arriero.checkpoint.language_model import DeviceChoice, LanguageModel, ModelDtype
     from arriero.checkpoint.open_model import Opened
     from arriero.common.errors import CheckFailed, UserError
-    from arriero.observe.compare import Verdict
+    from arriero.observe.compare import Comparison
     from arriero.train.recipe import Recipe
 
 __all__ = [
@@ -199,7 +199,7 @@ def read_metrics(run: str | Path, kind: Literal["step", "validation", "ranks"] =
 
 def compare(
     a: str | Path, b: str | Path, *, quantities: Sequence[str] = (), max_rel: float = 0.02, logging_steps: int = 0
-) -> Verdict:
+) -> Comparison:
     """Compares two runs, or logs of other systems, step by step, as `arriero compare` does (docs/compare.md).
 
     Args:
@@ -212,13 +212,13 @@ def compare(
     Raises:
         UserError: the two cannot be compared.
     """
-    from arriero.observe.compare import DEFAULT_QUANTITIES, judge
-    from arriero.observe.curves.curve import meaning
+    from arriero.observe.compare import DEFAULT_QUANTITIES, compare_runs
+    from arriero.observe.curves.curve import canonical_name
     from arriero.observe.curves.read import read_curves
 
-    wanted = {*DEFAULT_QUANTITIES, *map(meaning, quantities)}
+    wanted = {*DEFAULT_QUANTITIES, *map(canonical_name, quantities)}
     first, second = read_curves(Path(a), wanted), read_curves(Path(b), wanted)
-    return judge(first, second, quantities=tuple(quantities), max_rel=max_rel, logging_steps=logging_steps)
+    return compare_runs(first, second, quantities=tuple(quantities), max_rel=max_rel, logging_steps=logging_steps)
 
 
 def export(

@@ -96,8 +96,8 @@ class LanguageModel:
         from arriero.model.generate import generate
 
         ids = encode_prompt(self.tokenizer, prompt, self.config.vocab_size)
-        without_text = self.tokenizer.without_text(self.config.vocab_size).tolist()
-        never = [i for i in without_text if i not in self.ends]
+        unused = self.tokenizer.unused_ids(self.config.vocab_size).tolist()
+        never = [i for i in unused if i not in self.ends]
         new: list[int] = []
         for token in generate(
             self.model, ids, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, never=never
