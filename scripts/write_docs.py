@@ -17,9 +17,11 @@ from pathlib import Path
 import grimp
 
 from arriero.checkpoint.size import checkpoint_bytes
+from arriero.common.settings import Setting, parse
+from arriero.common.toml import file_settings
 from arriero.model.config import count_parameters
 from arriero.train.memory import minimum_bytes
-from arriero.train.recipe import Recipe, Setting, file_settings, find_bundled, parse
+from arriero.train.recipe import Recipe, find_bundled
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

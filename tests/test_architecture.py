@@ -10,7 +10,9 @@ from types import ModuleType
 
 import pytest
 
-from arriero.train.recipe import Recipe, field_types, file_settings, parse
+from arriero.common.settings import field_types, parse
+from arriero.common.toml import file_settings
+from arriero.train.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -73,15 +73,18 @@ def load_recipe(name: str | Path, changes: Mapping[str, Any] | None = None) -> R
     Raises:
         UserError: no such recipe, or what is wrong with its keys and values, all together.
     """
-    from arriero.train.recipe import Recipe, file_settings, find_bundled, parse
+    from arriero.common.settings import parse
+    from arriero.common.toml import file_settings
+    from arriero.train.recipe import Recipe, find_bundled
 
     return parse(Recipe, file_settings(find_bundled("", str(name), ".toml")) + _settings(changes), prog="arriero")
 
 
 def change_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """The recipe with other values by dotted key, checked as `load_recipe` does."""
+    from arriero.common.settings import parse
     from arriero.train.facts import flat
-    from arriero.train.recipe import Recipe, parse
+    from arriero.train.recipe import Recipe
 
     return parse(Recipe, _settings(flat(recipe)) + _settings(changes), prog="arriero")
 
@@ -280,7 +283,7 @@ def open_model(path: str | Path) -> Opened:
 
 def _settings(values: Mapping[str, Any] | None) -> list[Any]:
     """Values by dotted key as the words of a command line, which one parser checks."""
-    from arriero.train.recipe import Setting
+    from arriero.common.settings import Setting
 
     found = []
     for key, value in (values or {}).items():

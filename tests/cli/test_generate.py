@@ -15,7 +15,7 @@ from arriero.checkpoint.language_model import encode_prompt
 from arriero.checkpoint.open_model import load_model
 from arriero.cli.generate import GenerateArgs, run
 from arriero.common.errors import UserError
-from arriero.model.generate import choose, generate, next_logits
+from arriero.model.generate import generate, next_logits, sample_token
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_cached_logits_are_the_uncached(tmp_path, variant, cuts):
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=20), st.floats(0.01, 1.0), st.floats(0.1, 3), st.integers(0, 99))
 @settings(max_examples=100, deadline=None)
 def test_top_p_draws_from_the_smallest_set(logits, top_p, temperature, seed):
-    draw = choose(
+    draw = sample_token(
         torch.tensor(logits), temperature=temperature, top_p=top_p, generator=torch.Generator().manual_seed(seed)
     )
     weights = [math.exp(float(torch.tensor(x)) / temperature) for x in logits]
@@ -80,7 +80,7 @@ def test_top_p_draws_from_the_smallest_set(logits, top_p, temperature, seed):
 def test_sampling_follows_the_distribution():
     logits = torch.log(torch.tensor([0.5, 0.3, 0.2]))
     generator = torch.Generator().manual_seed(0)
-    draws = [choose(logits, temperature=1.0, top_p=1.0, generator=generator) for _ in range(3000)]
+    draws = [sample_token(logits, temperature=1.0, top_p=1.0, generator=generator) for _ in range(3000)]
     shares = [draws.count(i) / 3000 for i in range(3)]
     assert shares == pytest.approx([0.5, 0.3, 0.2], abs=0.04)
 

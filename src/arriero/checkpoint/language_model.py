@@ -97,10 +97,10 @@ class LanguageModel:
 
         ids = encode_prompt(self.tokenizer, prompt, self.config.vocab_size)
         unused = self.tokenizer.unused_ids(self.config.vocab_size).tolist()
-        never = [i for i in unused if i not in self.ends]
+        excluded = [i for i in unused if i not in self.ends]
         new: list[int] = []
         for token in generate(
-            self.model, ids, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, never=never
+            self.model, ids, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, excluded=excluded
         ):
             if token in self.ends:
                 break

@@ -39,7 +39,7 @@ class GenerateArgs:
     device: DeviceChoice = "auto"
     """Where to compute; auto takes the accelerator that is there, or the CPU."""
     tokenizer: Path | None = None
-    """The tokenizer's directory, if it does not lie with the model."""
+    """The tokenizer's directory, if it is not beside the model."""
     json: bool = False
     """Print one JSON object: prompt, text, continuation, tokens, finish (eos or length), tokens_per_second."""
 
@@ -76,15 +76,15 @@ class _Printer:
     def show(self, text: str) -> None:
         """Prints what is new and final: a character whose bytes are incomplete decodes to the replacement mark."""
         ready = text.rstrip("\ufffd")
-        sys.stdout.write(_visible(ready[len(self._printed) :]))
+        sys.stdout.write(_for_terminal(ready[len(self._printed) :]))
         sys.stdout.flush()
         self._printed = max(self._printed, ready, key=len)
 
     def finish(self, text: str) -> None:
         """Prints the rest of it."""
-        sys.stdout.write(_visible(text[len(self._printed) :]) + "\n")
+        sys.stdout.write(_for_terminal(text[len(self._printed) :]) + "\n")
 
 
-def _visible(text: str) -> str:
+def _for_terminal(text: str) -> str:
     """The text as it is, but for control characters that a terminal would obey."""
     return escape_message(text) if sys.stdout.isatty() else text

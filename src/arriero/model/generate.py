@@ -1,29 +1,39 @@
-"""Token after token from a model, with a cache of keys and values."""
+"""Text generation: logits with a cache of keys and values, and nucleus sampling (https://arxiv.org/abs/1904.09751)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from arriero.common.errors import UserError
+from arriero.model.llama import KeyValues, Llama
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
-
-    from arriero.model.llama import KeyValues, Llama
 
 
 def generate(
     model: Llama, prompt: list[int], count: int, *, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
-    never: Sequence[int] | np.ndarray = (),
+    excluded: Sequence[int] | np.ndarray = (),
 ) -> Iterator[int]:  # fmt: skip
-    """Yields `count` token ids that follow `prompt`, none of `never`; the caller stops at the end-of-text id.
+    """Yields `count` token ids that continue `prompt`; the caller stops at the end-of-text id.
 
-    Keys and values are cached, except under `dynamic` rotary scaling, where a longer row turns every position anew.
+    Keys and values are cached, except under `dynamic` rotary scaling, whose angles change with the length.
+
+    Args:
+        model: in evaluation, on any device.
+        prompt: token ids, at least one.
+        count: how many ids to yield.
+        temperature: 0 takes the likeliest token; 1 samples from the model's own distribution.
+        top_p: sample only from the likeliest tokens that together have this probability.
+        seed: of the sampling.
+        excluded: ids that are never chosen.
+
+    Raises:
+        UserError: the logits are NaN or infinite.
     """
-    import torch
-
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     ids = list(prompt)
@@ -38,8 +48,8 @@ def generate(
             else:
                 logits_V = model(tokens_1L)[0, -1]
             logits_V = logits_V.float().cpu()
-            logits_V[torch.as_tensor(never, dtype=torch.int64)] = -torch.inf
-            ids.append(choose(logits_V, temperature=temperature, top_p=top_p, generator=generator))
+            logits_V[torch.as_tensor(excluded, dtype=torch.int64)] = -torch.inf
+            ids.append(sample_token(logits_V, temperature=temperature, top_p=top_p, generator=generator))
             yield ids[-1]
 
 
@@ -47,8 +57,6 @@ def next_logits(
     model: Llama, tokens_BL: torch.Tensor, cache: dict[str, KeyValues] | None
 ) -> tuple[torch.Tensor, dict[str, KeyValues]]:
     """Logits [V] after the last of `tokens_BL` [1, L], which follow the cached positions; and the longer cache."""
-    import torch
-
     past = 0 if not cache else next(iter(cache.values())).keys.shape[1]
     length = tokens_BL.shape[1]
     x_BLD = model.model.embed_tokens(tokens_BL)
@@ -64,15 +72,13 @@ def next_logits(
     return model.lm_head(model.model.norm(x_BLD[:, -1:]))[0, 0], longer
 
 
-def choose(logits_V: torch.Tensor, *, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """The next id: the likeliest at temperature 0, else a draw from the smallest set of probability `top_p`.
+def sample_token(logits_V: torch.Tensor, *, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """The next id: the likeliest at temperature 0, else a sample from the smallest set of probability `top_p`.
 
     Raises:
         UserError: the logits are NaN or infinite.
     """
-    import torch
-
-    if not torch.isfinite(logits_V.max()):  # minus infinity marks ids that are never chosen
+    if not torch.isfinite(logits_V.max()):  # minus infinity marks excluded ids
         raise UserError("the model's logits are not finite", "try --dtype float32, or another checkpoint")
     if temperature == 0:
         return int(logits_V.argmax())
