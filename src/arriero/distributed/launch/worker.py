@@ -283,18 +283,12 @@ def bind_gloo_interface(address: str) -> None:
         return
 
 
-class _Clock:
-    start = time.monotonic()
-
-
-def restart_clock() -> None:
-    """Counts `seconds_since_start` from now: for a process that trains several runs."""
-    _Clock.start = time.monotonic()
+_begun = time.monotonic()
 
 
 def seconds_since_start() -> float:
     """Since this process, or the one that it was forked from, began."""
-    return time.monotonic() - _Clock.start
+    return time.monotonic() - _begun
 
 
 def restart_count() -> int:
