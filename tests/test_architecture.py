@@ -82,6 +82,14 @@ def test_every_key_that_is_named_exists() -> None:
                 assert match[1] not in tables or key in keys or f"{match[2]}" in ("jsonl", "py"), f"{page}: {span}"
 
 
+def test_every_example_is_quoted_and_short() -> None:
+    quoted = re.findall(r"<!-- generated: example (\S+) -->", text("extending.md"))
+    examples = {path.name: path for path in (ROOT / "examples" / "extending").glob("*.py")}
+    assert sorted(quoted) == sorted(examples), "docs/extending.md quotes each example once"
+    for path in examples.values():
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 80, path.name
+
+
 def test_recipes_that_are_shown_can_be_read(tmp_path: Path) -> None:
     found = 0
     for page in sorted(DOCS.glob("*.md")):
