@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from arriero.checkpoint.open_model import build, end_ids, open_model
-from arriero.common.device import device_type, take_device
+from arriero.common.device import device_type, select_device
 from arriero.common.errors import UserError
 from arriero.common.text import escape
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
@@ -69,7 +69,7 @@ class LanguageModel:
         dtype = None if self._dtype == "auto" else getattr(torch, self._dtype)
         if dtype is None and kind == "cpu" and reader.dtype("model.norm.weight") == torch.float16:
             dtype = torch.float32
-        return build(reader, self.config, dtype, take_device(kind, 0))
+        return build(reader, self.config, dtype, select_device(kind, 0))
 
     @cached_property
     def ends(self) -> frozenset[int]:
