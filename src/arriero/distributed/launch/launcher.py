@@ -122,6 +122,7 @@ def _run_agent(
         raise
     finally:
         error_files.remove()
+        os.environ.pop("TORCHELASTIC_SIGNALS_TO_HANDLE", None)  # torch's agent leaves it behind
 
 
 def silence_elastic_logger() -> None:
