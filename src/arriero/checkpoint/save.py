@@ -23,7 +23,7 @@ from arriero.checkpoint.parts import Part, data_file, write_parts
 from arriero.checkpoint.retention import forget, never_committed, superfluous, sweep
 from arriero.checkpoint.verify import verify
 from arriero.common.checkpoint_names import STATE
-from arriero.common.device import host_room, synchronize
+from arriero.common.device import empty_host_tensor, synchronize
 from arriero.common.errors import UserError
 from arriero.distributed.parallel.mesh import Ranks
 
@@ -115,7 +115,7 @@ class Saver:
     def _room(self, key: str, value: Tensor) -> Tensor:
         room = self._copies.get(key)
         if room is None or room.shape != value.shape or room.dtype != value.dtype:
-            room = self._copies[key] = host_room(value)
+            room = self._copies[key] = empty_host_tensor(value)
         return room
 
     def _copy(self, key: str, value: Tensor) -> Tensor:

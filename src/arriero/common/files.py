@@ -14,7 +14,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from arriero.common.checkpoint_names import inside_checkpoint
+from arriero.common.checkpoint_names import inside_checkpoint, inside_checkpoints_of_run
 from arriero.common.errors import UserError
 from arriero.common.text import escape
 
@@ -100,6 +100,8 @@ def make_directory(path: Path, fix: str, *, follow: bool = True) -> None:
     """
     if holder := inside_checkpoint(path):
         raise UserError(f"{escape(path)}: is or lies in the checkpoint {escape(holder)}, which is only read", fix)
+    if holder := inside_checkpoints_of_run(path):
+        raise UserError(f"{escape(path)}: lies in {escape(holder)}, where only a run's checkpoints belong", fix)
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not follow and path.is_symlink():

@@ -10,7 +10,7 @@ import torch
 
 from arriero.checkpoint.formats.huggingface import open_huggingface
 from arriero.checkpoint.save import Saver
-from arriero.common.device import take_device
+from arriero.common.device import select_device
 from arriero.common.toml import to_toml
 from arriero.distributed.parallel.apply import WeightSource, build_model_parts
 from arriero.distributed.parallel.mesh import Ranks
@@ -39,7 +39,7 @@ def build_trainer(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind:
         local_rank: the number of its device on this machine.
         device_kind: cpu, cuda or npu.
     """
-    train, device, clock = recipe.train, take_device(device_kind, local_rank), StepClock(device_kind)
+    train, device, clock = recipe.train, select_device(device_kind, local_rank), StepClock(device_kind)
     model = build_model(recipe, ranks, device, clock)
     half = train.dtype == "float16"
     return Trainer(

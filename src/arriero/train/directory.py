@@ -8,13 +8,14 @@ from pathlib import Path
 
 from arriero.checkpoint.find import committed, run_of
 from arriero.checkpoint.size import checkpoint_bytes, disk_room, held_bytes, in_bytes
-from arriero.common.checkpoint_names import inside_checkpoint
+from arriero.common.checkpoint_names import inside_checkpoint, inside_checkpoints_of_run
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory, open_regular, os_error_text, write_atomic
 from arriero.common.text import escape
 from arriero.common.toml import MAX_BYTES, to_toml
 from arriero.common.untrusted import inside, read_bytes
-from arriero.data.tokenizer import GENERATION_CONFIG, load_tokenizer
+from arriero.data.tokenizer import load_tokenizer
+from arriero.data.tokenizer_files import GENERATION_CONFIG
 from arriero.train.facts import flat
 from arriero.train.recipe import Recipe
 
@@ -24,6 +25,9 @@ def out_problems(out: Path, checkpoints: Sequence[Path]) -> list[UserError]:
     if holder := inside_checkpoint(out):
         fix = f"write elsewhere with --out, or go on from it with --resume {escape(holder)}"
         return [UserError(f"out: {escape(out)} is or lies in the checkpoint {escape(holder)}, which is only read", fix)]
+    if holder := inside_checkpoints_of_run(out):
+        problem = f"out: {escape(out)} lies in {escape(holder)}, where only a run's checkpoints belong"
+        return [UserError(problem, "write elsewhere with --out")]
     try:
         elsewhere = out.resolve() not in {run.resolve() for path in checkpoints if (run := run_of(path))}
     except (OSError, ValueError, RuntimeError) as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from arriero.checkpoint.find import committed
 from arriero.checkpoint.load import newest_that_verifies
 from arriero.checkpoint.save import Saved, last_word
-from arriero.common.device import device_name, float8_units
+from arriero.common.device import device_name, has_float8_units
 from arriero.common.errors import UserError
 from arriero.common.signals import Phase, set_phase, stop_requested
 from arriero.common.text import escape
@@ -129,7 +129,7 @@ def initialize(trainer: Trainer, recipe: Recipe, plan: ResumePlan, reporter: Rep
         checkpoint = newest_that_verifies(list(plan.checkpoints), trainer.ranks, say=reporter.log, model=trainer.config)
     trainer.load(checkpoint)
     reporter.truncate_metrics_after(trainer.done)
-    if recipe.train.float8 != "none" and not float8_units(trainer.device.type):
+    if recipe.train.float8 != "none" and not has_float8_units(trainer.device.type):
         reporter.log(" float8 is emulated: this device has no units for it; same rounding, and no time is saved")
     for line in (*plan.notices, *(f" note: {notice}" for notice in trainer.config.notices)):
         reporter.log(line)

@@ -12,7 +12,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from arriero.common.device import fused_update_divides
+from arriero.common.device import fused_adamw_takes_grad_scale
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.distributed.parallel.shards import Shard, local, local_gradient, shards
 from arriero.model.llama import Llama
@@ -133,7 +133,7 @@ class Optimizer:
         """Updates the parameters at rate `lr` with the gradients over `divisor`; the gradients are overwritten."""
         scale = None
         if divisor != 1.0:
-            if self.divides_gradients and fused_update_divides(self.device.type) and self._updates_in_float32():
+            if self.divides_gradients and fused_adamw_takes_grad_scale(self.device.type) and self._updates_in_float32():
                 scale = torch.tensor(divisor, dtype=torch.float32, device=self.device)
             else:
                 torch._foreach_mul_(list(self.gradients.values()), 1.0 / divisor)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from sys import version_info
 
-from arriero.common.device import float8_casts
+from arriero.common.device import supports_float8_casts
 from arriero.common.errors import UserError, join_problems
 from arriero.data.check import batch_notices, check_data_against, size_notices
 from arriero.data.tokenizer import load_tokenizer
@@ -39,13 +39,37 @@ def machine_problems(
     problems: list[UserError] = []
     if recipe.optim.offload and kind == "cpu":
         problems.append(UserError("optim.offload has no effect on the CPU", "leave it out"))
-    if recipe.train.float8 != "none" and not float8_casts(kind):
+    if recipe.train.float8 != "none" and not supports_float8_casts(kind):
         problems.append(UserError(f"train.float8 does not work on {kind}", "use train.float8 none"))
     if recipe.train.compile:
         problems += compile_machine_problems(kind)
     if problems or kind != "cpu" or not check_memory:
         return problems, []
     return memory_problems(recipe, processes, local_processes)
+
+
+def step_problems(
+    recipe: Recipe, processes: int, *, kind: str, local_processes: int, check_memory: bool = True
+) -> list[UserError]:
+    """What keeps this machine from running the recipe's steps, whatever its data and `out` are.
+
+    Args:
+        recipe: what shall be run.
+        processes: on how many.
+        kind: of device: cpu, cuda or npu.
+        local_processes: those on this machine.
+        check_memory: whether to estimate if the CPU's memory suffices.
+    """
+    problems = recipe.layout_problems(processes)
+    for part in (recipe.optim, recipe.schedule, recipe.log):
+        problems += part.problems()
+    check_memory = check_memory and not problems
+    return (
+        problems
+        + machine_problems(
+            recipe, kind, processes=processes, local_processes=local_processes, check_memory=check_memory
+        )[0]
+    )
 
 
 def compile_machine_problems(kind: str) -> list[UserError]:
