@@ -74,7 +74,7 @@ class Reporter:
         if first:
             make_directory(out, "name a directory that can be written with --out")
             self._text = LineFile(out / "log.txt", self.trouble, whole_lines=False)
-            self._metrics = MetricsOutput(out, self.trouble, self.say)
+            self._metrics = MetricsOutput(out, self.trouble, self.log)
             environment = {
                 "arriero": __version__, "torch": torch.__version__, "python": platform.python_version(),
                 "devices": devices, "device": device_name, "host": platform.node(), "threads": torch.get_num_threads(),
