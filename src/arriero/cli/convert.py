@@ -193,7 +193,7 @@ def prove(source: Opened, written: Opened, *, prints: dict[str, int], again: dic
 
 def _verify(source: Opened, written: Opened, dtype: str | None) -> float:
     """Largest logit difference of the two ends, in float32; must be 0 unless the dtype changed."""
-    from arriero.cli.export import logit_difference
+    from arriero.checkpoint.export import logit_difference
 
     difference = logit_difference(source.reader, written.reader, source.config)
     changed = dtype is not None and any(t.dtype != dtype for t in source.reader.tensors.values())

@@ -24,7 +24,7 @@ from arriero.common.text import escape_message
 from arriero.common.toml import file_settings
 from arriero.distributed.launch.config import LaunchConfig, resolve_launch_env
 from arriero.distributed.launch.launcher import ProcessFailed, run_processes
-from arriero.distributed.launch.worker import RankInfo, is_launched_externally
+from arriero.distributed.launch.rank_info import RankInfo, is_launched_externally
 from arriero.train.preflight import step_problems
 from arriero.train.recipe import Recipe, find_bundled
 from arriero.train.run import process_count
@@ -146,7 +146,7 @@ def check(config: BenchConfig, recipe: Recipe, processes: int, kind: str, local_
         UserError: all that is wrong.
     """
     local = 1 if is_launched_externally() else local_processes
-    problems = step_problems(recipe, processes, kind=kind, here=local, memory=not config.sweep)
+    problems = step_problems(recipe, processes, kind=kind, local_processes=local, check_memory=not config.sweep)
     if config.memory_limit and kind != "cpu":
         problems.append(UserError("--memory-limit has no effect on an accelerator: its memory is the limit", "drop it"))
     if problems:

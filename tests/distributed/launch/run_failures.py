@@ -1,6 +1,6 @@
-"""Runs processes that fail in one way each: `python misbehave.py WAY ...`; a line of JSON for each way.
+"""Runs processes with one fault each: `python run_failures.py FAULT ...`; a line of JSON for each fault.
 
-Three processes meet in collectives; process 1 misbehaves while the others wait for it.
+Three processes run collectives; process 1 has the fault while the others wait for it.
 """
 
 from __future__ import annotations
@@ -18,36 +18,39 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from arriero.common.errors import UserError
-from arriero.distributed.launch import launcher as launch
 from arriero.distributed.launch import worker_monitor
 from arriero.distributed.launch.config import LaunchConfig, resolve
+from arriero.distributed.launch.launcher import run_processes
 
 
-def work(way: str) -> None:
+def work(fault: str) -> None:
     dist.all_reduce(torch.ones(1))
-    if way == "hang":  # from here on: a busy machine may start one process seconds after another
+    if fault == "hang":  # from here on: a busy machine may start one process seconds after another
         distributed_c10d._set_pg_timeout(timedelta(seconds=3))
     if dist.get_rank() == 1:
-        if way == "raise":
+        if fault == "raise":
             raise ValueError("the cause")
-        if way == "user":
-            raise UserError("the data is wrong", "mend it")
-        if way == "kill":
+        if fault == "user":
+            raise UserError("the data is wrong", "correct it")
+        if fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        if way == "stop":
+        if fault == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
-        if way == "hang":
+        if fault == "hang":
             time.sleep(600)
     dist.all_reduce(torch.ones(1))
 
 
 if __name__ == "__main__":
-    launch.STOPPED_AFTER = worker_monitor.STOPPED_AFTER = 2
-    for way in sys.argv[1:]:
+    worker_monitor.STOPPED_TIMEOUT = 2
+    for fault in sys.argv[1:]:
         config = replace(resolve(LaunchConfig(), {}), collective_timeout=600)
-        said = None
+        raised = None
         try:
-            launch.run_processes(work, way, 3, launch=config)
+            run_processes(work, fault, 3, launch=config)
         except Exception as error:
-            said = error
-        print(json.dumps({"way": way, "kind": type(said).__name__, "said": str(said)}), flush=True)
+            raised = error
+        print(
+            json.dumps({"fault": fault, "kind": type(raised).__name__, "message": str(raised)}),
+            flush=True,
+        )
