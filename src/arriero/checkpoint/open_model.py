@@ -14,7 +14,7 @@ from arriero.checkpoint.tensors.stream import PieceReader
 from arriero.checkpoint.verify import verify
 from arriero.common.errors import UserError
 from arriero.common.untrusted import inside, misfit, read_json
-from arriero.data.tokenizer import GENERATION_CONFIG, VOCABULARY_FILES
+from arriero.data.tokenizer_files import GENERATION_CONFIG, VOCABULARY_FILES
 from arriero.model.config import LlamaConfig
 
 if TYPE_CHECKING:

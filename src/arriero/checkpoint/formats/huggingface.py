@@ -32,7 +32,7 @@ from arriero.common.errors import UserError, join_problems
 from arriero.common.files import write_atomic
 from arriero.common.text import escape
 from arriero.common.untrusted import inside, parse_json, plain_name, read_json, read_text
-from arriero.data.tokenizer import GENERATION_CONFIG, VOCABULARY_FILES, copy_tokenizer_files
+from arriero.data.tokenizer_files import GENERATION_CONFIG, VOCABULARY_FILES, copy_tokenizer_files
 from arriero.model.config import LlamaConfig, parameter_shapes
 
 if TYPE_CHECKING:
