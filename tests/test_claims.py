@@ -31,7 +31,7 @@ def texts(patterns: list[str]) -> str:
     return "\n".join(p.read_text(encoding="utf-8") for pattern in patterns for p in sorted(ROOT.glob(pattern)))
 
 
-NEEDED_BY_ANOTHER = {"accelerate"}  # transformers' Trainer imports it
+NEEDED_BY_ANOTHER = {"accelerate", "pytest-xdist"}  # transformers' Trainer imports the one, pytest the other for -n
 
 
 @pytest.mark.parametrize(("extra", "package"), [(e, name(line)) for e, lines in EXTRAS.items() for line in lines])
