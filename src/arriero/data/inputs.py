@@ -36,7 +36,7 @@ MAX_UNPACKED = 200  # times the packed size, where a compressed file must be unp
 
 
 def ignore_progress(fraction: Callable[[], float]) -> None:
-    """Takes no notice of how much has been read."""
+    """Ignores how much has been read."""
 
 
 TrackRead = Callable[[Callable[[], float]], None]

@@ -189,7 +189,7 @@ def _added_token(i: int, piece: str, special: bool) -> dict[str, Any]:
 
 
 def _bos_post_processor(processor: Any) -> dict[str, Any] | None:
-    """LLaMA's habit: BOS in front of every text, unless the caller asks for none."""
+    """BOS in front of every text, as LLaMA's tokenizer puts it, unless the caller turns special tokens off."""
     i = processor.bos_id()
     if i < 0:
         return None

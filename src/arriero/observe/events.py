@@ -1,4 +1,4 @@
-"""`events.jsonl`: what a run spent its time on, over all its starts, and what of it was worth something.
+"""`events.jsonl`: what a run spent its time on, over all its starts, and how much of it was productive.
 
 Unlike metrics.jsonl nothing is ever removed from it: steps that a kill made the run do again stay, as lost time. Times
 are seconds by the clock of the first process's machine.
@@ -89,7 +89,7 @@ def goodput(events: list[dict[str, Any]]) -> dict[str, float]:
         if kind == "begin":
             if begin is not None:
                 wall += max(0.0, last - begin)
-            begin = at = max(at, last)  # a process that arriero starts again says when the launcher began
+            begin = at = max(at, last)  # a process that arriero restarts reports when the launcher began
         elif kind in ("ready", "rewind"):
             if kind == "ready" and begin is not None:
                 found["restart"] += max(0.0, at - begin)

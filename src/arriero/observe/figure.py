@@ -25,7 +25,7 @@ INK, BLUE, ORANGE, RED = (
     "#2b6cb0",
     "#dd6b20",
     "#c53030",
-)  # told apart by colour-blind eyes, and in grey print
+)  # distinct for colour-blind readers, and in grey print
 
 LOSS_SCHEMA = {"iteration": int, "lm_loss": float}
 STEP_SCHEMA = {**LOSS_SCHEMA, "consumed_tokens": int}
@@ -87,7 +87,7 @@ def _tokens_of(steps: list[dict[str, Any]], unit: float) -> tuple[Callable[[Any]
 
 
 def new_figure(*, rows: int = 1, columns: int = 1, width: float = 8, height: float) -> tuple[Figure, list[Axes]]:
-    """An empty figure in the house look (inches), its axes row by row; drawn off screen, no global state touched."""
+    """An empty figure in the common style (inches), its axes row by row; drawn off screen, without global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

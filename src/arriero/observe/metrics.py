@@ -31,7 +31,7 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What one training step is known by; the keys of a `"kind": "step"` line."""
+    """The metrics of one training step; the keys of a `"kind": "step"` line."""
 
     iteration: int
     """Steps completed, this one included: the first step is 1."""
@@ -80,11 +80,11 @@ class StepMetrics:
     backward_ms: float | None = None
     """Their backward passes, recomputation included."""
     communication_ms: float | None = None
-    """Waiting for other processes, as far as it can be told apart (docs/metrics.md)."""
+    """Waiting for other processes, as far as it can be measured (docs/metrics.md)."""
     optimizer_ms: float | None = None
     """Gradient norm, clipping, update."""
     checkpoint_ms: float = 0.0
-    """Between the end of the step before and the start of this one: the run stood still for a checkpoint."""
+    """Between the end of the step before and the start of this one: a checkpoint, as far as the run waited for it."""
     validation_ms: float = 0.0
     """Between the two: a validation."""
     logging_ms: float = 0.0
