@@ -46,6 +46,8 @@ from arriero.distributed.parallel.mesh import Ranks
 from arriero.train.loop import ResumePlan, train
 from arriero.train.recipe import Recipe
 
+pytestmark = pytest.mark.slow
+
 Damage = Callable[[Path], object]
 STARTS = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "pty.spawn", "pickle.find_class",
           "socket.connect", "ctypes.dlopen")  # fmt: skip
@@ -111,7 +113,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / "meta/params.json").write_text(json.dumps(params))
         recipe = parse(Recipe, file_settings(toy.write_recipe(root)), prog="test")
         recipe = replace(recipe, out=str(root / "run"), train=replace(recipe.train, steps=2))
-        train(recipe, Ranks(), local_rank=0, device_kind="cpu", start=ResumePlan())
+        train(recipe, Ranks(), local_rank=0, device_kind="cpu", plan=ResumePlan())
         (root / "run/recipe.toml").write_text(to_toml(recipe))
         (root / "text").mkdir()
         (root / "text/a.txt").write_text("hello world\nsome words\n")

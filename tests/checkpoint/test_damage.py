@@ -19,6 +19,8 @@ from arriero.checkpoint.verify import verify, verify_small
 from arriero.common.errors import UserError
 from arriero.distributed.parallel.mesh import Ranks
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:

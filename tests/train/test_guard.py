@@ -28,6 +28,9 @@ from arriero.train.guard import SpikeDetector
 from arriero.train.loop import ResumePlan, train
 from arriero.train.recipe import Recipe
 from arriero.train.trainer import Trainer
+from programs import arriero
+
+pytestmark = pytest.mark.slow
 
 
 def recipe_in(directory: Path, **changes: Any) -> Recipe:
@@ -37,7 +40,7 @@ def recipe_in(directory: Path, **changes: Any) -> Recipe:
 
 
 def run(recipe: Recipe, *checkpoints: Path) -> str:
-    train(recipe, Ranks(), local_rank=0, device_kind="cpu", start=ResumePlan(checkpoints))
+    train(recipe, Ranks(), local_rank=0, device_kind="cpu", plan=ResumePlan(checkpoints))
     return state_sha256(committed(Path(recipe.out) / "checkpoints")[-1])
 
 
@@ -48,7 +51,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def forward_backward(self: Trainer, micro: Any, *, train: bool) -> torch.Tensor:
         loss = original(self, micro, train=train)
-        used.append(self.position.place // 8)
+        used.append(self.position.next_sample // 8)
         return loss * math.nan if used[-1] == 4 else loss
 
     monkeypatch.setattr(Trainer, "forward_backward", forward_backward)
@@ -111,7 +114,7 @@ def test_a_spike_is_handled_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def forward_backward(self: Trainer, micro: Any, *, train: bool) -> torch.Tensor:
         loss = original(self, micro, train=train)
-        return torch.full_like(loss, 1000.0) if self.position.place == 4 * 8 else loss
+        return torch.full_like(loss, 1000.0) if self.position.next_sample == 4 * 8 else loss
 
     monkeypatch.setattr(Trainer, "forward_backward", forward_backward)
     recipe = recipe_in(tmp_path, steps=6, on_spike=policy)
@@ -156,11 +159,11 @@ def test_the_time_of_a_run_that_was_killed_and_resumed(tmp_path: Path) -> None:
             time.sleep(0.005)
             last = max([event.get("step", 0) for event in read_events(out)], default=0)
         child.send_signal(signal.SIGKILL)
-    toy.arriero("pretrain", "--resume", out, "--train.steps", last + 10)
+    arriero("pretrain", "--resume", out, "--train.steps", last + 10)
     found = goodput(read_events(out))
     assert sum(found[kind] for kind in KINDS) == pytest.approx(found["wall"])
     assert all(found[kind] > 0 for kind in ("productive", "checkpoint", "restart", "lost"))
-    printed = toy.arriero("inspect", out)
+    printed = arriero("inspect", out)
     shares = [float(word[:-1]) for word in printed.partition("time ")[2].partition(" of ")[0].split() if "%" in word]
     assert len(shares) == len(KINDS)
     assert sum(shares) == pytest.approx(100, abs=0.3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -29,12 +28,15 @@ from arriero.distributed.parallel.mesh import Ranks
 from arriero.observe.events import Events
 from arriero.observe.profile import Profile
 from arriero.train import reporter as reporter_module
+from arriero.train import watch as watch_module
 from arriero.train.config import WatchConfig
 from arriero.train.directory import prepare_run_directory
 from arriero.train.recipe import Recipe
 from arriero.train.reporter import Reporter, StepResult
 from arriero.train.watch import Watchdog
 from toy import CONFIG
+
+pytestmark = pytest.mark.slow
 
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink", "os.chmod")
 _written: list[str] | None = None
@@ -169,7 +171,6 @@ PLACES: dict[str, Callable[[Path, Path], object]] = {
 FILES = ["log.txt", "metrics.jsonl", "events.jsonl", "env.json", "env-2.json", "recipe.toml", "lock.json", "loss.png",
          "tokenizer", "tokenizer/tokenizer.model", "stacks", "stacks/rank-00000.txt", "profile", "profile/rank-0.json",
          "checkpoints"]  # fmt: skip
-POSITION = {name: 0 for name in ("samples", "tokens") if name in {f.name for f in dataclasses.fields(StepResult)}}
 LINES = ("log.txt", "metrics.jsonl", "events.jsonl")
 
 
@@ -189,22 +190,23 @@ def start(recipe: Recipe, *, profiled: bool) -> None:
             Path(recipe.out), recipe.log, recipe.train, CONFIG, devices=1, device_name="cpu", first=True
         )  # fmt: skip
         events = Events(Path(recipe.out), first=True, since_start=0.0, errors=reporter.trouble)
-        reporter.resume_after(3)
+        reporter.truncate_metrics_after(3)
         for step in (4, 5):
             result = StepResult(
-                step=step, loss=1.0, grad_norm=1.0, learning_rate=1.0, loss_scale=1.0, skipped=False, seconds=1.0,
-                phases={"data_wait": 0.0}, attended=1.0, **POSITION,
+                iteration=step, consumed_samples=0, consumed_tokens=0, lm_loss=1.0,
+                grad_norm=1.0, learning_rate=1.0, loss_scale=1.0, skipped=False, seconds=1.0,
+                phases={"data_wait": 0.0}, attended_length=1.0,
             )  # fmt: skip
-            reporter.step(result)
+            reporter.log_step(result)
             events.note("step", step=step, seconds=1.0, data=0.0)
-        dog = Watchdog(Path(recipe.out), Ranks(), WatchConfig(seconds=0.0, times=0.0), reporter.say)
+        dog = Watchdog(Path(recipe.out), Ranks(), WatchConfig(seconds=0.0, times=0.0), reporter.log)
         dog._dump(1.0)
         dog._stack_summary()
-        dog.done()
+        dog.end_step()
         profile = Profile("1:1" if profiled else "", Path(recipe.out) / "profile", 0)
         with profile.step(1):
             pass
-        reporter.say(profile.finish())
+        reporter.log(profile.finish())
         events.close()
         reporter.finish()
     finally:
@@ -232,6 +234,7 @@ def test_whatever_lies_in_the_place_of_a_file_of_the_run_is_not_followed(
     refused = ""
     try:
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(watch_module, "STACK_FILE_WAIT", 0.0)  # there are no other processes to wait for
             if name != "loss.png":
                 patch.setattr(reporter_module, "loss_figure", lambda *_: None)  # which takes most of the time
             start(recipe, profiled=name.startswith("profile"))

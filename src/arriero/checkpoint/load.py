@@ -15,7 +15,7 @@ from arriero.checkpoint.tensors.raw_file import RawFile
 from arriero.checkpoint.tensors.safetensors_file import SafetensorsFile
 from arriero.checkpoint.tensors.stream import torch_dtype
 from arriero.checkpoint.verify import shape_problems, verify
-from arriero.common.checkpoint_names import DAMAGED
+from arriero.common.checkpoint_names import DAMAGED, is_optimizer_state
 from arriero.common.errors import UserError
 from arriero.common.files import open_regular
 from arriero.common.text import escape
@@ -40,7 +40,7 @@ class StoredPart:
 class CheckpointReader:
     """Gives slices of whole tensors out of the parts that the processes of another layout wrote.
 
-    Keys are the parameters' global names, and `exp_avg.NAME` and `exp_avg_sq.NAME` for the moments.
+    Keys are the parameters' global names, and STATE.NAME for the optimizer's states, such as `exp_avg.NAME`.
 
     Raises:
         UserError: on opening, if an index or a data file's header is not what it should be.
@@ -72,12 +72,12 @@ class CheckpointReader:
                 raise UserError(f"{directory}: {escape(key)} has {held} of {needed} elements", DAMAGED)
 
     def keys(self) -> list[str]:
-        """Weights and moments."""
+        """Weights and optimizer states."""
         return sorted(self._shapes)
 
     def names(self) -> list[str]:
         """The parameters' names."""
-        return [key for key in self.keys() if not key.startswith("exp_avg")]
+        return [key for key in self.keys() if not is_optimizer_state(key, self._shapes)]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The whole tensor's shape."""

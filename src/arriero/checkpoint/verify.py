@@ -28,7 +28,6 @@ SMALLEST_BLOCK, LARGEST_BLOCK = 64 << 10, 1 << 30
 """Bytes that one digest covers; arriero writes blocks of 8 MiB."""
 CHUNK = 8 << 20
 """Bytes that one thread reads at a time."""
-MOMENTS = ("exp_avg.", "exp_avg_sq.")
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,7 @@ def shape_problems(path: Path, model: LlamaConfig) -> list[str]:
     try:
         for index in sorted(path.glob("rank-*.json")):
             for key, place in read_json(index, PLACES)["tensors"].items():
-                name = next((key.removeprefix(m) for m in MOMENTS if key.startswith(m)), key)
-                expected = whole.get(name)
+                expected = whole.get(key) or whole.get(key.partition(".")[2])  # an optimizer state is STATE.PARAMETER
                 if expected is None:
                     return [f"{index}: {escape(key)} is no tensor of this model"]
                 if tuple(place["shape"]) != expected:

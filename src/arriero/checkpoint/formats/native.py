@@ -8,7 +8,7 @@ from arriero.checkpoint.find import newest_checkpoint
 from arriero.checkpoint.formats.huggingface import checked
 from arriero.checkpoint.tensors.safetensors_file import SafetensorsFile
 from arriero.checkpoint.tensors.stream import Assembly, Piece, PieceReader, check_cover, matrix_shape
-from arriero.common.checkpoint_names import DAMAGED
+from arriero.common.checkpoint_names import DAMAGED, is_optimizer_state
 from arriero.common.untrusted import inside, read_json
 from arriero.model.config import LlamaConfig
 
@@ -38,8 +38,9 @@ def open_run(path: Path) -> tuple[PieceReader, LlamaConfig, Path]:
     dtypes: dict[str, str] = {}
     for index in sorted(directory.glob("rank-*.json")):
         file = SafetensorsFile(inside(directory, index.with_suffix(".safetensors")))
-        for name, (shape, offset) in places(index).items():
-            if name.startswith(("exp_avg.", "exp_avg_sq.")):
+        entries = places(index)
+        for name, (shape, offset) in entries.items():
+            if is_optimizer_state(name, entries):
                 continue
             part = file.assembly(name)
             at_row, at_column = (*offset, 0)[:2] if offset else (0, 0)
