@@ -131,6 +131,10 @@ class RankMetrics:
     kind = "ranks"
 
 
+_FIRST_KEYS = (
+    "iteration", "iterations", "consumed_samples", "consumed_tokens", "elapsed_ms", "learning_rate", "global_batch",
+    "lm_loss", "loss_scale", "grad_norm", "sequence_length", "skipped_iterations", "nan_iterations",
+)  # fmt: skip
 Metrics = StepMetrics | ValidationMetrics | RankMetrics
 Record = dict[str, Any]
 """One line of metrics.jsonl: "kind" ("step", "validation" or "ranks"), "iteration", and the fields of its class."""
@@ -264,8 +268,9 @@ class MetricsOutput:
 
 
 def as_record(metrics: Metrics) -> Record:
-    """Metrics as a record: their kind, and every field."""
-    return {"kind": metrics.kind, **asdict(metrics)}
+    """Metrics as a record: their kind, and every field, in the documented order."""
+    fields = asdict(metrics)
+    return {"kind": metrics.kind} | {key: fields[key] for key in _FIRST_KEYS if key in fields} | fields
 
 
 def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
