@@ -18,7 +18,7 @@ from arriero.distributed.parallel.mesh import Ranks
 from arriero.observe.events import Events, goodput_line
 from arriero.observe.profile import Profile
 from arriero.train.build import build_trainer
-from arriero.train.garbage import manual_gc
+from arriero.train.manual_gc import manual_gc
 from arriero.train.recipe import Recipe, recipe_of_checkpoint
 from arriero.train.reporter import Reporter, StepResult
 from arriero.train.schedule import describe_rate_change
