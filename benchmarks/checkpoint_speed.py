@@ -149,10 +149,10 @@ def load(name: str, state: dict[str, torch.Tensor], files: dict[str, Path]) -> N
 
         dcp.load(state, storage_reader=dcp.FileSystemReader(files[name]), no_dist=True)
     else:
-        from arriero.checkpoint.load import CheckpointReader, newest_that_verifies
+        from arriero.checkpoint.load import CheckpointReader, newest_intact_checkpoint
         from arriero.distributed.parallel.mesh import Ranks
 
-        reader = CheckpointReader(newest_that_verifies([files[name]], Ranks(), say=print))
+        reader = CheckpointReader(newest_intact_checkpoint([files[name]], Ranks(), say=print))
         for key, value in state.items():
             reader.read_into(key, [0] * value.dim(), value)
 

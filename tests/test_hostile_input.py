@@ -35,7 +35,7 @@ from test_foreign import to_meta
 
 import arriero
 import toy
-from arriero.checkpoint.load import CheckpointReader, newest_that_verifies
+from arriero.checkpoint.load import CheckpointReader, newest_intact_checkpoint
 from arriero.cli.convert import ConvertArgs, run
 from arriero.cli.main import dispatch
 from arriero.common.errors import UserError
@@ -427,7 +427,7 @@ def test_a_checkpoint_is_not_resumed_from(good: Path, tmp_path: Path, name: str)
         shutil.copytree(good / CHECKPOINT, checkpoint)
         damage(checkpoint / name)
         with watched(tmp_path) as seen, pytest.raises(UserError, match="no checkpoint there is whole"):
-            newest_that_verifies([checkpoint], Ranks(), say=said.append)
+            newest_intact_checkpoint([checkpoint], Ranks(), say=said.append)
         assert seen == []
 
 
@@ -444,7 +444,7 @@ def test_a_manifest_that_names_files_elsewhere_reads_none_of_them(good: Path, tm
     (checkpoint / MARKER).write_text(json.dumps({"manifest": file_digest(checkpoint / MANIFEST)}))
     said: list[str] = []
     with watched(tmp_path) as seen, pytest.raises(UserError):
-        newest_that_verifies([checkpoint], Ranks(), say=said.append)
+        newest_intact_checkpoint([checkpoint], Ranks(), say=said.append)
     assert seen == []
     assert "outside its directory" in said[0]
     assert CheckpointReader(checkpoint).names()  # the weights themselves never were in doubt

@@ -14,7 +14,7 @@ import saving
 from test_save import flip
 
 from arriero.checkpoint.find import candidates
-from arriero.checkpoint.load import newest_that_verifies
+from arriero.checkpoint.load import newest_intact_checkpoint
 from arriero.checkpoint.verify import verify, verify_small
 from arriero.common.errors import UserError
 from arriero.distributed.parallel.mesh import Ranks
@@ -109,9 +109,9 @@ def test_a_damaged_one_is_named_and_the_one_before_it_is_used(tmp_path: Path) ->
     damaged = tmp_path / "checkpoints/step-00000003/rank-00000.safetensors"
     flip(damaged, 8 * damaged.stat().st_size - 1)
     said: list[str] = []
-    assert newest_that_verifies(candidates(tmp_path), Ranks(), say=said.append).name == "step-00000002"
+    assert newest_intact_checkpoint(candidates(tmp_path), Ranks(), say=said.append).name == "step-00000002"
     assert any("DAMAGED" in line and str(damaged) in line and "tensor" in line for line in said)
     for step in (1, 2):
         (tmp_path / f"checkpoints/step-0000000{step}/state.json").write_text("{}")
     with pytest.raises(UserError, match="no checkpoint there is whole"):
-        newest_that_verifies(candidates(tmp_path), Ranks(), say=said.append)
+        newest_intact_checkpoint(candidates(tmp_path), Ranks(), say=said.append)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from arriero.checkpoint import verify as verify_module
 from arriero.checkpoint.find import committed
 from arriero.checkpoint.layout import step_directory
-from arriero.checkpoint.load import newest_that_verifies
+from arriero.checkpoint.load import newest_intact_checkpoint
 from arriero.checkpoint.state import load_state
 from arriero.checkpoint.tensors.safetensors_file import build_header
 from arriero.checkpoint.verify import verify
@@ -106,7 +106,7 @@ def test_a_forged_checkpoint_is_named_and_the_one_before_it_used(newest: Path, k
     seal(newest)
     told: list[str] = []
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = newest_that_verifies(committed(newest.parent)[::-1], Ranks(), say=told.append, model=CONFIG)
+    found = newest_intact_checkpoint(committed(newest.parent)[::-1], Ranks(), say=told.append, model=CONFIG)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kilobytes
     assert found.name == "step-00000002"
     assert any("DAMAGED" in line and said in line for line in told), told

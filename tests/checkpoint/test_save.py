@@ -16,7 +16,7 @@ from arriero.checkpoint.config import CheckpointConfig
 from arriero.checkpoint.find import committed
 from arriero.checkpoint.layout import step_directory
 from arriero.checkpoint.load import CheckpointReader
-from arriero.checkpoint.save import last_word
+from arriero.checkpoint.save import raise_if_last_save_failed
 from arriero.checkpoint.verify import verify
 from arriero.cli.torture.fault import Fault
 from arriero.common.checkpoint_names import step_of
@@ -94,7 +94,7 @@ def test_a_save_that_fails_for_good_is_told_and_leaves_nothing(
     assert "tried 2 times" in done[0].problem
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     with pytest.raises(UserError, match="the last checkpoint, of step 2, could not be written"):
-        last_word(done)
+        raise_if_last_save_failed(done)
     disarm(monkeypatch)
     assert saving.save(one, 3)[0].problem == ""
     assert [p.name for p in committed(tmp_path)] == ["step-00000001", "step-00000003"]

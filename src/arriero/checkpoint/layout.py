@@ -57,7 +57,7 @@ def read_json(path: Path, form: Any = dict) -> Any:
     Raises:
         UserError: the file is missing, broken or of another form.
     """
-    return untrusted.read_json(untrusted.inside(path.parent, path), DAMAGED, form)
+    return untrusted.read_json(untrusted.require_inside(path.parent, path), DAMAGED, form)
 
 
 def made_by_arriero(path: Path) -> bool:

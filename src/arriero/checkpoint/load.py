@@ -19,7 +19,7 @@ from arriero.common.checkpoint_names import DAMAGED
 from arriero.common.errors import UserError
 from arriero.common.files import open_regular
 from arriero.common.text import shown
-from arriero.common.untrusted import inside
+from arriero.common.untrusted import require_inside
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.model.config import LlamaConfig
 
@@ -54,7 +54,7 @@ class CheckpointReader:
         self._maps: dict[Path, mmap.mmap] = {}
         for index in sorted(directory.glob("rank-*.json")):
             path = index.with_suffix(".safetensors")
-            file = SafetensorsFile(inside(directory, path))
+            file = SafetensorsFile(require_inside(directory, path))
             self._files[path] = RawFile(path)
             for key, (whole, offset) in places(index).items():
                 part = file.assembly(key)
@@ -141,7 +141,7 @@ class CheckpointReader:
         return flat.view(part.shape)
 
 
-def newest_that_verifies(
+def newest_intact_checkpoint(
     paths: list[Path], ranks: Ranks, *, say: Callable[[str], None], model: LlamaConfig | None = None
 ) -> Path:  # fmt: skip
     """The first of these checkpoints in which every byte is as it was written; the processes share the reading.

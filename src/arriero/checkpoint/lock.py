@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from arriero.common.errors import UserError
-from arriero.common.files import make_directory, open_regular, why, write_atomic
+from arriero.common.files import error_reason, make_directory, open_regular, write_atomic
 from arriero.common.text import shown
 
 LOCK = "lock.json"
@@ -33,7 +33,7 @@ class RunLock:
         except OSError as error:
             if os.path.lexists(self.path):
                 fix = "remove it if no job writes this run, or write elsewhere with --out"
-            raise UserError(f"{shown(self.path)}: {why(error)}", fix) from None
+            raise UserError(f"{shown(self.path)}: {error_reason(error)}", fix) from None
         until = time.monotonic() + seconds
         while not self._try():
             if time.monotonic() > until:
@@ -59,7 +59,7 @@ class RunLock:
             write_atomic(self.path, b"")
             self._handle = open_regular(self.path, os.O_RDWR)
         except OSError as error:
-            raise UserError(f"{shown(self.path)}: {why(error)}", fix) from None
+            raise UserError(f"{shown(self.path)}: {error_reason(error)}", fix) from None
         self._try()
 
     def _try(self) -> bool:
@@ -70,7 +70,7 @@ class RunLock:
         except OSError as error:
             os.close(self._handle)
             fix = "use a file system that has locks (flock) with --out"
-            raise UserError(f"{shown(self.path)}: cannot be locked ({why(error)})", fix) from None
+            raise UserError(f"{shown(self.path)}: cannot be locked ({error_reason(error)})", fix) from None
         return True
 
     def owner(self) -> str:

@@ -13,7 +13,7 @@ from arriero.checkpoint.formats.huggingface import has_weights, open_with_config
 from arriero.checkpoint.tensors.stream import PieceReader
 from arriero.checkpoint.verify import verify
 from arriero.common.errors import UserError
-from arriero.common.untrusted import inside, misfit, read_json
+from arriero.common.untrusted import read_json, require_inside, schema_problem
 from arriero.data.tokenizer import GENERATION, VOCABULARIES
 from arriero.model.config import LlamaConfig
 
@@ -88,7 +88,7 @@ def open_model(path: Path, kind: str | None = None, hints: ConfigHints | None = 
         places.append(opened.path.parent.parent / "tokenizer")
     tokenizer = hints.tokenizer or next((place for place in places if holds_tokenizer(place)), None)
     files = [place / GENERATION for place in places if (place / GENERATION).is_file()]
-    generation = inside(files[0].parent, files[0]) if files else None
+    generation = require_inside(files[0].parent, files[0]) if files else None
     return replace(opened, tokenizer=tokenizer, generation=generation)
 
 
@@ -134,7 +134,7 @@ def end_ids(opened: Opened, eos_id: int | None) -> frozenset[int]:
     if opened.generation is not None:
         form = {"eos_token_id": (int, [int], None)}
         raw = read_json(opened.generation, "restore the file, or remove it", dict)
-        if wrong := misfit({"eos_token_id": None, **raw}, form):
+        if wrong := schema_problem({"eos_token_id": None, **raw}, form):
             raise UserError(f"{opened.generation}: {wrong}", "restore the file, or remove it")
         given = raw.get("eos_token_id")
         ends |= set(given if isinstance(given, list) else [] if given is None else [given])

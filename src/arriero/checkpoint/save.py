@@ -243,7 +243,7 @@ def free_space(path: Path) -> str:
     return f" ({free / 1e9:.2f} GB free there)" if free >= 1e9 else f" ({free / 1e6:.2f} MB free there)"
 
 
-def last_word(saved: list[Saved]) -> None:
+def raise_if_last_save_failed(saved: list[Saved]) -> None:
     """Raises UserError if the last of these saves failed: the end of a run must not be lost in silence."""
     if saved and saved[-1].problem:
         step, problem = saved[-1].step, saved[-1].problem

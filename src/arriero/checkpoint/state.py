@@ -10,7 +10,7 @@ from arriero.checkpoint.layout import read_json
 from arriero.common.checkpoint_names import DAMAGED, STATE, step_of
 from arriero.common.errors import UserError
 from arriero.common.text import shown
-from arriero.common.untrusted import misfit
+from arriero.common.untrusted import schema_problem
 
 MOST = 1 << 53
 """Steps, samples and tokens are below it: a float holds each of them exactly."""
@@ -36,7 +36,7 @@ def state_problem(directory: Path, needed: dict[str, Any] | None = None) -> str:
     """
     state = read_json(directory / STATE)
     known = {key: form for key, form in FORM.items() if key in state}
-    wrong = misfit(state, {"step": int, **(needed or {})}) or misfit(state, known) or _range(state)
+    wrong = schema_problem(state, {"step": int, **(needed or {})}) or schema_problem(state, known) or _range(state)
     if not wrong and 0 <= step_of(directory) != state["step"]:
         wrong = f"step is {state['step']}, and the directory is named after another"
     return f"{directory / STATE}: {shown(wrong)}" if wrong else ""

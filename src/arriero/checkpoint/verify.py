@@ -16,9 +16,9 @@ from arriero.checkpoint.layout import FORMAT, MANIFEST, file_digest, read_json
 from arriero.checkpoint.state import state_problem
 from arriero.common.checkpoint_names import MARKER, STATE
 from arriero.common.errors import UserError
-from arriero.common.files import open_regular, why
+from arriero.common.files import error_reason, open_regular
 from arriero.common.text import shown
-from arriero.common.untrusted import MAX_JSON_BYTES, plain_name
+from arriero.common.untrusted import MAX_JSON_BYTES, require_file_name
 from arriero.model.config import LlamaConfig, parameter_shapes
 
 INDEX = {"bytes": int, "block": int, "header": str, "tensors": {str: {"start": int, "sha256": [str]}}}
@@ -56,7 +56,7 @@ def verify(path: Path, *, share: int = 0, of: int = 1, only: Path | None = None)
     except UserError as error:
         return [error.problem]
     except OSError as error:
-        return [f"{shown(error.filename or path)}: cannot be read ({why(error)})"]
+        return [f"{shown(error.filename or path)}: cannot be read ({error_reason(error)})"]
     chosen = [b for b in blocks if b.path == only] if only else stretch(blocks, share, of)
     return wrong + check_blocks(chosen)
 
@@ -68,7 +68,7 @@ def verify_small(path: Path) -> list[str]:
     except UserError as error:
         return [error.problem]
     except OSError as error:
-        return [f"{shown(error.filename or path)}: cannot be read ({why(error)})"]
+        return [f"{shown(error.filename or path)}: cannot be read ({error_reason(error)})"]
 
 
 def shape_problems(path: Path, model: LlamaConfig) -> list[str]:
@@ -102,7 +102,7 @@ def _chain(path: Path) -> tuple[list[str], list[Block]]:
         return [f"{path / MANIFEST}: not the manifest that was committed"], []
     manifest = read_json(path / MANIFEST, {"format": int, "files": {str: dict}, "data": [str]})
     for name in (*manifest["files"], *manifest["data"]):
-        plain_name(name, str(path / MANIFEST))
+        require_file_name(name, str(path / MANIFEST))
     if manifest["format"] != FORMAT:
         return [f"{path / MANIFEST}: format {manifest['format']}, this version reads {FORMAT}"], []
     if problem := _names_problem(manifest):

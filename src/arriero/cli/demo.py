@@ -19,7 +19,7 @@ from typing import Annotated
 from annotated_types import Interval
 
 from arriero.common.errors import EXIT_CHECK_FAILED, CheckFailed, UserError
-from arriero.common.files import make_directory, why
+from arriero.common.files import error_reason, make_directory
 from arriero.common.text import shown
 from arriero.data.demo_corpus import corpus_texts, train_tokenizer, write_corpus
 
@@ -90,7 +90,7 @@ def _make_room(out: Path, *, overwrite: bool) -> None:
             shutil.rmtree(out)
         make_directory(out / "data", other)
     except OSError as error:
-        raise UserError(f"{shown(out)}: {why(error)}", other) from None
+        raise UserError(f"{shown(out)}: {error_reason(error)}", other) from None
 
 
 def _heading(text: str) -> None:

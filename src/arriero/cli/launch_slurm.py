@@ -13,7 +13,7 @@ from typing import Annotated
 from annotated_types import Interval
 
 from arriero.common.errors import EXIT_OK, EXIT_STOPPED, UserError, nearest
-from arriero.common.files import make_directory, open_regular, why
+from arriero.common.files import error_reason, make_directory, open_regular
 from arriero.common.ranges import PathText
 from arriero.common.text import printable, shown
 from arriero.distributed.launch.secret import VARIABLE
@@ -53,7 +53,7 @@ def run(words: list[str]) -> int:
             with open(handle, "w", encoding="utf-8") as out:
                 out.write(text)
         except OSError as error:
-            raise UserError(f"--out {shown(file)}: {why(error)}", "name a file that can be written") from None
+            raise UserError(f"--out {shown(file)}: {error_reason(error)}", "name a file that can be written") from None
         print(printable(f"wrote {file}; queue it with: sbatch {shlex.quote(file)}"))
     else:
         print(text, end="")

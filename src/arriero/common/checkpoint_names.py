@@ -18,7 +18,7 @@ def step_of(path: Path) -> int:
     return int(found[1]) if found and path.name == f"step-{int(found[1]):08d}" else -1
 
 
-def inside_checkpoint(path: Path) -> Path | None:
+def enclosing_checkpoint(path: Path) -> Path | None:
     """The checkpoint that `path` is or lies in, links followed, or whose place it would take: nothing may be written
     there."""
     try:

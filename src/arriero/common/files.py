@@ -14,7 +14,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from arriero.common.checkpoint_names import inside_checkpoint
+from arriero.common.checkpoint_names import enclosing_checkpoint
 from arriero.common.errors import UserError
 from arriero.common.text import shown
 
@@ -98,17 +98,17 @@ def make_directory(path: Path, fix: str, *, follow: bool = True) -> None:
         UserError: it cannot be made, is no directory, is a link that is not to be followed, or lies in a committed
             checkpoint, into which nothing is written.
     """
-    if holder := inside_checkpoint(path):
+    if holder := enclosing_checkpoint(path):
         raise UserError(f"{shown(path)}: is or lies in the checkpoint {shown(holder)}, which is only read", fix)
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not follow and path.is_symlink():
             raise UserError(f"{shown(path)}: is a symbolic link, which is not followed here", fix)
     except (OSError, ValueError) as error:  # ValueError: NUL or a lone surrogate in the name
-        raise UserError(f"{shown(path)}: {why(error)}", fix) from None
+        raise UserError(f"{shown(path)}: {error_reason(error)}", fix) from None
 
 
-def why(error: OSError | ValueError) -> str:
+def error_reason(error: OSError | ValueError) -> str:
     """What the system says of a path, in its words, without the path."""
     if isinstance(error, OSError):
         return error.strerror or type(error).__name__

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from arriero.common.errors import UserError
-from arriero.common.files import open_regular, why
+from arriero.common.files import error_reason, open_regular
 from arriero.common.text import shown
 
 MAX_JSON_BYTES = 100_000_000  # what safetensors allows its header; a vocabulary of 256,000 entries takes a third of it
@@ -19,7 +19,7 @@ _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or 
 
 
 def read_json(path: Path, fix: str, form: Any = object) -> Any:
-    """Reads a JSON file that fits `form` (see `misfit`).
+    """Reads a JSON file that fits `form` (see `schema_problem`).
 
     Raises:
         UserError: no regular file there, larger than MAX_JSON_BYTES, not UTF-8, not JSON, nested too deep to be read,
@@ -44,7 +44,7 @@ def read_bytes(path: Path, fix: str, most: int = MAX_JSON_BYTES) -> bytes:
     except FileNotFoundError:
         raise UserError(f"{shown(path)}: no such file", fix) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{shown(path)}: cannot be read ({why(error)})", fix) from None
+        raise UserError(f"{shown(path)}: cannot be read ({error_reason(error)})", fix) from None
     if len(raw) > most:
         raise UserError(f"{path}: is larger than {most:,} bytes, which no file of its kind is", fix)
     return raw
@@ -58,12 +58,12 @@ def parse_json(text: str | bytes, where: str, fix: str, form: Any = object) -> A
         raise UserError(f"{where}: not JSON that can be read: it is nested too deep", fix) from None
     except ValueError as error:  # broken, or a number of more digits than Python reads
         raise UserError(f"{where}: not JSON ({error})", fix) from None
-    if wrong := misfit(value, form):
+    if wrong := schema_problem(value, form):
         raise UserError(f"{where}: {wrong}", fix)
     return value
 
 
-def misfit(value: Any, form: Any, at: str = "") -> str:  # noqa: PLR0911 - one a kind of form
+def schema_problem(value: Any, form: Any, at: str = "") -> str:  # noqa: PLR0911 - one a kind of form
     """Where and how decoded JSON differs from `form`: one sentence, or empty when it fits.
 
     Args:
@@ -76,19 +76,21 @@ def misfit(value: Any, form: Any, at: str = "") -> str:  # noqa: PLR0911 - one a
     if form is object:
         return ""
     if isinstance(form, tuple):
-        return "" if any(not misfit(value, one) for one in form) else misfit(value, form[0], at)
+        return "" if any(not schema_problem(value, one) for one in form) else schema_problem(value, form[0], at)
     name = at or "the whole"
     if isinstance(form, list):
         if not isinstance(value, list):
             return f"{name} is {_show(value)}, not a list"
-        return next((wrong for i, one in enumerate(value) if (wrong := misfit(one, form[0], f"{at}[{i}]"))), "")
+        return next((wrong for i, one in enumerate(value) if (wrong := schema_problem(one, form[0], f"{at}[{i}]"))), "")
     if isinstance(form, dict):
         if not isinstance(value, dict):
             return f"{name} is {_show(value)}, not an object"
         if lacking := [key for key in form if key is not str and key not in value]:
             return f"{name} lacks {lacking[0]!r}"
         wanted = dict.fromkeys(value, form[str]) if str in form else form
-        return next((w for key, one in wanted.items() if (w := misfit(value[key], one, f"{at}.{key}"[not at :]))), "")
+        return next(
+            (w for key, one in wanted.items() if (w := schema_problem(value[key], one, f"{at}.{key}"[not at :]))), ""
+        )
     if form is None:
         fits = value is None
     elif form is int:
@@ -106,7 +108,7 @@ def _show(value: Any) -> str:
     return json.dumps(value)[:60]
 
 
-def inside(directory: Path, path: Path) -> Path:
+def require_inside(directory: Path, path: Path) -> Path:
     """`path`, which lies in `directory`, unless a symbolic link leads out of it.
 
     The links of Hugging Face's cache, from `snapshots/REVISION` into the `blobs` beside it, are followed.
@@ -122,7 +124,7 @@ def inside(directory: Path, path: Path) -> Path:
     return path
 
 
-def plain_name(name: Any, where: str) -> str:
+def require_file_name(name: Any, where: str) -> str:
     """`name`, which a file gives for a file beside it. Raises UserError for anything but a bare file name."""
     if isinstance(name, str) and Path(name).name == name and name not in ("", ".", "..") and "\0" not in name:
         return name

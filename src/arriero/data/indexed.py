@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from arriero.common.errors import UserError
-from arriero.common.files import why
+from arriero.common.files import error_reason
 from arriero.common.text import shown
 from arriero.data.output import create
 
@@ -84,7 +84,9 @@ class IndexedDataset:
                 np.asarray(np.memmap(data, self.dtype, "r", shape=(whole,))) if whole else np.empty(0, self.dtype)
             )
         except OSError as error:
-            raise UserError(f"{self._name}: cannot be read ({why(error)})", "look at the files' permissions") from None
+            raise UserError(
+                f"{self._name}: cannot be read ({error_reason(error)})", "look at the files' permissions"
+            ) from None
         self._check(length)
         self.starts = self.pointers // self.dtype.itemsize
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from arriero.common.errors import UserError
-from arriero.common.files import make_directory, why
+from arriero.common.files import error_reason, make_directory
 from arriero.common.ranges import path_problem
 from arriero.common.text import shown
 
@@ -70,4 +70,6 @@ def written(out: str) -> Iterator[None]:
         raise
     except OSError as error:
         place = shown(error.filename if error.filename is not None else out)
-        raise UserError(f"{place}: {why(error)}", "mend that, or choose another --out; nothing was written") from error
+        raise UserError(
+            f"{place}: {error_reason(error)}", "mend that, or choose another --out; nothing was written"
+        ) from error

@@ -19,7 +19,7 @@ import numpy as np
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory, write_atomic
 from arriero.common.text import shown
-from arriero.common.untrusted import inside, read_bytes, read_json
+from arriero.common.untrusted import read_bytes, read_json, require_inside
 from arriero.data.tokenizer_check import check_description, check_sentencepiece, in_time, sentence
 
 VOCABULARIES = ("tokenizer.model", "tokenizer.json")
@@ -199,7 +199,9 @@ def _is_there(path: Path) -> bool:
 
 
 def _copy(folder: Path, name: str, directory: Path) -> None:
-    write_atomic(directory / name, read_bytes(inside(folder, folder / name), f"put the file itself into {folder}"))
+    write_atomic(
+        directory / name, read_bytes(require_inside(folder, folder / name), f"put the file itself into {folder}")
+    )
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -328,7 +330,7 @@ def _mentions_prefix(part: Any) -> bool:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    found: dict[str, Any] = read_json(inside(path.parent, path), "restore it from the tokenizer's source", dict)
+    found: dict[str, Any] = read_json(require_inside(path.parent, path), "restore it from the tokenizer's source", dict)
     return found
 
 
@@ -381,7 +383,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
                 f"{shown(path)} holds no tokenizer.model and no tokenizer.json",
                 "give the directory of the model's tokenizer",
             )
-        path = inside(path, found)
+        path = require_inside(path, found)
     if not os.path.isfile(path):
         raise UserError(
             f"no tokenizer at {shown(path)}", "give a directory with tokenizer.model or tokenizer.json, or such a file"

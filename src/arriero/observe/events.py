@@ -14,7 +14,7 @@ from typing import Any
 
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory
-from arriero.common.untrusted import misfit, read_bytes
+from arriero.common.untrusted import read_bytes, schema_problem
 from arriero.observe.lines import LineFile, Trouble
 
 FILE = "events.jsonl"
@@ -64,7 +64,9 @@ def read_events(out: Path) -> list[dict[str, Any]]:
             record: Any = json.loads(line) if len(line) < MAX_LINE else None
         except (ValueError, RecursionError):
             continue
-        fits = not misfit(record, FORM) and not misfit(record, {key: NUMBERS.get(key, object) for key in record})
+        fits = not schema_problem(record, FORM) and not schema_problem(
+            record, {key: NUMBERS.get(key, object) for key in record}
+        )
         if fits and all(math.isfinite(record.get(key, 0)) for key in NUMBERS):
             found.append(record)
     return found

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory, write_atomic
-from arriero.common.untrusted import misfit
+from arriero.common.untrusted import schema_problem
 from arriero.observe.metrics import read_metrics
 
 if TYPE_CHECKING:
@@ -38,13 +38,15 @@ def loss_figure(metrics_path: Path, png_path: Path, *, title: str = "") -> None:
         UserError: the metrics hold no step, or cannot be read.
     """
     records = read_metrics(metrics_path, skipped=[])
-    steps = [r for r in records if r.get("kind") == "step" and not misfit(r, DRAWN)]
+    steps = [r for r in records if r.get("kind") == "step" and not schema_problem(r, DRAWN)]
     if not steps:
         raise UserError(f"{metrics_path}: no training step in it", "draw the figure after the first step")
     figure, (axes,) = new_figure(height=4.5)
     _draw_training(axes, steps)
     checks = [
-        r for r in records if r.get("kind") == "validation" and not misfit(r, LOSS) and math.isfinite(r["lm_loss"])
+        r
+        for r in records
+        if r.get("kind") == "validation" and not schema_problem(r, LOSS) and math.isfinite(r["lm_loss"])
     ]
     if checks:
         last = checks[-1]["lm_loss"]

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from arriero.common.files import open_regular, why, write_atomic
+from arriero.common.files import error_reason, open_regular, write_atomic
 from arriero.common.text import shown
 
 MOST_WAITING = 64 << 20
@@ -46,7 +46,9 @@ class Trouble:
         self._failing[path] = error.errno
         if not known:
             until = f"wait in memory until they can be written (at most {MOST_WAITING >> 20} MiB a file)"
-            self._tell(f"arriero: WARNING: {shown(path)}: {why(error)}; the run goes on, and its lines {until}")
+            self._tell(
+                f"arriero: WARNING: {shown(path)}: {error_reason(error)}; the run goes on, and its lines {until}"
+            )
 
     def includes(self, path: Path) -> bool:
         """Whether the user knows of trouble with this file."""

@@ -15,9 +15,9 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from arriero.common.errors import UserError
-from arriero.common.files import make_directory, open_regular, why, write_atomic
+from arriero.common.files import error_reason, make_directory, open_regular, write_atomic
 from arriero.common.text import shown
-from arriero.common.untrusted import misfit, parse_json
+from arriero.common.untrusted import parse_json, schema_problem
 from arriero.observe.lines import LineFile, Trouble
 
 FORM = {"iteration": int}
@@ -233,7 +233,7 @@ def _lines(path: Path) -> Iterator[_Line]:
         fix = "name a run directory that has trained at least one step"
         raise UserError(f"{shown(path)}: no such file", fix) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{shown(path)}: cannot be read ({why(error)})", FIX) from None
+        raise UserError(f"{shown(path)}: cannot be read ({error_reason(error)})", FIX) from None
     with open(handle, "rb") as file:
         if os.fstat(file.fileno()).st_size > MAX_BYTES:
             raise UserError(f"{shown(path)}: is larger than {MAX_BYTES:,} bytes", FIX)
@@ -260,7 +260,7 @@ def _record(line: bytes, where: str) -> dict[str, Any] | UserError:
         record = parse_json(line, where, FIX, FORM)
     except UserError as error:
         return error
-    if wrong := misfit(record, VALUES):
+    if wrong := schema_problem(record, VALUES):
         return UserError(f"{where}: {shown(wrong)}", FIX)
     return {k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()}
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from arriero.checkpoint.find import committed, run_of
-from arriero.checkpoint.size import checkpoint_bytes, disk_room, held_bytes, in_bytes
-from arriero.common.checkpoint_names import inside_checkpoint
+from arriero.checkpoint.size import checkpoint_bytes, directory_bytes, disk_usage, format_bytes
+from arriero.common.checkpoint_names import enclosing_checkpoint
 from arriero.common.errors import UserError
-from arriero.common.files import make_directory, open_regular, why, write_atomic
+from arriero.common.files import error_reason, make_directory, open_regular, write_atomic
 from arriero.common.text import shown
-from arriero.common.untrusted import inside, read_bytes
+from arriero.common.untrusted import read_bytes, require_inside
 from arriero.data.tokenizer import GENERATION, load_tokenizer
 from arriero.train.facts import flat
 from arriero.train.recipe import MAX_RECIPE_BYTES, Recipe, to_toml
@@ -20,13 +20,13 @@ from arriero.train.recipe import MAX_RECIPE_BYTES, Recipe, to_toml
 
 def out_problems(out: Path, checkpoints: Sequence[Path]) -> list[UserError]:
     """Why no run may be written to `out`, going on from these checkpoints: another one is there, or a checkpoint."""
-    if holder := inside_checkpoint(out):
+    if holder := enclosing_checkpoint(out):
         fix = f"write elsewhere with --out, or go on from it with --resume {shown(holder)}"
         return [UserError(f"out: {shown(out)} is or lies in the checkpoint {shown(holder)}, which is only read", fix)]
     try:
         elsewhere = out.resolve() not in {run.resolve() for path in checkpoints if (run := run_of(path))}
     except (OSError, ValueError, RuntimeError) as error:
-        said = str(error) if isinstance(error, RuntimeError) else why(error)
+        said = str(error) if isinstance(error, RuntimeError) else error_reason(error)
         return [UserError(f"out: {shown(out)}: {shown(said)}", "write elsewhere with --out")]
     if elsewhere and committed(out / "checkpoints"):
         fix = f"continue it with --resume {shown(out)}, or write elsewhere with --out"
@@ -59,23 +59,25 @@ def _is_text(value: str) -> bool:
 def room(out: Path, recipe: Recipe) -> tuple[list[str], list[UserError]]:
     """Lines that warn of a disk without room for the run's checkpoints; what is wrong if it can never hold one."""
     policy, steps = recipe.checkpoint, recipe.train.steps
-    size, there = checkpoint_bytes(recipe.model_config(), recipe.train.dtype), disk_room(out)
+    size, there = checkpoint_bytes(recipe.model_config(), recipe.train.dtype), disk_usage(out)
     if there is None:
         return [], []
     total, free = there
-    need, where = f"a checkpoint of this model takes {in_bytes(size)}", shown(out)
+    need, where = f"a checkpoint of this model takes {format_bytes(size)}", shown(out)
     if size > total:
-        problem = f"out: {need}, and the disk of {where} has {in_bytes(total)} in all"
+        problem = f"out: {need}, and the disk of {where} has {format_bytes(total)} in all"
         return [], [UserError(problem, "write elsewhere with --out")]
     if size > free:
-        return [f" WARNING: {need}, and {in_bytes(free)} are free in {where}: make room before the first is due"], []
+        return [
+            f" WARNING: {need}, and {format_bytes(free)} are free in {where}: make room before the first is due"
+        ], []
     saves = 1 + (steps // policy.every if policy.every else 0)
     most = saves if not policy.keep else min(
         saves, policy.keep + 1 + (steps // policy.keep_every if policy.keep_every else 0)
     )  # fmt: skip
-    held = sum(held_bytes(path) for path in committed(out / "checkpoints"))
+    held = sum(directory_bytes(path) for path in committed(out / "checkpoints"))
     if size * most > free + held:
-        return [f" WARNING: {need}, up to {most} are there at a time, and {in_bytes(free)} are free in {where}"], []
+        return [f" WARNING: {need}, up to {most} are there at a time, and {format_bytes(free)} are free in {where}"], []
     return [], []
 
 
@@ -99,7 +101,7 @@ def prepare_run_directory(recipe: Recipe) -> None:
                 for path in sorted(path for path in Path(made).rglob("*") if path.is_file()):
                     files[str(path.relative_to(made))] = path.read_bytes()
         if recipe.init and (Path(recipe.init) / GENERATION).is_file():
-            source = inside(Path(recipe.init), Path(recipe.init) / GENERATION)
+            source = require_inside(Path(recipe.init), Path(recipe.init) / GENERATION)
             files[GENERATION] = read_bytes(source, "restore the file, or remove it")
         for name, data in files.items():
             for folder in (out / "tokenizer", (out / "tokenizer" / name).parent):
@@ -107,7 +109,7 @@ def prepare_run_directory(recipe: Recipe) -> None:
             keep_file(out / "tokenizer" / name, data)
     except OSError as error:
         where = shown(error.filename2 or error.filename or out)
-        raise UserError(f"{where}: cannot be written ({why(error)})", fix) from None
+        raise UserError(f"{where}: cannot be written ({error_reason(error)})", fix) from None
 
 
 def keep_file(path: Path, data: bytes) -> None:

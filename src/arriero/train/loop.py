@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from arriero.checkpoint.find import committed
-from arriero.checkpoint.load import newest_that_verifies
-from arriero.checkpoint.save import Saved, last_word
+from arriero.checkpoint.load import newest_intact_checkpoint
+from arriero.checkpoint.save import Saved, raise_if_last_save_failed
 from arriero.common.device import device_name, float8_units
 from arriero.common.errors import UserError
 from arriero.common.signals import Phase, set_phase, stop_wanted
@@ -95,7 +95,7 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, st
     if line := goodput_line(out) if ranks.first else "":
         reporter.say(f" time: {line}")
     reporter.finish()
-    last_word(saved)
+    raise_if_last_save_failed(saved)
     return not stopping
 
 
@@ -117,7 +117,7 @@ def begin(trainer: Trainer, start: Continuation, reporter: Reporter) -> None:
     """Loads the first checkpoint that is whole, or draws the weights, and tells which."""
     checkpoint = None
     if start.checkpoints:
-        checkpoint = newest_that_verifies(
+        checkpoint = newest_intact_checkpoint(
             list(start.checkpoints), trainer.ranks, say=reporter.say, model=trainer.config
         )
     trainer.start(checkpoint)

@@ -20,7 +20,7 @@ import torch
 
 from arriero.checkpoint.save import Saved
 from arriero.common.errors import UserError
-from arriero.common.files import make_directory, why, write_atomic
+from arriero.common.files import error_reason, make_directory, write_atomic
 from arriero.common.output import new_notes
 from arriero.common.text import printable, shown
 from arriero.common.version import __version__
@@ -190,7 +190,7 @@ class Reporter:
                 loss_figure(self.out / "metrics.jsonl", picture)
                 self.say(f" figure: {shown(picture)}")
             except (OSError, UserError) as error:
-                reason = error.problem if isinstance(error, UserError) else why(error)
+                reason = error.problem if isinstance(error, UserError) else error_reason(error)
                 self.say(f" NO figure: {shown(picture)}: {reason}")
             self._text.close()
 
@@ -204,5 +204,5 @@ def keep_environment(out: Path, environment: dict[str, Any]) -> str:
     try:
         write_atomic(path, json.dumps(environment, indent=1) + "\n")
     except OSError as error:
-        return f"{shown(path)} cannot be written: {why(error)}"
+        return f"{shown(path)} cannot be written: {error_reason(error)}"
     return ""

@@ -17,7 +17,7 @@ import torch
 
 from arriero.checkpoint.formats.huggingface import open_huggingface
 from arriero.checkpoint.layout import step_directory
-from arriero.checkpoint.load import CheckpointReader, newest_that_verifies
+from arriero.checkpoint.load import CheckpointReader, newest_intact_checkpoint
 from arriero.checkpoint.parts import Part
 from arriero.checkpoint.save import Saver
 from arriero.checkpoint.state import load_state
@@ -188,7 +188,7 @@ class Trainer:
         self.rewinds += 1
         if self.rewinds > MOST_REWINDS:
             raise UserError(f"rewound {MOST_REWINDS} times: it is not the data", "lower the rate, or look at the model")
-        verified = partial(newest_that_verifies, say=say, model=self.config)
+        verified = partial(newest_intact_checkpoint, say=say, model=self.config)
         checkpoint = verified(checkpoints, self.ranks) if checkpoints else None
         if self._feed is not None:
             self._feed.close()

@@ -31,7 +31,7 @@ from arriero.checkpoint.tensors.transfer import OutFile, Put, new_directory, tra
 from arriero.common.errors import UserError, join_problems
 from arriero.common.files import write_atomic
 from arriero.common.text import shown
-from arriero.common.untrusted import inside, parse_json, plain_name, read_json, read_text
+from arriero.common.untrusted import parse_json, read_json, read_text, require_file_name, require_inside
 from arriero.data.tokenizer import GENERATION, VOCABULARIES, copy_files
 from arriero.model.config import LlamaConfig, parameter_shapes
 
@@ -95,7 +95,7 @@ def open_files(directory: Path) -> PieceReader:
     """All tensors of a directory's weight files, unchecked against the config."""
     for single in _SINGLES:
         if (directory / single).is_file():
-            return open_file(inside(directory, directory / single))
+            return open_file(require_inside(directory, directory / single))
         if (directory / f"{single}.index.json").is_file():
             return _open_shards(directory, directory / f"{single}.index.json")
     raise UserError(
@@ -115,14 +115,14 @@ def open_file(path: Path) -> PieceReader:
 
 
 def _open_shards(directory: Path, index: Path) -> PieceReader:
-    weight_map = read_json(inside(directory, index), FIX_SHARD, {"weight_map": {str: str}})["weight_map"]
-    files = sorted({plain_name(file, str(index)) for file in weight_map.values()})
+    weight_map = read_json(require_inside(directory, index), FIX_SHARD, {"weight_map": {str: str}})["weight_map"]
+    files = sorted({require_file_name(file, str(index)) for file in weight_map.values()})
     missing = [file for file in files if not (directory / file).is_file()]
     if missing:
         raise UserError(f"{directory}: {len(missing)} of {len(files)} shards are missing: {_some(missing)}", FIX_SHARD)
     tensors: dict[str, Assembly] = {}
     for file in files:
-        shard = open_file(inside(directory, directory / file))
+        shard = open_file(require_inside(directory, directory / file))
         promised = {name for name, where in weight_map.items() if where == file}
         absent = sorted(promised - set(shard.tensors))
         if absent:

@@ -27,7 +27,7 @@ from arriero.checkpoint.tensors.stream import Assembly, PieceReader
 from arriero.checkpoint.tensors.torch_file import TorchFile
 from arriero.common.errors import UserError, join_problems
 from arriero.common.text import shown
-from arriero.common.untrusted import inside, read_text
+from arriero.common.untrusted import read_text, require_inside
 from arriero.model.config import MOST_LAYERS, LlamaConfig, parameter_shapes
 
 TRACKER, DEEPSPEED_TRACKER = "latest_checkpointed_iteration.txt", "latest"
@@ -55,7 +55,7 @@ def iteration_directory(path: Path) -> Path:
         file = path / tracker
         if not file.is_file():
             continue
-        word = read_text(inside(path, file), FIX, 1000).strip()
+        word = read_text(require_inside(path, file), FIX, 1000).strip()
         if not re.fullmatch(r"[0-9]{1,12}|release|iter_[0-9]{1,12}", word):
             raise UserError(
                 f"{file}: says {word[:40]!r}, which is no iteration", "write the iteration or `release` into it"
@@ -93,7 +93,7 @@ def rank_files(folder: Path) -> dict[tuple[int, int], Path]:
     if missing:
         names = ", ".join(f"tensor rank {t} of stage {p}" for t, p in missing[:3])
         raise UserError(f"{folder}: {len(missing)} of {tensor * pipeline} rank files are missing: {names}", FIX)
-    return {place: inside(folder, file) for place, file in found.items()}
+    return {place: require_inside(folder, file) for place, file in found.items()}
 
 
 @dataclass(frozen=True)

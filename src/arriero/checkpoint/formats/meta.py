@@ -19,7 +19,7 @@ from arriero.checkpoint.tensors.stream import Assembly, Piece, PieceReader
 from arriero.checkpoint.tensors.torch_file import TorchFile
 from arriero.common.errors import UserError, join_problems
 from arriero.common.text import shown
-from arriero.common.untrusted import inside, misfit, read_json
+from arriero.common.untrusted import read_json, require_inside, schema_problem
 from arriero.model.config import MOST_LAYERS, LlamaConfig, RopeScaling, parameter_shapes
 
 FIX = "fetch the whole directory again"
@@ -61,7 +61,7 @@ def open_meta(path: Path, hints: ConfigHints) -> tuple[PieceReader, LlamaConfig,
     files = sorted(path.glob("consolidated.*.pth"))
     if [f.name for f in files] != [f"consolidated.{i:02d}.pth" for i in range(len(files))]:
         raise UserError(f"{path}: consolidated.NN.pth files have gaps: {', '.join(f.name for f in files)}", FIX)
-    readers = [TorchFile(inside(path, f)).reader() for f in files]
+    readers = [TorchFile(require_inside(path, f)).reader() for f in files]
     shards = [{_name(key): t for key, t in r.tensors.items() if key != "rope.freqs"} for r in readers]
     config, notes = _config(path, hints, shards)
     tensors, shapes = {}, parameter_shapes(config)
@@ -94,9 +94,9 @@ def _config(path: Path, hints: ConfigHints, shards: list[dict[str, Assembly]]) -
     file = path / "params.json"
     if not file.exists():
         raise UserError(f"{path}: holds no params.json", FIX)
-    params: dict[str, Any] = read_json(inside(path, file), FIX, {"dim": int, "n_layers": int, "n_heads": int})
+    params: dict[str, Any] = read_json(require_inside(path, file), FIX, {"dim": int, "n_layers": int, "n_heads": int})
     for key, form in _OPTIONAL.items():
-        if wrong := misfit(params.get(key), (form, None), key):
+        if wrong := schema_problem(params.get(key), (form, None), key):
             raise UserError(f"{file}: {wrong}", FIX)
     other = [k for k, v in params.items() if k not in _NEUTRAL | _OPTIONAL.keys() and v not in (None, False, 0)]
     if refused := [key for key in other if re.match(r"quantization|lora|moe|vision|num_experts|use_qk_norm", key)]:

@@ -9,7 +9,7 @@ from arriero.checkpoint.formats.huggingface import checked
 from arriero.checkpoint.tensors.safetensors_file import SafetensorsFile
 from arriero.checkpoint.tensors.stream import Assembly, Piece, PieceReader, check_cover, matrix_shape
 from arriero.common.checkpoint_names import DAMAGED
-from arriero.common.untrusted import inside, read_json
+from arriero.common.untrusted import read_json, require_inside
 from arriero.model.config import LlamaConfig
 
 _INDEX = {"tensors": {str: {"shape": [int], "offset": [int]}}}
@@ -21,7 +21,7 @@ def places(index: Path) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     Raises:
         UserError: the index is not one.
     """
-    tensors = read_json(inside(index.parent, index), DAMAGED, _INDEX)["tensors"]
+    tensors = read_json(require_inside(index.parent, index), DAMAGED, _INDEX)["tensors"]
     return {key: (tuple(t["shape"]), tuple(t["offset"])) for key, t in tensors.items()}
 
 
@@ -37,7 +37,7 @@ def open_run(path: Path) -> tuple[PieceReader, LlamaConfig, Path]:
     pieces: dict[str, list[Piece]] = {}
     dtypes: dict[str, str] = {}
     for index in sorted(directory.glob("rank-*.json")):
-        file = SafetensorsFile(inside(directory, index.with_suffix(".safetensors")))
+        file = SafetensorsFile(require_inside(directory, index.with_suffix(".safetensors")))
         for name, (shape, offset) in places(index).items():
             if name.startswith(("exp_avg.", "exp_avg_sq.")):
                 continue

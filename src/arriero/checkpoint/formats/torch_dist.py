@@ -24,7 +24,7 @@ from arriero.checkpoint.tensors.stream import ITEMSIZE, Assembly, Piece, PieceRe
 from arriero.checkpoint.tensors.torch_file import TorchFile
 from arriero.common.errors import UserError
 from arriero.common.text import shown
-from arriero.common.untrusted import inside, plain_name, read_bytes
+from arriero.common.untrusted import read_bytes, require_file_name, require_inside
 from arriero.model.config import MOST_LAYERS, LlamaConfig, parameter_shapes
 
 FIX = "copy the whole directory again"
@@ -60,7 +60,7 @@ def _open(
     if layers > MOST_LAYERS:
         raise UserError(f"{folder}: numbers a layer {layers - 1}", FIX)
     common = folder / "common.pt"  # Megatron before 0.19 keeps the arguments here
-    payload = TorchFile(inside(folder, common)).root if common.is_file() else {}
+    payload = TorchFile(require_inside(folder, common)).root if common.is_file() else {}
     config, notes = resolve_config(
         path, folder, hints, tensors=tensors, dialect=dialect, tensor=1, layers=layers,
         payload=payload if isinstance(payload, dict) else {},
@@ -89,7 +89,7 @@ def _open(
 
 def _tensors(folder: Path) -> dict[str, Assembly]:
     """Every model tensor, whole, of up to three dimensions, the first two merged into rows."""
-    table = inside(folder, folder / ".metadata")
+    table = require_inside(folder, folder / ".metadata")
     root = follow(read_bytes(table, FIX, MAX_PICKLE_BYTES), str(table))
     try:
         return _described(folder, root)
@@ -134,9 +134,9 @@ def _place(index: Any) -> tuple[str, tuple[int, ...] | None]:
 
 def _stored(folder: Path, place: dict[str, Any], files: dict[str, RawFile], key: str) -> Assembly:
     """One chunk's archive inside its .distcp file."""
-    name = plain_name(place["relative_path"], str(folder / ".metadata"))
+    name = require_file_name(place["relative_path"], str(folder / ".metadata"))
     if name not in files:
-        files[name] = RawFile(inside(folder, folder / name))
+        files[name] = RawFile(require_inside(folder, folder / name))
     begin, size = int(place["offset"]), int(place["length"])
     if begin < 0 or size < 0 or begin + size > files[name].size:
         raise UserError(f"{folder / name}: ends before {key}", FIX)

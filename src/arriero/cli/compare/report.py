@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from arriero.common.errors import UserError
-from arriero.common.files import make_directory, why, write_atomic
+from arriero.common.files import error_reason, make_directory, write_atomic
 from arriero.common.text import shown
 from arriero.observe.compare import Agreement, Verdict
 from arriero.observe.figure import BLUE, INK, ORANGE, RED, new_figure, save_figure
@@ -72,7 +72,7 @@ def write_report(verdict: Verdict, directory: Path) -> None:
         write_atomic(directory / MARKDOWN, _markdown(verdict))
         write_atomic(directory / HTML, _html(verdict, (directory / FIGURE).read_bytes()))
     except OSError as error:
-        raise UserError(f"{shown(directory)}: the report cannot be written ({why(error)})", fix) from None
+        raise UserError(f"{shown(directory)}: the report cannot be written ({error_reason(error)})", fix) from None
 
 
 _PLAIN = re.compile(r"[A-Za-z/](?:[A-Za-z0-9 ./,:%()+-]|(?<=[A-Za-z0-9])_(?=[A-Za-z0-9]))*")

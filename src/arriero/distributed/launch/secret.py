@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arriero.common.errors import UserError
-from arriero.common.files import make_directory, open_regular, why
+from arriero.common.files import error_reason, make_directory, open_regular
 from arriero.common.text import shown
 
 VARIABLE = "ARRIERO_SECRET"
@@ -67,7 +67,9 @@ class Secret:
                 writing.write(secrets.token_hex(32) + "\n")
             os.replace(fresh, self.file)
         except OSError as error:
-            raise UserError(f"the run's secret {shown(self.file)} cannot be written: {why(error)}", OTHERWISE) from None
+            raise UserError(
+                f"the run's secret {shown(self.file)} cannot be written: {error_reason(error)}", OTHERWISE
+            ) from None
 
     def key(self) -> bytes:
         """The secret, as the key of an HMAC.
@@ -90,7 +92,7 @@ class Secret:
             whose = ", which node 0 writes beside the run directory," if self.made else ""
             raise SecretMissing(f"the run's secret {name}{whose} is not on this machine", OTHERWISE) from None
         except (OSError, ValueError) as error:
-            raise UserError(f"the secret {name} cannot be read: {why(error)}", OTHERWISE) from None
+            raise UserError(f"the secret {name} cannot be read: {error_reason(error)}", OTHERWISE) from None
 
     def _check_access(self, found: os.stat_result, name: str) -> None:
         mode = stat.S_IMODE(found.st_mode)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from arriero.common.errors import UserError
-from arriero.common.files import open_regular, why
+from arriero.common.files import error_reason, open_regular
 from arriero.common.text import shown
 
 MAX_LINE = 1 << 20
@@ -47,12 +47,12 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     except FileNotFoundError:
         raise UserError(f"{shown(path)}: no such file", fix) from None
     except (OSError, ValueError) as error:  # ValueError: NUL or a lone surrogate in the name
-        raise UserError(f"{shown(path)}: cannot be read ({why(error)})", fix) from None
+        raise UserError(f"{shown(path)}: cannot be read ({error_reason(error)})", fix) from None
     with open(handle, "rb") as file:
         try:
             yield file
         except OSError as error:
-            raise UserError(f"{shown(path)}: cannot be read ({why(error)})", fix) from None
+            raise UserError(f"{shown(path)}: cannot be read ({error_reason(error)})", fix) from None
 
 
 def read_lines(file: BinaryIO) -> Iterator[Line]:

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from arriero.common.errors import UserError
-from arriero.common.files import why
+from arriero.common.files import error_reason
 from arriero.common.text import shown
 from arriero.observe.curves.curve import Curves
 from arriero.observe.curves.lines import Line, opened, read_lines
@@ -39,7 +39,7 @@ def read_curves(path: Path, only: Collection[str] | None = None) -> Curves:
     try:
         files = _files(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{shown(path)}: {why(error)}", "check the path") from None
+        raise UserError(f"{shown(path)}: {error_reason(error)}", "check the path") from None
     curves = read_events(path, files, only) if len(files) > 1 else _read_file(files[0], only)
     if not curves.iterations:
         raise UserError(f"{shown(path)}: no training step in it (read as {curves.kind})", f"what is read: {FORMATS}")
