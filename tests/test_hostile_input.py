@@ -35,7 +35,8 @@ from test_foreign import to_meta
 
 import arriero
 import toy
-from arriero.checkpoint.load import CheckpointReader, newest_intact_checkpoint
+from arriero.checkpoint.load import CheckpointReader
+from arriero.checkpoint.verify import newest_intact_checkpoint
 from arriero.cli.convert import ConvertArgs, run
 from arriero.cli.main import dispatch
 from arriero.common.errors import UserError
@@ -433,7 +434,7 @@ def test_a_checkpoint_is_not_resumed_from(good: Path, tmp_path: Path, name: str)
 
 def test_a_manifest_that_names_files_elsewhere_reads_none_of_them(good: Path, tmp_path: Path) -> None:
     """Its digests may even be right: who can write the manifest can write the marker."""
-    from arriero.checkpoint.layout import MANIFEST, file_digest
+    from arriero.checkpoint.directory import MANIFEST, file_digest
     from arriero.common.checkpoint_names import MARKER
 
     checkpoint = tmp_path / "step-00000002"

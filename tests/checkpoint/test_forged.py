@@ -15,12 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arriero.checkpoint import verify as verify_module
+from arriero.checkpoint.directory import step_directory
 from arriero.checkpoint.find import committed
-from arriero.checkpoint.layout import step_directory
-from arriero.checkpoint.load import newest_intact_checkpoint
 from arriero.checkpoint.state import load_state
 from arriero.checkpoint.tensors.safetensors_file import build_header
-from arriero.checkpoint.verify import verify
+from arriero.checkpoint.verify import newest_intact_checkpoint, verify
 from arriero.cli.main import dispatch
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_USAGE, UserError
 from arriero.distributed.parallel.mesh import Ranks

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from arriero.checkpoint import disk, retention
 from arriero.checkpoint import save as save_module
 from arriero.checkpoint.config import CheckpointConfig
+from arriero.checkpoint.directory import step_directory
 from arriero.checkpoint.find import committed
-from arriero.checkpoint.layout import step_directory
 from arriero.checkpoint.load import CheckpointReader
 from arriero.checkpoint.save import raise_if_last_save_failed
 from arriero.checkpoint.verify import verify
@@ -40,13 +40,13 @@ def test_what_is_saved_is_read_back_and_verifies(tmp_path: Path) -> None:
 
 
 def test_what_changes_while_it_is_written_does_not_leak_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    go, write = threading.Event(), save_module.write_parts
+    go, write = threading.Event(), save_module.write_shards
 
-    def late(path: Path, parts: dict[str, save_module.Part]) -> None:
+    def late(path: Path, parts: dict[str, save_module.TensorShard]) -> None:
         assert go.wait(20)
         write(path, parts)
 
-    monkeypatch.setattr(save_module, "write_parts", late)
+    monkeypatch.setattr(save_module, "write_shards", late)
     one, tensors = saving.saver(tmp_path), saving.state(1)
     one.save(1, saving.parts(tensors), state={}, texts={})
     assert one.results() == []  # the step goes on
@@ -148,8 +148,8 @@ def test_retention_keeps_the_newest_and_every_nth(
         step_directory(root, step).mkdir()
         (step_directory(root, step) / "COMMITTED").touch()
     policy = CheckpointConfig(keep=keep, keep_every=every)
-    for path in retention.superfluous(root, policy, whole=lambda path: True)[0]:
-        retention.forget(path)
+    for path in retention.expired(root, policy, whole=lambda path: True)[0]:
+        retention.delete_checkpoint(path)
     left = [step_of(p) for p in committed(root)]
     newest = steps[-keep:] if keep else steps
     assert left == [s for s in steps if s in newest or (every and s % every == 0)]
@@ -192,7 +192,7 @@ def test_only_what_verifies_counts_as_kept(tmp_path: Path) -> None:
         flip(data, 8 * data.stat().st_size - 1)
     again = saving.saver(tmp_path, keep=2)  # a start that went on from step 2
     done = saving.save(again, 3)[0]
-    assert [step_of(p) for p in committed(tmp_path)] == [2, 5, 6, 3]  # 1 is superfluous; damaged ones are left
+    assert [step_of(p) for p in committed(tmp_path)] == [2, 5, 6, 3]  # 1 is expired; damaged ones are left
     assert "step-00000006 is damaged, and does not count as kept" in done.notice
     assert saving.save(again, 4)[0].notice == ""
     assert [step_of(p) for p in committed(tmp_path)] == [3, 4]

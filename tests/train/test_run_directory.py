@@ -17,8 +17,8 @@ import pytest
 from forging import seal
 from small_inputs import train_sentencepiece
 
+from arriero.checkpoint.directory import file_digest
 from arriero.checkpoint.find import committed
-from arriero.checkpoint.layout import file_digest
 from arriero.checkpoint.lock import RunLock
 from arriero.checkpoint.verify import verify
 from arriero.cli.main import dispatch

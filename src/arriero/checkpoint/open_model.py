@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arriero.checkpoint import find
-from arriero.checkpoint.formats import megatron, meta, native, torch_dist
+from arriero.checkpoint.formats import megatron, meta, torch_dist
 from arriero.checkpoint.formats.foreign_config import ConfigHints
-from arriero.checkpoint.formats.huggingface import has_weights, open_with_config
-from arriero.checkpoint.tensors.stream import PieceReader
+from arriero.checkpoint.formats.huggingface import has_weights, open_with_config, validate_tensors
+from arriero.checkpoint.load import CheckpointReader
+from arriero.checkpoint.tensors.stream import ViewReader
 from arriero.checkpoint.verify import verify
 from arriero.common.errors import UserError
 from arriero.common.untrusted import read_json, require_inside, schema_problem
@@ -29,7 +30,7 @@ class Opened:
 
     kind: str
     path: Path
-    reader: PieceReader
+    reader: ViewReader
     config: LlamaConfig
     tokenizer: Path | None = None
     """Directory of the tokenizer's files, where the source has one."""
@@ -95,15 +96,16 @@ def open_model(path: Path, kind: str | None = None, hints: ConfigHints | None = 
 def _open(path: Path, kind: str, hints: ConfigHints) -> Opened:
     """The model itself, by its kind's own opener."""
     if kind == "run":
-        reader, config, directory = native.open_run(path)
+        directory = find.find_checkpoint(path)
+        config, where = LlamaConfig.from_json(directory), str(directory)
+        reader = validate_tensors(CheckpointReader(directory).weights(), config, where=where)
         if damage := verify(directory):
-            fix = "name an earlier checkpoint of the run: RUN/checkpoints/step-..."
-            raise UserError(f"{damage[0]}", fix)
+            raise UserError(damage[0], "name an earlier checkpoint of the run: RUN/checkpoints/step-...")
         return Opened("run", directory, reader, config, layout=directory.name)
     if kind in ("megatron", "ascendspeed"):
         ranks = megatron.open_ranks(path, hints)
         kind = "ascendspeed" if ranks.dialect.inv_freq else "megatron"
-        layout = f"{ranks.dialect.name}, {ranks.cut.words()}"
+        layout = f"{ranks.dialect.name}, {ranks.degrees.words()}"
         return Opened(kind, path, ranks.reader, ranks.config, layout=layout, assumed=ranks.notes)
     if kind == "torch_dist":
         reader, config, notes = torch_dist.open_torch_dist(path, hints)
@@ -159,7 +161,7 @@ def load_model(
 
 
 def build(
-    reader: PieceReader, config: LlamaConfig, dtype: torch.dtype | None = None, device: torch.device | None = None
+    reader: ViewReader, config: LlamaConfig, dtype: torch.dtype | None = None, device: torch.device | None = None
 ) -> Llama:
     """The model in memory, one tensor read at a time, in evaluation mode."""
     import torch

@@ -7,14 +7,12 @@ from pathlib import Path
 
 from arriero.checkpoint import disk
 from arriero.checkpoint.config import CheckpointConfig
+from arriero.checkpoint.directory import TEMPORARY, only_checkpoint_files
 from arriero.checkpoint.find import committed
-from arriero.checkpoint.layout import TEMPORARY, made_by_arriero
 from arriero.common.checkpoint_names import MARKER, step_of
 
 
-def superfluous(
-    root: Path, config: CheckpointConfig, *, whole: Callable[[Path], bool]
-) -> tuple[list[Path], list[Path]]:
+def expired(root: Path, config: CheckpointConfig, *, whole: Callable[[Path], bool]) -> tuple[list[Path], list[Path]]:
     """The committed checkpoints that the policy does not keep, oldest first, and the damaged ones that stay.
 
     Only those that are `whole` count towards `config.keep`; a damaged one is removed only once so many whole ones
@@ -32,7 +30,7 @@ def superfluous(
     damaged: list[Path] = []
     kept, found = 0, committed(root)
     for number, path in enumerate(reversed(found)):
-        ours = made_by_arriero(path)
+        ours = only_checkpoint_files(path)
         if config.keep_every and step_of(path) % config.keep_every == 0:
             kept += kept < config.keep and ours and whole(path)
         elif kept == config.keep:
@@ -46,20 +44,20 @@ def superfluous(
     return old[::-1], damaged
 
 
-def forget(path: Path) -> None:
+def delete_checkpoint(path: Path) -> None:
     """Deletes a checkpoint, its marker first of all, so that a half-deleted one never counts as whole."""
     disk.remove(path / MARKER)
     disk.sync_directory(path)
     disk.remove_tree(path)
 
 
-def never_committed(path: Path) -> bool:
+def is_uncommitted(path: Path) -> bool:
     """Whether `path` is a checkpoint whose writing was cut off, and nothing else."""
-    return (path.suffix == TEMPORARY or not (path / MARKER).is_file()) and made_by_arriero(path)
+    return (path.suffix == TEMPORARY or not (path / MARKER).is_file()) and only_checkpoint_files(path)
 
 
-def sweep(root: Path) -> None:
+def remove_uncommitted(root: Path) -> None:
     """Removes what a run that was killed left behind: checkpoints that were never committed."""
     for path in sorted(root.glob("step-*")) if root.is_dir() else []:
-        if never_committed(path):
+        if is_uncommitted(path):
             disk.remove_tree(path)

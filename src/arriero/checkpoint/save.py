@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from arriero.checkpoint import disk
 from arriero.checkpoint.config import CheckpointConfig
+from arriero.checkpoint.directory import TEMPORARY, commit, step_directory, write_json
 from arriero.checkpoint.find import committed, save_number
-from arriero.checkpoint.layout import TEMPORARY, commit, step_directory, write_json
-from arriero.checkpoint.parts import Part, data_file, write_parts
-from arriero.checkpoint.retention import forget, never_committed, superfluous, sweep
+from arriero.checkpoint.retention import delete_checkpoint, expired, is_uncommitted, remove_uncommitted
+from arriero.checkpoint.shards import TensorShard, data_file, write_shards
 from arriero.checkpoint.verify import verify
 from arriero.common.checkpoint_names import STATE
 from arriero.common.device import host_room, synchronize
@@ -36,7 +36,7 @@ PAUSE = 1.0
 
 
 @dataclass(frozen=True)
-class Saved:
+class SaveResult:
     """What became of one save."""
 
     step: int
@@ -64,12 +64,12 @@ class Saver:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # a slow disk is not a lost rank
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
-        self._done: list[Saved] = []
+        self._done: list[SaveResult] = []
         self._whole: dict[Path, list[tuple[str, int, int, int]]] = {}
         """Checkpoints that were read back and found whole, with their files' names, sizes, times and numbers then."""
         self._damaged: set[Path] = set()
 
-    def save(self, step: int, parts: dict[str, Part], *, state: dict[str, Any], texts: dict[str, str]) -> None:
+    def save(self, step: int, parts: dict[str, TensorShard], *, state: dict[str, Any], texts: dict[str, str]) -> None:
         """Starts writing `checkpoints/step-N`, whole or not at all; waits for the one before it.
 
         Args:
@@ -86,14 +86,14 @@ class Saver:
                 synchronize(kind)
         else:
             copies = {key: replace(part, value=part.value.cpu().contiguous()) for key, part in parts.items()}
-        saved = Saved(step, step_directory(self.root, step), time.perf_counter() - began)
+        saved = SaveResult(step, step_directory(self.root, step), time.perf_counter() - began)
         small = {"step": step, **state}
         self._thread = threading.Thread(target=self._write, args=(saved, copies, small, texts), name="checkpoint")
         self._thread.start()
         if not self.config.asynchronous:
             self.wait()
 
-    def reserve(self, parts: dict[str, Part]) -> None:
+    def reserve(self, parts: dict[str, TensorShard]) -> None:
         """Makes room for the copies on a thread: the first touch of memory costs more than the copy."""
         if self.config.asynchronous:
             self._thread = threading.Thread(
@@ -107,7 +107,7 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def results(self) -> list[Saved]:
+    def results(self) -> list[SaveResult]:
         """What was finished since the last call."""
         done, self._done = self._done, []
         return done
@@ -121,7 +121,9 @@ class Saver:
     def _copy(self, key: str, value: Tensor) -> Tensor:
         return self._room(key, value).copy_(value.detach(), non_blocking=True)
 
-    def _write(self, saved: Saved, parts: dict[str, Part], state: dict[str, Any], texts: dict[str, str]) -> None:
+    def _write(
+        self, saved: SaveResult, parts: dict[str, TensorShard], state: dict[str, Any], texts: dict[str, str]
+    ) -> None:
         """Runs on the thread: tries, agrees, tries again, and notes what became of it."""
         began, problem, notice = time.perf_counter(), "", ""
         for attempt in range(1 + self.config.retries):
@@ -137,12 +139,12 @@ class Saver:
             notice = self._forget_old(saved.path)
         self._done.append(replace(saved, seconds=seconds, problem=problem, notice=notice))
 
-    def _attempt(self, final: Path, parts: dict[str, Part], state: dict[str, Any], texts: dict[str, str]) -> str:
+    def _attempt(self, final: Path, parts: dict[str, TensorShard], state: dict[str, Any], texts: dict[str, str]) -> str:
         """Why this attempt failed, the same on every process; empty if the checkpoint is committed."""
         temporary = final.with_name(final.name + TEMPORARY)
 
         def prepare() -> None:
-            sweep(self.root)
+            remove_uncommitted(self.root)
             disk.make_directory(temporary)
 
         def finish() -> None:
@@ -154,12 +156,12 @@ class Saver:
 
         problem = (
             self._agree(prepare if self.ranks.first else None, temporary)
-            or self._agree(lambda: write_parts(data_file(temporary, self.ranks.rank), parts), temporary)
+            or self._agree(lambda: write_shards(data_file(temporary, self.ranks.rank), parts), temporary)
             or self._agree(finish if self.ranks.first else None, temporary)
         )
         if problem and self.ranks.first:
             for path in (temporary, final):  # room for the next attempt
-                if never_committed(path):
+                if is_uncommitted(path):
                     shutil.rmtree(path, ignore_errors=True)
         return problem
 
@@ -195,7 +197,7 @@ class Saver:
         wrong: dict[Path, str] = {}
 
         def whole(path: Path) -> bool:
-            if self._whole.get(path) == (here := stamps(path)):
+            if self._whole.get(path) == (here := file_stats(path)):
                 return True
             self.ranks.texts(path.name, self._group)
             wrong[path] = self._read_back(path, newest)
@@ -203,9 +205,9 @@ class Saver:
                 self._whole[path] = here
             return not wrong[path]
 
-        old, damaged = superfluous(self.root, self.config, whole=whole)
+        old, damaged = expired(self.root, self.config, whole=whole)
         for path in old:
-            forget(path)
+            delete_checkpoint(path)
             self._whole.pop(path, None)
         told = [
             f"{path} is damaged, and does not count as kept: {wrong.get(path) or 'it holds files of others'}"
@@ -223,7 +225,7 @@ class Saver:
         return next((line for text in self.ranks.texts("\n".join(found), self._group) if (line := text)), "")
 
 
-def stamps(path: Path) -> list[tuple[str, int, int, int]]:
+def file_stats(path: Path) -> list[tuple[str, int, int, int]]:
     """Name, size, time of the last change and number of every file of a checkpoint: as long as they stay, so do its
     bytes, as far as the system knows."""
     found = []
@@ -243,7 +245,7 @@ def free_space(path: Path) -> str:
     return f" ({free / 1e9:.2f} GB free there)" if free >= 1e9 else f" ({free / 1e6:.2f} MB free there)"
 
 
-def raise_if_last_save_failed(saved: list[Saved]) -> None:
+def raise_if_last_save_failed(saved: list[SaveResult]) -> None:
     """Raises UserError if the last of these saves failed: the end of a run must not be lost in silence."""
     if saved and saved[-1].problem:
         step, problem = saved[-1].step, saved[-1].problem

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from arriero.checkpoint.layout import read_json
+from arriero.checkpoint.directory import read_json
 from arriero.common.checkpoint_names import DAMAGED, STATE, step_of
 from arriero.common.errors import UserError
 from arriero.common.text import shown

@@ -7,12 +7,15 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from arriero.checkpoint.layout import FORMAT, MANIFEST, file_digest, read_json
+from arriero.checkpoint.directory import FORMAT, MANIFEST, file_digest, read_json
+from arriero.checkpoint.load import INDEX as SHARDS
+from arriero.checkpoint.load import MOMENTS
 from arriero.checkpoint.state import state_problem
 from arriero.common.checkpoint_names import MARKER, STATE
 from arriero.common.errors import UserError
@@ -21,14 +24,15 @@ from arriero.common.text import shown
 from arriero.common.untrusted import MAX_JSON_BYTES, require_file_name
 from arriero.model.config import LlamaConfig, parameter_shapes
 
+if TYPE_CHECKING:
+    from arriero.distributed.parallel.mesh import Ranks
+
 INDEX = {"bytes": int, "block": int, "header": str, "tensors": {str: {"start": int, "sha256": [str]}}}
-PLACES = {"tensors": {str: {"shape": [int], "offset": [int], "part": [int], "dtype": str}}}
 DATA = re.compile(r"rank-[0-9]{5,}\.safetensors")
 SMALLEST_BLOCK, LARGEST_BLOCK = 64 << 10, 1 << 30
 """Bytes that one digest covers; arriero writes blocks of 8 MiB."""
 CHUNK = 8 << 20
 """Bytes that one thread reads at a time."""
-MOMENTS = ("exp_avg.", "exp_avg_sq.")
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def verify(path: Path, *, share: int = 0, of: int = 1, only: Path | None = None)
     return wrong + check_blocks(chosen)
 
 
-def verify_small(path: Path) -> list[str]:
+def verify_metadata(path: Path) -> list[str]:
     """Checks all but the data itself: quick, whatever the model's size."""
     try:
         return _chain(path)[0]
@@ -79,7 +83,7 @@ def shape_problems(path: Path, model: LlamaConfig) -> list[str]:
     whole = parameter_shapes(model)
     try:
         for index in sorted(path.glob("rank-*.json")):
-            for key, place in read_json(index, PLACES)["tensors"].items():
+            for key, place in read_json(index, SHARDS)["tensors"].items():
                 name = next((key.removeprefix(m) for m in MOMENTS if key.startswith(m)), key)
                 expected = whole.get(name)
                 if expected is None:
@@ -219,3 +223,31 @@ def _digest(handle: int, block: Block, buffer: memoryview) -> str:
         total.update(buffer[:read])
         done += read
     return total.hexdigest()
+
+
+def newest_intact_checkpoint(
+    paths: list[Path], ranks: Ranks, *, say: Callable[[str], None], model: LlamaConfig | None = None
+) -> Path:  # fmt: skip
+    """The first of these checkpoints in which every byte is as it was written; the processes share the reading.
+
+    Args:
+        paths: the best first; the same on every process.
+        ranks: this process's place.
+        say: is told loudly of each one that is damaged.
+        model: what the checkpoint must hold the tensors of; compared before any of them is read.
+
+    Raises:
+        UserError: none of them is whole.
+    """
+    for path in paths:
+        mine = "\n".join(
+            (shape_problems(path, model) if model else []) or verify(path, share=ranks.rank, of=ranks.world)
+        )
+        wrong = list(dict.fromkeys(line for text in ranks.texts(mine) for line in text.splitlines()))
+        if not wrong:
+            return path
+        listed = [*wrong[:4], f"and {len(wrong) - 4} more"] if len(wrong) > 5 else wrong
+        for line in listed:
+            say(f" DAMAGED: {line}")
+        say(f" DAMAGED: {shown(path)} is not used")
+    raise UserError(f"{paths[0].parent}: no checkpoint there is whole", "start again, or from a copy kept elsewhere")

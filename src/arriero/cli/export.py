@@ -13,7 +13,7 @@ from tyro.conf import Positional
 from arriero.checkpoint.formats.huggingface import open_huggingface, write_huggingface
 from arriero.checkpoint.formats.progress import Progress
 from arriero.checkpoint.open_model import build, open_model
-from arriero.checkpoint.tensors.stream import PieceReader, torch_dtype
+from arriero.checkpoint.tensors.stream import ViewReader, torch_dtype
 from arriero.checkpoint.tensors.transfer import read_fingerprints
 from arriero.checkpoint.tensors.values import fingerprint
 from arriero.common.errors import EXIT_OK, CheckFailed, join_problems
@@ -51,16 +51,16 @@ def run(args: ExportArgs) -> int:
     tokenizer = args.tokenizer or opened.tokenizer
     dtype = torch_dtype(NAMES[args.dtype]) if args.dtype != "keep" else None
     with Progress("writing", sum(t.nbytes for t in opened.reader.tensors.values())) as progress:
-        prints = write_huggingface(
+        fingerprints = write_huggingface(
             args.destination, opened.reader, config=opened.config, tokenizer_dir=tokenizer,
             generation=opened.generation, dtype=dtype, max_shard_bytes=args.max_shard_gb * 1e9,
             advance=progress.advance,
         )  # fmt: skip
     reloaded = open_huggingface(args.destination)
-    if read_fingerprints(reloaded.tensors) != prints:
+    if read_fingerprints(reloaded.tensors) != fingerprints:
         raise CheckFailed(f"{args.destination}: reads back other weights than were written")
     difference = logit_difference(opened.reader, reloaded, opened.config)
-    digest = fingerprint(reloaded.tensors, None, prints)
+    digest = fingerprint(reloaded.tensors, None, fingerprints)
     parameters = sum(t.numel for t in reloaded.tensors.values())
     if args.json:
         keys = {"source": str(opened.path), "destination": str(args.destination), "parameters": parameters}
@@ -76,7 +76,7 @@ def run(args: ExportArgs) -> int:
     return EXIT_OK
 
 
-def logit_difference(a: PieceReader, b: PieceReader, config: LlamaConfig, *, tokens: int = 64) -> float:
+def logit_difference(a: ViewReader, b: ViewReader, config: LlamaConfig, *, tokens: int = 64) -> float:
     """Largest absolute difference of two models' logits on random tokens; both compute in float32."""
     import torch
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from arriero.checkpoint.find import committed
-from arriero.checkpoint.load import newest_intact_checkpoint
-from arriero.checkpoint.save import Saved, raise_if_last_save_failed
+from arriero.checkpoint.save import SaveResult, raise_if_last_save_failed
+from arriero.checkpoint.verify import newest_intact_checkpoint
 from arriero.common.device import device_name, float8_units
 from arriero.common.errors import UserError
 from arriero.common.signals import Phase, set_phase, stop_wanted
@@ -58,7 +58,7 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, st
     begin(trainer, start, reporter)
     comparison = Comparison(ranks, recipe.watch, trainer.device)
     events.note("ready", step=trainer.done)
-    saved: list[Saved] = []
+    saved: list[SaveResult] = []
     stopping = False
     with collected_between_steps() as collect:
         while trainer.done < settings.steps and not stopping:
@@ -137,7 +137,7 @@ def begin(trainer: Trainer, start: Continuation, reporter: Reporter) -> None:
             reporter.say(f" NOTICE: {line}")
         if line := trainer.order_notice():
             reporter.say(f" NOTICE: {line}")
-    trainer.saver.reserve(trainer.parts_to_save())
+    trainer.saver.reserve(trainer.shards_to_save())
     trainer.ranks.barrier()  # so that a signal finds all processes in one phase
     set_phase(Phase.TRAINING)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from arriero.checkpoint.save import Saved
+from arriero.checkpoint.save import SaveResult
 from arriero.common.errors import UserError
 from arriero.common.files import error_reason, make_directory, write_atomic
 from arriero.common.output import new_notes
@@ -100,7 +100,7 @@ class Reporter:
             for line in (text, *(f" NOTICE: {note}" for note in new_notes())):
                 self._text.write(printable(line).encode())
 
-    def saved(self, results: list[Saved]) -> None:
+    def saved(self, results: list[SaveResult]) -> None:
         """Tells what became of saves that have ended."""
         for one in results:
             if one.problem:

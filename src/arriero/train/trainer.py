@@ -15,12 +15,13 @@ from pathlib import Path
 
 import torch
 
+from arriero.checkpoint.directory import step_directory
 from arriero.checkpoint.formats.huggingface import open_huggingface
-from arriero.checkpoint.layout import step_directory
-from arriero.checkpoint.load import CheckpointReader, newest_intact_checkpoint
-from arriero.checkpoint.parts import Part
+from arriero.checkpoint.load import CheckpointReader
 from arriero.checkpoint.save import Saver
+from arriero.checkpoint.shards import TensorShard
 from arriero.checkpoint.state import load_state
+from arriero.checkpoint.verify import newest_intact_checkpoint
 from arriero.common.checkpoint_names import DAMAGED, STATE
 from arriero.common.device import synchronize, take_device
 from arriero.common.errors import UserError
@@ -206,16 +207,16 @@ class Trainer:
         """Digests of data and tokenizer, for the checkpoints: they are read once, by the process that writes them."""
         return input_digests(self.recipe) if self.ranks.first else {}
 
-    def parts_to_save(self) -> dict[str, Part]:
+    def shards_to_save(self) -> dict[str, TensorShard]:
         """The weights and moments that this process writes, by global name."""
-        found: dict[str, Part] = {}
+        found: dict[str, TensorShard] = {}
         moments = self.optimizer.moments()
         for path, (shard, parameter) in shards(self.parts, self.ranks).items():
             if not shard.written_by(self.ranks) or 0 in shard.local_shape:
                 continue
-            found[shard.name] = Part(local(parameter).detach(), shard.shape, shard.offset)
+            found[shard.name] = TensorShard(local(parameter).detach(), shard.shape, shard.offset)
             for moment, by_path in moments.items():
-                found[f"{moment}.{shard.name}"] = Part(by_path[path], shard.shape, shard.offset)
+                found[f"{moment}.{shard.name}"] = TensorShard(by_path[path], shard.shape, shard.offset)
         return found
 
     def save(self, *, wait: bool = True) -> Path:
@@ -236,7 +237,7 @@ class Trainer:
             "versions": {"arriero": __version__, "torch": torch.__version__}, "processes": self.ranks.world,
             **{key: value for key, value in kept.items() if value},
         }  # fmt: skip
-        self.saver.save(self.done, self.parts_to_save(), state=state, texts=texts)
+        self.saver.save(self.done, self.shards_to_save(), state=state, texts=texts)
         if wait:
             self.saver.wait()
         return step_directory(self.saver.root, self.done)

@@ -164,7 +164,7 @@ def test_interrupted_equals_uninterrupted_to_the_bit(tmp_path: Path) -> None:
     while resumed.done < 4:
         resumed.step()
     wide = trainer_of(replace(recipe, train=replace(recipe.train, float8="none")))
-    assert list(wide.parts_to_save()) == list(full.parts_to_save())  # a checkpoint does not tell them apart
+    assert list(wide.shards_to_save()) == list(full.shards_to_save())  # a checkpoint does not tell them apart
     assert state_sha256(full.save()) == state_sha256(resumed.save())
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from arriero.checkpoint.formats.dialects import Dialect
 from arriero.checkpoint.formats.megatron_args import LLAMA3_ORIGINAL, check_arguments
 from arriero.checkpoint.tensors.pickle_symbols import Call
-from arriero.checkpoint.tensors.stream import Assembly
+from arriero.checkpoint.tensors.stream import TensorView
 from arriero.common.errors import UserError, join_problems
 from arriero.data.tokenizer_json import vocabulary_size
 from arriero.model.config import LlamaConfig, RopeScaling
@@ -61,7 +61,7 @@ def apply_vocabulary(
 
 
 def resolve_config(
-    root: Path, folder: Path, hints: ConfigHints, *, tensors: Mapping[str, Assembly], dialect: Dialect, tensor: int,
+    root: Path, folder: Path, hints: ConfigHints, *, tensors: Mapping[str, TensorView], dialect: Dialect, tensor: int,
     layers: int, payload: dict[str, Any],
 ) -> tuple[LlamaConfig, list[str]]:  # fmt: skip
     """The shape of a checkpoint of rank files, and what had to be assumed.
@@ -91,7 +91,7 @@ def resolve_config(
 
 
 def _from_tensors(
-    root: Path, tensors: Mapping[str, Assembly], dialect: Dialect, *, tensor: int, layers: int, args: dict[str, Any]
+    root: Path, tensors: Mapping[str, TensorView], dialect: Dialect, *, tensor: int, layers: int, args: dict[str, Any]
 ) -> tuple[LlamaConfig, list[str]]:
     """Reads sizes off the tensors; heads and constants come from the saved arguments where there are any."""
     prefix = dialect.layer.format(0)

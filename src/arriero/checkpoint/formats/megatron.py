@@ -4,8 +4,8 @@
     DIR/iter_0005000 or DIR/release/mp_rank_TT[_PPP]/model_optim_rng.pt      {model or model0, model1, ...}
     DIR/latest, DIR/release/mp_rank_TT_model_states.pt             AscendSpeed's DeepSpeed flavour: {module}
 
-Weights only: optimizer states are cut along buffers that no other layout shares. Beside the ranks we write config.json
-and the tokenizer, which Megatron ignores, so that the way back knows heads, vocabulary and rotary settings.
+Weights only: optimizer states are sharded along buffers that no other layout shares. Beside the ranks lie config.json
+and the tokenizer, which Megatron ignores: they give heads, vocabulary and rotary settings when it is converted back.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import numpy as np
 
 from arriero.checkpoint.formats.dialects import Dialect, recognise
 from arriero.checkpoint.formats.foreign_config import ConfigHints, resolve_config
-from arriero.checkpoint.formats.huggingface import checked
-from arriero.checkpoint.formats.rank_table import Cut, RankTable, Slot, gather
-from arriero.checkpoint.formats.tied import settle_head
-from arriero.checkpoint.tensors.stream import Assembly, PieceReader
+from arriero.checkpoint.formats.huggingface import validate_tensors
+from arriero.checkpoint.formats.sharding_plan import ParallelDegrees, RankTensor, ShardingPlan, merge_ranks
+from arriero.checkpoint.formats.tied import resolve_tied_head
+from arriero.checkpoint.tensors.stream import TensorView, ViewReader
 from arriero.checkpoint.tensors.torch_file import TorchFile
 from arriero.common.errors import UserError, join_problems
 from arriero.common.text import shown
@@ -101,7 +101,7 @@ class RankModel:
     """What one rank's file holds: its chunks' tensors, and what else its payload says."""
 
     path: Path
-    chunks: list[dict[str, Assembly]]
+    chunks: list[dict[str, TensorView]]
     payload: dict[str, Any]
 
 
@@ -131,10 +131,10 @@ def read_rank(path: Path) -> RankModel:
 class RankModels:
     """A directory of rank files, read."""
 
-    reader: PieceReader
+    reader: ViewReader
     config: LlamaConfig
     dialect: Dialect
-    cut: Cut
+    degrees: ParallelDegrees
     notes: list[str]
 
 
@@ -174,18 +174,19 @@ def open_ranks(path: Path, hints: ConfigHints) -> RankModels:
     config, notes = resolve_config(
         path, folder, hints, tensors=merged, dialect=dialect, tensor=tensor, layers=at, payload=ranks[0, 0].payload
     )
-    cut = Cut(tensor, pipeline, virtual, padded_vocab=embedding.shape[0] * tensor)
-    if cut.padded_vocab < config.vocab_size:
+    degrees = ParallelDegrees(tensor, pipeline, virtual, padded_vocab=embedding.shape[0] * tensor)
+    if degrees.padded_vocab < config.vocab_size:
         raise UserError(
-            f"{folder}: has {cut.padded_vocab} vocabulary rows, fewer than the {config.vocab_size} of its config", FIX
+            f"{folder}: has {degrees.padded_vocab} vocabulary rows, fewer than the {config.vocab_size} of its config",
+            FIX,
         )
-    pairs = list(_match(ranks, config, dialect, cut, layers))
-    hub, config = settle_head(gather(pairs, parameter_shapes(config)), config, where=str(folder))
-    reader = checked(PieceReader(hub, where=str(folder)), config, where=str(folder))
-    return RankModels(reader, config, dialect, cut, notes)
+    pairs = list(_match(ranks, config, dialect, degrees, layers))
+    weights, config = resolve_tied_head(merge_ranks(pairs, parameter_shapes(config)), config, where=str(folder))
+    reader = validate_tensors(ViewReader(weights, where=str(folder)), config, where=str(folder))
+    return RankModels(reader, config, dialect, degrees, notes)
 
 
-def _count_layers(chunk: Mapping[str, Assembly], dialect: Dialect) -> int:
+def _count_layers(chunk: Mapping[str, TensorView], dialect: Dialect) -> int:
     pattern = re.escape(dialect.layer).replace(r"\{\}", r"([0-9]{1,9})(?![0-9])")
     numbers = {int(m[1]) for key in chunk if (m := re.match(pattern, key))}
     count = max(numbers, default=-1) + 1
@@ -195,32 +196,32 @@ def _count_layers(chunk: Mapping[str, Assembly], dialect: Dialect) -> int:
 
 
 def _match(
-    ranks: dict[tuple[int, int], RankModel], config: LlamaConfig, dialect: Dialect, cut: Cut,
+    ranks: dict[tuple[int, int], RankModel], config: LlamaConfig, dialect: Dialect, degrees: ParallelDegrees,
     layers: dict[tuple[int, int], range],
-) -> Iterator[tuple[Assembly, Slot]]:  # fmt: skip
-    """Pairs every slot with its tensor; replicas are compared with rank 0's and given once."""
+) -> Iterator[tuple[TensorView, RankTensor]]:  # fmt: skip
+    """Pairs every planned with its tensor; replicas are compared with rank 0's and given once."""
     problems: list[UserError] = []
-    first: dict[tuple[int, int, str], Assembly] = {}
+    first: dict[tuple[int, int, str], TensorView] = {}
     for (t, p), rank in sorted(ranks.items()):
-        table = RankTable(config, dialect, cut, t)
+        plan = ShardingPlan(config, dialect, degrees, t)
         for v, chunk in enumerate(rank.chunks):
             known = set()
-            for slot in table.readable_slots(p, v, layers[p, v], chunk):
-                known.add(slot.key)
-                tensor = chunk.get(slot.key)
+            for planned in plan.readable_tensors(p, v, layers[p, v], chunk):
+                known.add(planned.key)
+                tensor = chunk.get(planned.key)
                 if tensor is None:
-                    if not slot.tied:
-                        problems.append(UserError(f"{rank.path}: lacks {slot.key}", FIX))
-                elif tensor.shape != slot.shape:
-                    said = f"{slot.key} is {list(tensor.shape)}, its config says {list(slot.shape)}"
+                    if not planned.tied:
+                        problems.append(UserError(f"{rank.path}: lacks {planned.key}", FIX))
+                elif tensor.shape != planned.shape:
+                    said = f"{planned.key} is {list(tensor.shape)}, its config says {list(planned.shape)}"
                     problems.append(UserError(f"{rank.path}: {said}", "give the right --config"))
-                elif slot.replica and t:
-                    if not _same(tensor, first[p, v, slot.key]):
-                        problems.append(UserError(f"{rank.path}: {slot.key} differs from tensor rank 0's", FIX))
+                elif planned.replicated and t:
+                    if not _same(tensor, first[p, v, planned.key]):
+                        problems.append(UserError(f"{rank.path}: {planned.key} differs from tensor rank 0's", FIX))
                 else:
-                    if slot.replica:
-                        first[p, v, slot.key] = tensor
-                    yield tensor, slot
+                    if planned.replicated:
+                        first[p, v, planned.key] = tensor
+                    yield tensor, planned
             extra = sorted(k for k in chunk.keys() - known if not k.endswith("inv_freq"))
             if extra:
                 problems.append(
@@ -232,7 +233,7 @@ def _match(
         raise join_problems(problems[:6])
 
 
-def _same(a: Assembly, b: Assembly) -> bool:
+def _same(a: TensorView, b: TensorView) -> bool:
     """Whether two small tensors hold the same bytes."""
     if a.dtype != b.dtype:
         return False

@@ -1,7 +1,7 @@
 """Meta's own checkpoints: `params.json` and `consolidated.NN.pth`, one file a model-parallel rank.
 
 Meta rotates neighbouring pairs, Hugging Face the two halves of a head: rows of q and k change places. Which dimension a
-matrix was cut along is read off its shape, since Llama 3 cuts the embedding otherwise than its elders.
+matrix was sharded along is read off its shape, since Llama 3 cuts the embedding otherwise than its elders.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from arriero.checkpoint.formats.foreign_config import ConfigHints
-from arriero.checkpoint.formats.huggingface import checked
-from arriero.checkpoint.formats.tied import EMBEDDING, HEAD, settle_head
-from arriero.checkpoint.tensors.stream import Assembly, Piece, PieceReader
+from arriero.checkpoint.formats.huggingface import validate_tensors
+from arriero.checkpoint.formats.tied import EMBEDDING, HEAD, resolve_tied_head
+from arriero.checkpoint.tensors.stream import Slice, TensorView, ViewReader
 from arriero.checkpoint.tensors.torch_file import TorchFile
 from arriero.common.errors import UserError, join_problems
 from arriero.common.text import shown
@@ -41,7 +41,7 @@ _NEUTRAL = {
     "model_parallel_size", "use_flash", "flash",
 }  # fmt: skip
 """Keys of params.json that the tensors tell, or that change nothing."""
-_COLUMNS = ("o_proj.weight", "down_proj.weight")  # cut by columns whatever their shapes say
+_COLUMNS = ("o_proj.weight", "down_proj.weight")  # sharded by columns whatever their shapes say
 
 
 def is_meta(path: Path) -> bool:
@@ -49,7 +49,7 @@ def is_meta(path: Path) -> bool:
     return any(path.glob("consolidated.*.pth"))
 
 
-def open_meta(path: Path, hints: ConfigHints) -> tuple[PieceReader, LlamaConfig, int, list[str]]:
+def open_meta(path: Path, hints: ConfigHints) -> tuple[ViewReader, LlamaConfig, int, list[str]]:
     """Opens Meta's files under Hugging Face's names.
 
     Returns:
@@ -75,8 +75,8 @@ def open_meta(path: Path, hints: ConfigHints) -> tuple[PieceReader, LlamaConfig,
     extra = sorted({name for shard in shards for name in shard} - set(tensors))
     if extra:
         raise UserError(f"{files[0]}: holds {shown(extra[0], 120)}, unknown to LLaMA", "is it a LLaMA?")
-    tensors, config = settle_head(tensors, config, where=str(path))
-    return checked(PieceReader(tensors, where=str(path)), config, where=str(path)), config, len(files), notes
+    tensors, config = resolve_tied_head(tensors, config, where=str(path))
+    return validate_tensors(ViewReader(tensors, where=str(path)), config, where=str(path)), config, len(files), notes
 
 
 def _name(key: str) -> str:
@@ -87,7 +87,7 @@ def _name(key: str) -> str:
     return f"model.layers.{match[1]}.{inner}.weight" if match and inner else key
 
 
-def _config(path: Path, hints: ConfigHints, shards: list[dict[str, Assembly]]) -> tuple[LlamaConfig, list[str]]:
+def _config(path: Path, hints: ConfigHints, shards: list[dict[str, TensorView]]) -> tuple[LlamaConfig, list[str]]:
     """The shape: params.json, completed by what the tensors say."""
     if hints.config is not None:
         return LlamaConfig.from_json(hints.config), []
@@ -131,20 +131,20 @@ def _config(path: Path, hints: ConfigHints, shards: list[dict[str, Assembly]]) -
     return config, notes
 
 
-def _join(name: str, shape: tuple[int, ...], parts: list[Assembly], config: LlamaConfig, where: str) -> Assembly:
+def _join(name: str, shape: tuple[int, ...], parts: list[TensorView], config: LlamaConfig, where: str) -> TensorView:
     """Puts the ranks' parts side by side or on one another."""
     if len(shape) == 1:
         parts = parts[:1]
     by_columns = len(shape) == 2 and len(parts) > 1 and (name.endswith(_COLUMNS) or parts[0].shape[0] == shape[0])
-    pieces: list[Piece] = []
+    slices: list[Slice] = []
     at = 0
     for part in parts:
         rows, columns = (*part.shape, 1)[:2]
-        source = part.pieces[0].source
+        source = part.slices[0].source
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            pieces += _halves(source, rows, columns, at, config.head_dim)
+            slices += _halves(source, rows, columns, at, config.head_dim)
         else:
-            pieces.append(Piece(source, 0, 0, rows, columns, *((0, at) if by_columns else (at, 0))))
+            slices.append(Slice(source, 0, 0, rows, columns, *((0, at) if by_columns else (at, 0))))
         at += columns if by_columns else rows
     expected = shape[1] if by_columns else shape[0]
     width = (*parts[0].shape, 1)[1]
@@ -155,11 +155,11 @@ def _join(name: str, shape: tuple[int, ...], parts: list[Assembly], config: Llam
     ):
         found = [list(p.shape) for p in parts]
         raise UserError(f"{where}: the parts {found} of {name} make no {list(shape)}", "check params.json")
-    return Assembly(parts[0].dtype, shape, tuple(pieces))
+    return TensorView(parts[0].dtype, shape, tuple(slices))
 
 
-def _halves(source: Any, rows: int, columns: int, at: int, size: int) -> Iterator[Piece]:
+def _halves(source: Any, rows: int, columns: int, at: int, size: int) -> Iterator[Slice]:
     """Rows 0, 2, 4, ... of each head, then 1, 3, 5, ...: from neighbouring pairs to halves."""
     for head in range(0, rows, size):
         for odd in (0, 1):
-            yield Piece(source, head + odd, 0, size // 2, columns, at + head + odd * size // 2, 0, step=2)
+            yield Slice(source, head + odd, 0, size // 2, columns, at + head + odd * size // 2, 0, step=2)

@@ -14,13 +14,13 @@ from typing import Any
 
 from arriero.checkpoint.formats.dialects import MCORE, MCORE_TE, Dialect
 from arriero.checkpoint.formats.foreign_config import ConfigHints, resolve_config
-from arriero.checkpoint.formats.huggingface import checked
+from arriero.checkpoint.formats.huggingface import validate_tensors
 from arriero.checkpoint.formats.megatron import TRACKER, iteration_directory
-from arriero.checkpoint.formats.rank_table import Cut, RankTable, Slot, gather
-from arriero.checkpoint.formats.tied import settle_head
+from arriero.checkpoint.formats.sharding_plan import ParallelDegrees, RankTensor, ShardingPlan, merge_ranks
+from arriero.checkpoint.formats.tied import resolve_tied_head
 from arriero.checkpoint.tensors.pickle_symbols import MAX_PICKLE_BYTES, Call, TensorRef, follow, naturals
 from arriero.checkpoint.tensors.raw_file import RawFile
-from arriero.checkpoint.tensors.stream import ITEMSIZE, Assembly, Piece, PieceReader, Stored, check_cover, matrix_shape
+from arriero.checkpoint.tensors.stream import ITEMSIZE, FileMatrix, Slice, TensorView, ViewReader, matrix_shape
 from arriero.checkpoint.tensors.torch_file import TorchFile
 from arriero.common.errors import UserError
 from arriero.common.text import shown
@@ -39,7 +39,7 @@ def is_torch_dist(path: Path) -> bool:
     return (folder / ".metadata").is_file()
 
 
-def open_torch_dist(path: Path, hints: ConfigHints) -> tuple[PieceReader, LlamaConfig, list[str]]:
+def open_torch_dist(path: Path, hints: ConfigHints) -> tuple[ViewReader, LlamaConfig, list[str]]:
     """Opens a distributed checkpoint under Hugging Face's names; optimizer states are left out.
 
     Raises:
@@ -54,8 +54,8 @@ def open_torch_dist(path: Path, hints: ConfigHints) -> tuple[PieceReader, LlamaC
 
 
 def _open(
-    path: Path, folder: Path, tensors: dict[str, Assembly], dialect: Dialect, hints: ConfigHints
-) -> tuple[PieceReader, LlamaConfig, list[str]]:
+    path: Path, folder: Path, tensors: dict[str, TensorView], dialect: Dialect, hints: ConfigHints
+) -> tuple[ViewReader, LlamaConfig, list[str]]:
     layers = 1 + max(int(key.split(".")[2]) for key in tensors if key.startswith("decoder.layers."))
     if layers > MOST_LAYERS:
         raise UserError(f"{folder}: numbers a layer {layers - 1}", FIX)
@@ -66,38 +66,38 @@ def _open(
         payload=payload if isinstance(payload, dict) else {},
     )  # fmt: skip
     rows = tensors[dialect.embedding].shape[0]
-    table = RankTable(config, dialect, Cut(padded_vocab=max(rows, config.vocab_size)), 0)
-    pairs: list[tuple[Assembly, Slot]] = []
-    slots = list(table.readable_slots(0, 0, range(config.num_hidden_layers), tensors))
-    extra = sorted(tensors.keys() - {slot.key for slot in slots})
+    plan = ShardingPlan(config, dialect, ParallelDegrees(padded_vocab=max(rows, config.vocab_size)), 0)
+    pairs: list[tuple[TensorView, RankTensor]] = []
+    rank_tensors = list(plan.readable_tensors(0, 0, range(config.num_hidden_layers), tensors))
+    extra = sorted(tensors.keys() - {planned.key for planned in rank_tensors})
     if extra:
         problem = f"{folder}: holds {shown(extra[0], 120)} and {len(extra) - 1} more unknown"
         raise UserError(problem, "is it a dense LLaMA?")
-    for slot in slots:
-        tensor = tensors.get(slot.key)
+    for planned in rank_tensors:
+        tensor = tensors.get(planned.key)
         if tensor is None:
-            raise UserError(f"{folder}: lacks {slot.key}", FIX)
-        if tensor.shape != slot.shape:
+            raise UserError(f"{folder}: lacks {planned.key}", FIX)
+        if tensor.shape != planned.shape:
             raise UserError(
-                f"{folder}: {slot.key} is {list(tensor.shape)}, its config says {list(slot.shape)}",
+                f"{folder}: {planned.key} is {list(tensor.shape)}, its config says {list(planned.shape)}",
                 "give the right --config",
             )
-        pairs.append((tensor, slot))
-    hub, config = settle_head(gather(pairs, parameter_shapes(config)), config, where=str(folder))
-    return checked(PieceReader(hub, where=str(folder)), config, where=str(folder)), config, notes
+        pairs.append((tensor, planned))
+    weights, config = resolve_tied_head(merge_ranks(pairs, parameter_shapes(config)), config, where=str(folder))
+    return validate_tensors(ViewReader(weights, where=str(folder)), config, where=str(folder)), config, notes
 
 
-def _tensors(folder: Path) -> dict[str, Assembly]:
+def _tensors(folder: Path) -> dict[str, TensorView]:
     """Every model tensor, whole, of up to three dimensions, the first two merged into rows."""
-    table = require_inside(folder, folder / ".metadata")
-    root = follow(read_bytes(table, FIX, MAX_PICKLE_BYTES), str(table))
+    plan = require_inside(folder, folder / ".metadata")
+    root = follow(read_bytes(plan, FIX, MAX_PICKLE_BYTES), str(plan))
     try:
         return _described(folder, root)
     except (AttributeError, KeyError, TypeError, ValueError, IndexError, OverflowError):  # of another form than DCP's
-        raise UserError(f"{table}: is no distributed checkpoint's", FIX) from None
+        raise UserError(f"{plan}: is no distributed checkpoint's", FIX) from None
 
 
-def _described(folder: Path, root: Any) -> dict[str, Assembly]:
+def _described(folder: Path, root: Any) -> dict[str, TensorView]:
     described = root.state["state_dict_metadata"]
     places = {_place(index): info.state for index, info in root.state["storage_data"].items()}
     files: dict[str, RawFile] = {}
@@ -111,7 +111,7 @@ def _described(folder: Path, root: Any) -> dict[str, Assembly]:
         ):
             continue
         shape = naturals(state["size"])
-        pieces: list[Piece] = []
+        slices: list[Slice] = []
         for chunk in state["chunks"]:
             offsets, sizes = naturals(chunk.state["offsets"]), naturals(chunk.state["sizes"])
             place = places.get((key, offsets))
@@ -121,9 +121,9 @@ def _described(folder: Path, root: Any) -> dict[str, Assembly]:
             if stored.shape != sizes:
                 raise UserError(f"{folder}: {key} at {list(offsets)} is {list(stored.shape)}, not {list(sizes)}", FIX)
             dtype = stored.dtype
-            pieces += _placed(stored, shape, offsets, sizes)
-        tensors[str(key)] = Assembly(dtype, shape, tuple(pieces))
-        check_cover(str(key), tensors[str(key)], where=str(folder))
+            slices += _placed(stored, shape, offsets, sizes)
+        tensors[str(key)] = TensorView(dtype, shape, tuple(slices))
+        tensors[str(key)].check_coverage(f"{folder}: {key}")
     return tensors
 
 
@@ -132,7 +132,7 @@ def _place(index: Any) -> tuple[str, tuple[int, ...] | None]:
     return name if isinstance(name, str) else "", None if offset is None else naturals(offset)
 
 
-def _stored(folder: Path, place: dict[str, Any], files: dict[str, RawFile], key: str) -> Assembly:
+def _stored(folder: Path, place: dict[str, Any], files: dict[str, RawFile], key: str) -> TensorView:
     """One chunk's archive inside its .distcp file."""
     name = require_file_name(place["relative_path"], str(folder / ".metadata"))
     if name not in files:
@@ -146,23 +146,25 @@ def _stored(folder: Path, place: dict[str, Any], files: dict[str, RawFile], key:
     return archive.tensor(archive.root, key)
 
 
-def _placed(stored: Assembly, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]) -> list[Piece]:
-    """A chunk as pieces of the tensor seen as a matrix: one for each layer in it."""
-    source = stored.pieces[0].source
+def _placed(
+    stored: TensorView, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]
+) -> list[Slice]:
+    """A chunk as slices of the tensor seen as a matrix: one for each layer in it."""
+    source = stored.slices[0].source
     if len(shape) < 3:
         rows, columns = matrix_shape(sizes)
-        at_row, at_column = (*offsets, 0, 0)[:2]
-        return [Piece(source, 0, 0, rows, columns, at_row, at_column)]
+        out_row, out_column = (*offsets, 0, 0)[:2]
+        return [Slice(source, 0, 0, rows, columns, out_row, out_column)]
     deep, rows, columns = sizes
     return [
-        Piece(source, i * rows, 0, rows, columns, (offsets[0] + i) * shape[1] + offsets[1], offsets[2])
+        Slice(source, i * rows, 0, rows, columns, (offsets[0] + i) * shape[1] + offsets[1], offsets[2])
         for i in range(deep)
     ]
 
 
-def _unstack(tensors: dict[str, Assembly]) -> dict[str, Assembly]:
+def _unstack(tensors: dict[str, TensorView]) -> dict[str, TensorView]:
     """Gives each layer of a stacked tensor its own name."""
-    result: dict[str, Assembly] = {}
+    result: dict[str, TensorView] = {}
     for key, tensor in tensors.items():
         if not tensor.shape or not key.startswith("decoder.layers.") or re.match(r"decoder\.layers\.[0-9]+\.", key):
             result[key] = tensor
@@ -173,23 +175,23 @@ def _unstack(tensors: dict[str, Assembly]) -> dict[str, Assembly]:
         for n in range(count):
             name = key.replace("decoder.layers.", f"decoder.layers.{n}.")
             if len(shape) == 1:  # [layers, n]: a row of the matrix becomes a column of its own
-                result[name] = Assembly(tensor.dtype, shape, _row_as_column(tensor.pieces, n))
+                result[name] = TensorView(tensor.dtype, shape, _row_as_column(tensor.slices, n))
             else:
-                pieces = tuple(tensor.window(n * shape[0], 0, *shape))
-                result[name] = Assembly(tensor.dtype, shape, pieces)
+                slices = tuple(tensor.window(n * shape[0], 0, *shape))
+                result[name] = TensorView(tensor.dtype, shape, slices)
     return result
 
 
-def _row_as_column(pieces: tuple[Piece, ...], row: int) -> tuple[Piece, ...]:
+def _row_as_column(slices: tuple[Slice, ...], row: int) -> tuple[Slice, ...]:
     """Row `row` of a matrix of stacked vectors, as a vector: the elements are columns there and rows here."""
     found = []
-    for piece in pieces:
-        if not piece.at_row <= row < piece.at_row + piece.rows:
+    for part_of in slices:
+        if not part_of.out_row <= row < part_of.out_row + part_of.rows:
             continue
-        source = piece.source
-        assert isinstance(source, Stored)
-        start = source.offset + (piece.row + row - piece.at_row) * source.row_bytes
+        source = part_of.source
+        assert isinstance(source, FileMatrix)
+        start = source.offset + (part_of.row + row - part_of.out_row) * source.row_bytes
         item = ITEMSIZE[source.dtype]
-        vector = replace(source, offset=start + piece.column * item, rows=piece.columns, columns=1, row_bytes=item)
-        found.append(Piece(vector, 0, 0, piece.columns, 1, at_row=piece.at_column))
+        vector = replace(source, offset=start + part_of.column * item, rows=part_of.columns, columns=1, row_bytes=item)
+        found.append(Slice(vector, 0, 0, part_of.columns, 1, out_row=part_of.out_column))
     return tuple(found)

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from arriero.checkpoint.tensors.raw_file import RawFile
-from arriero.checkpoint.tensors.stream import ITEMSIZE, Assembly, PieceReader, Stored
+from arriero.checkpoint.tensors.stream import ITEMSIZE, TensorView, ViewReader
 from arriero.common.errors import UserError
 
 MAX_HEADER_BYTES = 100_000_000  # what the safetensors library allows
 FIX = "fetch the file again, or ask who made it"
 
 
-class SafetensorsFile(PieceReader):
+class SafetensorsFile(ViewReader):
     """One checked safetensors file.
 
     Raises:
@@ -34,8 +34,8 @@ class SafetensorsFile(PieceReader):
         for name, entry in header.items():
             dtype, shape, begin, end = _entry(entry, f"{path}: tensor {name!r}", file.size - start)
             ranges.append((begin, end, name))
-            tensors[name] = Assembly.whole(Stored.of(file, f"{path}: {name}", start + begin, dtype, shape), shape)
-        _check_cover(sorted(ranges), file.size - start, path)
+            tensors[name] = TensorView.in_file(file, f"{path}: {name}", start + begin, dtype, shape)
+        _check_coverage(sorted(ranges), file.size - start, path)
         super().__init__(tensors, where=str(path))
 
 
@@ -103,7 +103,7 @@ def _naturals(value: Any) -> bool:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
-def _check_cover(ranges: list[tuple[int, int, str]], data_bytes: int, path: Path) -> None:
+def _check_coverage(ranges: list[tuple[int, int, str]], data_bytes: int, path: Path) -> None:
     at, before = 0, "the header"
     for begin, end, name in ranges:
         if begin != at:

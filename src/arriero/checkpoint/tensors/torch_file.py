@@ -16,7 +16,7 @@ from typing import Any
 
 from arriero.checkpoint.tensors.pickle_symbols import MAX_NODES, MAX_PICKLE_BYTES, Call, Global, TensorRef, follow
 from arriero.checkpoint.tensors.raw_file import RawFile
-from arriero.checkpoint.tensors.stream import ITEMSIZE, Assembly, PieceReader, Stored, matrix_shape
+from arriero.checkpoint.tensors.stream import ITEMSIZE, FileMatrix, TensorView, ViewReader, matrix_shape
 from arriero.common.errors import UserError
 from arriero.common.text import shown
 
@@ -63,7 +63,7 @@ class TorchFile:
             raise UserError(f"{self.path}: record {info.filename} is cut short", "fetch the file again")
         return int(start)
 
-    def tensor(self, ref: TensorRef, label: str) -> Assembly:
+    def tensor(self, ref: TensorRef, label: str) -> TensorView:
         """Where a tensor lies.
 
         Raises:
@@ -81,16 +81,16 @@ class TorchFile:
         if rows * columns and last * size > info.file_size:
             raise UserError(f"{where} needs {last * size:,} bytes of a record of {info.file_size:,}", "fetch it again")
         start = self._start(info) + ref.offset * size
-        stored = Stored(self.file, where, start, storage.dtype, rows, columns, row_stride * size)
-        return Assembly.whole(stored, ref.shape)
+        stored = FileMatrix(self.file, where, start, storage.dtype, rows, columns, row_stride * size)
+        return TensorView.of(stored, ref.shape)
 
-    def tensors(self, tree: Any) -> dict[str, Assembly]:
+    def tensors(self, tree: Any) -> dict[str, TensorView]:
         """All tensors below a nested dict, named by their joined keys.
 
         Raises:
             UserError: a tensor is of a kind that is no plain array, such as quantized, sparse or distributed ones.
         """
-        found: dict[str, Assembly] = {}
+        found: dict[str, TensorView] = {}
         waiting, seen = [("", 0, tree)], 0
         while waiting:
             prefix, depth, branch = waiting.pop()
@@ -112,9 +112,9 @@ class TorchFile:
             waiting += reversed(below)
         return found
 
-    def reader(self) -> PieceReader:
+    def reader(self) -> ViewReader:
         """All tensors of a file that holds one flat state dict."""
-        return PieceReader(self.tensors(self.root), where=str(self.path))
+        return ViewReader(self.tensors(self.root), where=str(self.path))
 
 
 def _special_tensor(value: Any) -> str:

@@ -6,8 +6,8 @@ import json as json_module
 from pathlib import Path
 from typing import Any
 
+from arriero.checkpoint.directory import read_json
 from arriero.checkpoint.find import committed
-from arriero.checkpoint.layout import read_json
 from arriero.checkpoint.verify import verify as verify_files
 from arriero.common.checkpoint_names import MARKER, STATE, step_of
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError

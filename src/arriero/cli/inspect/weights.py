@@ -10,7 +10,7 @@ from typing import Any
 from arriero.checkpoint.formats.huggingface import open_file
 from arriero.checkpoint.formats.progress import Progress
 from arriero.checkpoint.open_model import detect, open_model
-from arriero.checkpoint.tensors.stream import Assembly
+from arriero.checkpoint.tensors.stream import TensorView
 from arriero.checkpoint.tensors.transfer import read_fingerprints
 from arriero.checkpoint.tensors.values import fingerprint
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError
@@ -48,8 +48,8 @@ def inspect(path: Path, *, json: bool, verify: bool) -> int:
         tensors = _describe_file(path, facts) if path.is_file() else _describe(path, facts)
         if verify:
             with Progress("reading", sum(t.nbytes for t in tensors.values())) as progress:
-                prints = read_fingerprints(tensors, advance=progress.advance)
-            facts["fingerprint"] = fingerprint(tensors, None, prints)
+                fingerprints = read_fingerprints(tensors, advance=progress.advance)
+            facts["fingerprint"] = fingerprint(tensors, None, fingerprints)
         facts["whole"] = True
     except UserError as error:
         facts = {"kind": facts.get("kind") or _kind(path), **facts, "whole": False, "problem": str(error)}
@@ -64,7 +64,7 @@ def _kind(path: Path) -> str:
     return "file" if path.is_file() else detect(path)
 
 
-def _describe(path: Path, facts: dict[str, Any]) -> dict[str, Assembly]:
+def _describe(path: Path, facts: dict[str, Any]) -> dict[str, TensorView]:
     """Opens a model directory, which checks that every tensor is there in its right shape."""
     opened = open_model(path)
     config = opened.config
@@ -89,14 +89,14 @@ def _describe(path: Path, facts: dict[str, Any]) -> dict[str, Assembly]:
     return opened.reader.tensors
 
 
-def _describe_file(path: Path, facts: dict[str, Any]) -> dict[str, Assembly]:
+def _describe_file(path: Path, facts: dict[str, Any]) -> dict[str, TensorView]:
     """Opens one weight file, whatever its tensors' names."""
     tensors = open_file(path).tensors
     facts |= {"kind": "file", "tensors": len(tensors), **_count(tensors), "first": sorted(tensors)[:3], "notes": []}
     return tensors
 
 
-def _count(tensors: dict[str, Assembly]) -> dict[str, Any]:
+def _count(tensors: dict[str, TensorView]) -> dict[str, Any]:
     dtypes: Counter[str] = Counter()
     for tensor in tensors.values():
         dtypes[tensor.dtype] += tensor.numel

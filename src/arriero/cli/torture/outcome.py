@@ -42,7 +42,7 @@ def last_step(out: Path) -> int:
 def outcome(out: Path) -> Outcome:
     """SHA-256 of the final state, and the loss of every step to the last bit."""
     from arriero.checkpoint.digest import state_sha256
-    from arriero.checkpoint.layout import step_directory
+    from arriero.checkpoint.directory import step_directory
     from arriero.checkpoint.verify import verify
     from arriero.observe.metrics import read_metrics
 

@@ -146,8 +146,8 @@ class Rack:
 
     def choose_fault(self, what: str) -> str:
         """One of the operations of the first three saves of a start; half of the time, one that commits a save."""
-        from arriero.checkpoint.layout import read_json, step_directory
-        from arriero.checkpoint.parts import data_file
+        from arriero.checkpoint.directory import read_json, step_directory
+        from arriero.checkpoint.shards import data_file
 
         rank, nth = self.random.randrange(self.processes), self.random.randint(1, 3)
         if self.random.random() < 0.5:
@@ -178,7 +178,7 @@ class Rack:
 
     def under_other_layouts(self) -> dict[str, float]:
         """Largest relative difference of the final state when the tortured run's middle goes on under other layouts."""
-        from arriero.checkpoint.layout import step_directory
+        from arriero.checkpoint.directory import step_directory
 
         middle = step_directory(self.root / "fire-0" / "checkpoints", self.middle)
         end = step_directory(self.root / "peace" / "checkpoints", STEPS)

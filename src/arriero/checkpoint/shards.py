@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, uint8
 
 from arriero.checkpoint import disk
-from arriero.checkpoint.layout import write_json
+from arriero.checkpoint.directory import write_json
 from arriero.checkpoint.tensors.safetensors_file import build_header
 from arriero.checkpoint.tensors.stream import dtype_name
 
@@ -24,7 +24,7 @@ BLOCK = 8 << 20
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorShard:
     """A piece of a whole tensor."""
 
     value: Tensor
@@ -40,7 +40,7 @@ def data_file(directory: Path, rank: int) -> Path:
     return directory / f"rank-{rank:05d}.safetensors"
 
 
-def write_parts(path: Path, parts: dict[str, Part]) -> None:
+def write_shards(path: Path, parts: dict[str, TensorShard]) -> None:
     """Writes `parts` to `path` and their index beside it, and waits until the disk has both."""
     header, starts, size = build_header(
         {k: (dtype_name(p.value.dtype), tuple(p.value.shape)) for k, p in parts.items()}

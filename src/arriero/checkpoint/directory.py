@@ -60,7 +60,7 @@ def read_json(path: Path, form: Any = dict) -> Any:
     return untrusted.read_json(untrusted.require_inside(path.parent, path), DAMAGED, form)
 
 
-def made_by_arriero(path: Path) -> bool:
+def only_checkpoint_files(path: Path) -> bool:
     """Whether `path` is a checkpoint, whole or not, and holds nothing else: nothing but that is ever removed."""
     bare = path.with_suffix("") if path.suffix == TEMPORARY else path
     if step_of(bare) < 0 or path.is_symlink() or not path.is_dir():
@@ -68,7 +68,7 @@ def made_by_arriero(path: Path) -> bool:
     return all(_WRITTEN.fullmatch(one.name) and not one.is_dir() for one in path.iterdir())
 
 
-def make_way(final: Path) -> None:
+def remove_previous(final: Path) -> None:
     """Removes a checkpoint of the same step that an earlier start wrote: this start went on from before it.
 
     Raises:
@@ -76,7 +76,7 @@ def make_way(final: Path) -> None:
     """
     if not os.path.lexists(final):
         return
-    if not made_by_arriero(final):
+    if not only_checkpoint_files(final):
         raise OSError(errno.EEXIST, "is in the way of the checkpoint, and holds what arriero did not write", str(final))
     disk.remove_tree(final)
 
@@ -91,7 +91,7 @@ def commit(temporary: Path, final: Path) -> None:
     files = {path.name: file_digest(path) for path in small}
     write_json(temporary / MANIFEST, {"format": FORMAT, "files": files, "data": large})
     disk.sync_directory(temporary)
-    make_way(final)
+    remove_previous(final)
     disk.rename(temporary, final)
     disk.sync_directory(final.parent)
     pending = final / (MARKER + TEMPORARY)
