@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arriero.common.text import printable, shown
+from arriero.common.text import escape, escape_message
 
 ANY_TEXT = st.text(st.characters())  # lone surrogates and controls included
 
 
 @given(ANY_TEXT)
 def test_nothing_that_a_terminal_obeys_is_left(text: str) -> None:
-    line = shown(text)
+    line = escape(text)
     assert not [c for c in line if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")]
-    assert not [c for c in printable(text) if unicodedata.category(c)[0] == "C" and c not in "\n\t"]
+    assert not [c for c in escape_message(text) if unicodedata.category(c)[0] == "C" and c not in "\n\t"]
     line.encode("utf-8")
 
 
@@ -34,11 +34,11 @@ def test_nothing_that_a_terminal_obeys_is_left(text: str) -> None:
     ],
 )
 def test_examples(text: str, line: str) -> None:
-    assert shown(text) == line
+    assert escape(text) == line
 
 
 def test_long_text_is_cut_and_says_so() -> None:
-    line = shown("a" * 100_000 + "z")
+    line = escape("a" * 100_000 + "z")
     assert len(line) < 300
     assert line.startswith("aaa")
     assert line.endswith("z")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from arriero.common.checkpoint_names import DAMAGED, MARKER, STATE, step_of
 from arriero.common.errors import UserError
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.common.untrusted import parse_json, read_text
 
 _MAX_STATE_BYTES = 10_000_000
@@ -70,15 +70,15 @@ def candidates(path: Path) -> list[Path]:
         UserError: there is none, or `path` is one that was not committed.
     """
     if not os.path.isdir(path):  # which, unlike Path.is_dir, takes any text
-        raise UserError(f"{shown(path)}: no such directory", "name a run directory, or one of its checkpoints/step-*")
+        raise UserError(f"{escape(path)}: no such directory", "name a run directory, or one of its checkpoints/step-*")
     if (path / STATE).is_file():
         if not (path / MARKER).is_file():
-            raise UserError(f"{shown(path)}: not committed, its writing was cut off", "name an earlier checkpoint")
+            raise UserError(f"{escape(path)}: not committed, its writing was cut off", "name an earlier checkpoint")
         return [path]
     found = committed(path / "checkpoints")
     if not found:
         fix = "train until the first checkpoint is saved (without --resume), or name another directory"
         if committed(path):
-            fix = f"name the run's directory: --resume {shown(os.path.normpath(path / os.pardir))}"
-        raise UserError(f"{shown(path)}: holds no checkpoint", fix)
+            fix = f"name the run's directory: --resume {escape(os.path.normpath(path / os.pardir))}"
+        raise UserError(f"{escape(path)}: holds no checkpoint", fix)
     return found[::-1]

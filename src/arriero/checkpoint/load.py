@@ -9,7 +9,7 @@ from arriero.checkpoint.tensors.safetensors_file import SafetensorsFile
 from arriero.checkpoint.tensors.stream import Slice, TensorView, ViewReader, matrix_shape
 from arriero.common.checkpoint_names import DAMAGED
 from arriero.common.errors import UserError
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.common.untrusted import require_inside
 
 MOMENTS = ("exp_avg.", "exp_avg_sq.")
@@ -37,16 +37,16 @@ class CheckpointReader(ViewReader):
                 shape, offset, shard = tuple(entry["shape"]), tuple(entry["offset"]), file.view(key)
                 if shapes.setdefault(key, shape) != shape or not _fits(shape, offset, shard.shape):
                     place = f"{list(shard.shape)} at {list(offset)} of {list(shape)}"
-                    raise UserError(f"{index}: {shown(key)} is {place}", DAMAGED)
+                    raise UserError(f"{index}: {escape(key)} is {place}", DAMAGED)
                 if dtypes.setdefault(key, shard.dtype) != shard.dtype:
-                    raise UserError(f"{index}: {shown(key)} is {shard.dtype} here, {dtypes[key]} elsewhere", DAMAGED)
+                    raise UserError(f"{index}: {escape(key)} is {shard.dtype} here, {dtypes[key]} elsewhere", DAMAGED)
                 rows, columns = matrix_shape(shard.shape)
                 out_row, out_column = (*offset, 0, 0)[:2]
                 source = shard.slices[0].source
                 slices.setdefault(key, []).append(Slice(source, 0, 0, rows, columns, out_row, out_column))
         views = {key: TensorView(dtypes[key], shapes[key], tuple(slices[key])) for key in sorted(shapes)}
         for key, view in views.items():  # before memory is allocated for a shape that a file merely claims
-            view.check_coverage(f"{directory}: {shown(key)}")
+            view.check_coverage(f"{directory}: {escape(key)}")
         super().__init__(views, where=str(directory))
 
     def keys(self) -> list[str]:

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 from arriero.common.errors import UserError
-from arriero.common.files import error_reason, make_directory, open_regular, write_atomic
-from arriero.common.text import shown
+from arriero.common.files import make_directory, open_regular, os_error_text, write_atomic
+from arriero.common.text import escape
 
 LOCK = "lock.json"
 
@@ -33,14 +33,14 @@ class RunLock:
         except OSError as error:
             if os.path.lexists(self.path):
                 fix = "remove it if no job writes this run, or write elsewhere with --out"
-            raise UserError(f"{shown(self.path)}: {error_reason(error)}", fix) from None
+            raise UserError(f"{escape(self.path)}: {os_error_text(error)}", fix) from None
         until = time.monotonic() + seconds
         while not self._try():
             if time.monotonic() > until:
                 owner = self.owner()
                 os.close(self._handle)
                 fix = "wait for it, end it, or write elsewhere with --out"
-                raise UserError(f"{shown(out)}: another job is writing this run ({owner})", fix)
+                raise UserError(f"{escape(out)}: another job is writing this run ({owner})", fix)
             time.sleep(0.2)
         if os.fstat(self._handle).st_nlink > 1:  # another name of the file, maybe not the run's: it keeps its content
             self._replace(fix)
@@ -59,7 +59,7 @@ class RunLock:
             write_atomic(self.path, b"")
             self._handle = open_regular(self.path, os.O_RDWR)
         except OSError as error:
-            raise UserError(f"{shown(self.path)}: {error_reason(error)}", fix) from None
+            raise UserError(f"{escape(self.path)}: {os_error_text(error)}", fix) from None
         self._try()
 
     def _try(self) -> bool:
@@ -70,14 +70,14 @@ class RunLock:
         except OSError as error:
             os.close(self._handle)
             fix = "use a file system that has locks (flock) with --out"
-            raise UserError(f"{shown(self.path)}: cannot be locked ({error_reason(error)})", fix) from None
+            raise UserError(f"{escape(self.path)}: cannot be locked ({os_error_text(error)})", fix) from None
         return True
 
     def owner(self) -> str:
         """Who is named in the file, in words."""
         try:
             found = json.loads(os.pread(self._handle, 4096, 0))
-            return shown(f"process {found['process']} on {found['host']}, since {found['since']}")
+            return escape(f"process {found['process']} on {found['host']}, since {found['since']}")
         except (ValueError, KeyError, TypeError, OSError, RecursionError):
             return ""
 

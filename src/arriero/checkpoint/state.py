@@ -9,7 +9,7 @@ from typing import Any
 from arriero.checkpoint.directory import read_json
 from arriero.common.checkpoint_names import DAMAGED, STATE, step_of
 from arriero.common.errors import UserError
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.common.untrusted import schema_problem
 
 MOST = 1 << 53
@@ -39,7 +39,7 @@ def state_problem(directory: Path, needed: dict[str, Any] | None = None) -> str:
     wrong = schema_problem(state, {"step": int, **(needed or {})}) or schema_problem(state, known) or _range(state)
     if not wrong and 0 <= step_of(directory) != state["step"]:
         wrong = f"step is {state['step']}, and the directory is named after another"
-    return f"{directory / STATE}: {shown(wrong)}" if wrong else ""
+    return f"{directory / STATE}: {escape(wrong)}" if wrong else ""
 
 
 def _range(state: dict[str, Any]) -> str:

@@ -19,8 +19,8 @@ from arriero.checkpoint.load import MOMENTS
 from arriero.checkpoint.state import state_problem
 from arriero.common.checkpoint_names import MARKER, STATE
 from arriero.common.errors import UserError
-from arriero.common.files import error_reason, open_regular
-from arriero.common.text import shown
+from arriero.common.files import open_regular, os_error_text
+from arriero.common.text import escape
 from arriero.common.untrusted import MAX_JSON_BYTES, require_file_name
 from arriero.model.config import LlamaConfig, parameter_shapes
 
@@ -60,7 +60,7 @@ def verify(path: Path, *, share: int = 0, of: int = 1, only: Path | None = None)
     except UserError as error:
         return [error.problem]
     except OSError as error:
-        return [f"{shown(error.filename or path)}: cannot be read ({error_reason(error)})"]
+        return [f"{escape(error.filename or path)}: cannot be read ({os_error_text(error)})"]
     chosen = [b for b in blocks if b.path == only] if only else stretch(blocks, share, of)
     return wrong + check_blocks(chosen)
 
@@ -72,7 +72,7 @@ def verify_metadata(path: Path) -> list[str]:
     except UserError as error:
         return [error.problem]
     except OSError as error:
-        return [f"{shown(error.filename or path)}: cannot be read ({error_reason(error)})"]
+        return [f"{escape(error.filename or path)}: cannot be read ({os_error_text(error)})"]
 
 
 def shape_problems(path: Path, model: LlamaConfig) -> list[str]:
@@ -87,9 +87,9 @@ def shape_problems(path: Path, model: LlamaConfig) -> list[str]:
                 name = next((key.removeprefix(m) for m in MOMENTS if key.startswith(m)), key)
                 expected = whole.get(name)
                 if expected is None:
-                    return [f"{index}: {shown(key)} is no tensor of this model"]
+                    return [f"{index}: {escape(key)} is no tensor of this model"]
                 if tuple(place["shape"]) != expected:
-                    return [f"{index}: {shown(key)} is {shown(place['shape'])}, in this model {list(expected)}"]
+                    return [f"{index}: {escape(key)} is {escape(place['shape'])}, in this model {list(expected)}"]
     except UserError as error:
         return [error.problem]
     return []
@@ -98,7 +98,7 @@ def shape_problems(path: Path, model: LlamaConfig) -> list[str]:
 def _chain(path: Path) -> tuple[list[str], list[Block]]:
     """What is wrong with the small files and the files' sizes, and the blocks still to be hashed."""
     if not (path / MARKER).is_file():
-        return [f"{shown(path)}: not committed, its writing was cut off"], []
+        return [f"{escape(path)}: not committed, its writing was cut off"], []
     marker = read_json(path / MARKER, {"manifest": dict})
     if not (path / MANIFEST).is_file():
         return [f"{path / MANIFEST}: missing"], []
@@ -126,7 +126,9 @@ def _chain(path: Path) -> tuple[list[str], list[Block]]:
     if STATE in manifest["files"] and not wrong and (problem := state_problem(path)):
         wrong.append(problem)
     known = {*manifest["files"], *manifest["data"], MANIFEST, MARKER}
-    wrong += [f"{path / shown(name)}: not in the manifest" for name in sorted({p.name for p in path.iterdir()} - known)]
+    wrong += [
+        f"{path / escape(name)}: not in the manifest" for name in sorted({p.name for p in path.iterdir()} - known)
+    ]
     return wrong, blocks
 
 
@@ -142,7 +144,7 @@ def _names_problem(manifest: dict[str, Any]) -> str:
     seen: set[str] = set()
     for name in manifest["data"]:
         if name in seen or not DATA.fullmatch(name):
-            return f"names {shown(name)}" + (" twice" if name in seen else ", which is no data file of a checkpoint")
+            return f"names {escape(name)}" + (" twice" if name in seen else ", which is no data file of a checkpoint")
         if Path(name).with_suffix(".json").name not in manifest["files"]:
             return f"lacks the index of {name}"
         seen.add(name)
@@ -172,9 +174,9 @@ def _blocks(path: Path, index: dict[str, Any]) -> list[Block]:
     for (name, entry), end in zip(tensors, starts[1:], strict=True):
         ranges = range(entry["start"], end, step)
         if len(ranges) != len(entry["sha256"]):
-            raise UserError(f"{path}: {shown(name)} has {len(entry['sha256'])} digests for {len(ranges)} blocks")
+            raise UserError(f"{path}: {escape(name)} has {len(entry['sha256'])} digests for {len(ranges)} blocks")
         found += [
-            Block(path, f"tensor {shown(name)}", at, min(step, end - at), sha256)
+            Block(path, f"tensor {escape(name)}", at, min(step, end - at), sha256)
             for at, sha256 in zip(ranges, entry["sha256"], strict=True)
         ]
     return found
@@ -249,5 +251,5 @@ def newest_intact_checkpoint(
         listed = [*wrong[:4], f"and {len(wrong) - 4} more"] if len(wrong) > 5 else wrong
         for line in listed:
             say(f" DAMAGED: {line}")
-        say(f" DAMAGED: {shown(path)} is not used")
+        say(f" DAMAGED: {escape(path)} is not used")
     raise UserError(f"{paths[0].parent}: no checkpoint there is whole", "start again, or from a copy kept elsewhere")

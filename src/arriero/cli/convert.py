@@ -28,7 +28,7 @@ from arriero.checkpoint.tensors.transfer import new_directory, transfer
 from arriero.checkpoint.tensors.values import fingerprint
 from arriero.common.errors import EXIT_OK, CheckFailed, UserError, join_problems
 from arriero.common.ranges import flag, range_problems
-from arriero.common.text import printable, shown
+from arriero.common.text import escape, escape_message
 from arriero.model.config import LlamaConfig
 
 DTYPES = {"keep": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -210,8 +210,8 @@ def _print(report: dict[str, object], as_json: bool) -> None:
     if as_json:
         print(json.dumps(report))
         return
-    source, destination = shown(report["source"]), shown(report["destination"])
-    print(f"{source} ({report['kind']}, {shown(report['layout'])}) -> {destination} ({report['to']})")
+    source, destination = escape(report["source"]), escape(report["destination"])
+    print(f"{source} ({report['kind']}, {escape(report['layout'])}) -> {destination} ({report['to']})")
     vocabulary = f"vocabulary {report['vocab_size']:,}"
     if report["padded_vocab"] != report["vocab_size"]:
         vocabulary += f" padded_vocab_size to {report['padded_vocab']:,}"
@@ -222,4 +222,4 @@ def _print(report: dict[str, object], as_json: bool) -> None:
     if "start_with" in report:
         print(f"start Megatron-LM with: {report['start_with']}")
     for note in report["notes"]:  # type: ignore[attr-defined]
-        print(printable(f"note: {note}"))
+        print(escape_message(f"note: {note}"))

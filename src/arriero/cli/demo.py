@@ -19,8 +19,8 @@ from typing import Annotated
 from annotated_types import Interval
 
 from arriero.common.errors import EXIT_CHECK_FAILED, CheckFailed, UserError
-from arriero.common.files import error_reason, make_directory
-from arriero.common.text import shown
+from arriero.common.files import make_directory, os_error_text
+from arriero.common.text import escape
 from arriero.data.demo_corpus import corpus_texts, train_tokenizer, write_corpus
 
 VOCABULARY = 2048  # the demo model's, see recipes/models/demo.json
@@ -51,9 +51,9 @@ def run(args: DemoArgs) -> int:
     main, one, two = out / "one-process", out / "one-process-float64", out / "tensor-parallel-2-float64"
     _heading("Text: the documentation of Python's standard library, as Alpaca records")
     stats = write_corpus(data / "python_docs.parquet")
-    print(f"{stats.records:,} records, {stats.characters / 1e6:.1f} MB -> {shown(data / 'python_docs.parquet')}")
+    print(f"{stats.records:,} records, {stats.characters / 1e6:.1f} MB -> {escape(data / 'python_docs.parquet')}")
     train_tokenizer(corpus_texts(data / "python_docs.parquet"), data / "tokenizer", VOCABULARY)
-    print(f"a LLaMA-style tokenizer of {VOCABULARY:,} pieces -> {shown(data / 'tokenizer')}")
+    print(f"a LLaMA-style tokenizer of {VOCABULARY:,} pieces -> {escape(data / 'tokenizer')}")
     _heading("Token files")
     tokenizer, prefix = str(data / "tokenizer"), str(data / "python_docs")
     documents = ["--format", "alpaca", "--tokenizer", tokenizer, "--out", prefix]
@@ -73,7 +73,7 @@ def run(args: DemoArgs) -> int:
     _needed("generate", str(model), "--prompt", "Document the function os.path.", "--max-new-tokens", "60")
     _close(out, time.perf_counter() - began)
     if code:
-        print(f"\nFAILED: the comparison ended with exit code {code}; see {shown(out / 'compare' / 'compare.md')}")
+        print(f"\nFAILED: the comparison ended with exit code {code}; see {escape(out / 'compare' / 'compare.md')}")
     return EXIT_CHECK_FAILED if code else 0
 
 
@@ -84,13 +84,13 @@ def _make_room(out: Path, *, overwrite: bool) -> None:
     try:
         if any(out.iterdir()):
             if not overwrite:
-                raise UserError(f"{shown(out)}: holds something already", f"add --overwrite, or {other}")
+                raise UserError(f"{escape(out)}: holds something already", f"add --overwrite, or {other}")
             if not (out / "data" / "tokenizer").is_dir():
-                raise UserError(f"{shown(out)}: does not look like an earlier demo", other)
+                raise UserError(f"{escape(out)}: does not look like an earlier demo", other)
             shutil.rmtree(out)
         make_directory(out / "data", other)
     except OSError as error:
-        raise UserError(f"{shown(out)}: {error_reason(error)}", other) from None
+        raise UserError(f"{escape(out)}: {os_error_text(error)}", other) from None
 
 
 def _heading(text: str) -> None:
@@ -132,7 +132,7 @@ def _close(out: Path, seconds: float) -> None:
     ]
     print(f"\nDone in {seconds:.0f} s. Look at:")
     for name, path in rows:
-        print(f"  {name:11} {shown(path)}")
+        print(f"  {name:11} {escape(path)}")
     model, main, tokenizer = (shlex.quote(str(out / part)) for part in ("huggingface", "one-process", "data/tokenizer"))
     print("Next:")
     print(f'  {program()} generate {model} --prompt "Document the module " --temperature 0.8')

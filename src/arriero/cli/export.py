@@ -18,7 +18,7 @@ from arriero.checkpoint.tensors.transfer import read_fingerprints
 from arriero.checkpoint.tensors.values import fingerprint
 from arriero.common.errors import EXIT_OK, CheckFailed, join_problems
 from arriero.common.ranges import flag, range_problems
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.model.config import LlamaConfig
 
 
@@ -67,7 +67,7 @@ def run(args: ExportArgs) -> int:
         facts = {**keys, "fingerprint": digest, "largest_logit_difference": difference, "notes": opened.notes}
         print(json.dumps(facts))
         return EXIT_OK
-    print(f"{shown(args.destination)}: {parameters:,} parameters from {shown(opened.path)}")
+    print(f"{escape(args.destination)}: {parameters:,} parameters from {escape(opened.path)}")
     print(f"fingerprint {digest[:16]}; largest logit difference after reloading {difference:.3g}")
     for note in opened.notes:
         print(f"note: {note}")

@@ -16,7 +16,7 @@ from tyro.conf import Positional
 from arriero.common.device import device_type, take_device
 from arriero.common.errors import EXIT_OK, UserError, join_problems
 from arriero.common.ranges import flag, range_problems
-from arriero.common.text import printable, shown
+from arriero.common.text import escape, escape_message
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,14 +64,14 @@ def run(args: GenerateArgs) -> int:
 
     opened = open_model(args.model)
     for note in opened.notes:
-        print(printable(f"note: {note}"), file=sys.stderr)
+        print(escape_message(f"note: {note}"), file=sys.stderr)
     where = args.tokenizer or opened.tokenizer
     if where is None:
         raise UserError(f"{opened.path}: has no tokenizer beside it", "give one with --tokenizer DIR")
     tokenizer = load_tokenizer(where)
     prompt = encode_prompt(tokenizer, args.prompt, opened.config.vocab_size)
     for notice in notices(tokenizer, opened.config, len(prompt), args.max_new_tokens):
-        print(printable(f"note: {notice}"), file=sys.stderr)
+        print(escape_message(f"note: {notice}"), file=sys.stderr)
     kind = device_type(args.device)
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     if dtype is None and kind == "cpu" and opened.reader.dtype("model.norm.weight") == torch.float16:
@@ -117,7 +117,7 @@ def _show(text: str, before: str) -> str:
 
 def _visible(text: str) -> str:
     """The text as it is, but for control characters that a terminal would obey."""
-    return printable(text) if sys.stdout.isatty() else text
+    return escape_message(text) if sys.stdout.isatty() else text
 
 
 def notices(tokenizer: Tokenizer, config: LlamaConfig, prompt: int, count: int) -> list[str]:
@@ -146,7 +146,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str, vocab_size: int) -> list[int]
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"--prompt is '{shown(text)}', which is not UTF-8", "give text") from None
+        raise UserError(f"--prompt is '{escape(text)}', which is not UTF-8", "give text") from None
     ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text)
     if not ids:
         raise UserError("the prompt is empty and the tokenizer has no BOS", "give --prompt some text")

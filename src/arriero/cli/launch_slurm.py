@@ -12,10 +12,10 @@ from typing import Annotated
 
 from annotated_types import Interval
 
-from arriero.common.errors import EXIT_OK, EXIT_STOPPED, UserError, nearest
-from arriero.common.files import error_reason, make_directory, open_regular
+from arriero.common.errors import EXIT_OK, EXIT_STOPPED, UserError, closest_match
+from arriero.common.files import make_directory, open_regular, os_error_text
 from arriero.common.ranges import PathText
-from arriero.common.text import printable, shown
+from arriero.common.text import escape, escape_message
 from arriero.distributed.launch.secret import VARIABLE
 
 
@@ -53,8 +53,10 @@ def run(words: list[str]) -> int:
             with open(handle, "w", encoding="utf-8") as out:
                 out.write(text)
         except OSError as error:
-            raise UserError(f"--out {shown(file)}: {error_reason(error)}", "name a file that can be written") from None
-        print(printable(f"wrote {file}; queue it with: sbatch {shlex.quote(file)}"))
+            raise UserError(
+                f"--out {escape(file)}: {os_error_text(error)}", "name a file that can be written"
+            ) from None
+        print(escape_message(f"wrote {file}; queue it with: sbatch {shlex.quote(file)}"))
     else:
         print(text, end="")
     return EXIT_OK
@@ -62,7 +64,7 @@ def run(words: list[str]) -> int:
 
 def _help(words: list[str]) -> int:
     if words and words[0] not in ("slurm", "-h", "--help"):
-        raise UserError(f"launch: unknown kind '{shown(words[0])}'", nearest(words[0], ["slurm"]))
+        raise UserError(f"launch: unknown kind '{escape(words[0])}'", closest_match(words[0], ["slurm"]))
     from arriero.train.recipe import show_flags
 
     show_flags(SlurmArgs, "arriero launch slurm RECIPE")
@@ -104,10 +106,10 @@ def _problems(args: SlurmArgs) -> list[UserError]:
     found = []
     if not re.fullmatch(r"[0-9]+(-[0-9]+)?(:[0-9]+){0,2}|UNLIMITED", args.time):
         found.append(
-            UserError(f"--time is {shown(repr(args.time))}", "give days-hours:minutes:seconds, such as 1-12:00:00")
+            UserError(f"--time is {escape(repr(args.time))}", "give days-hours:minutes:seconds, such as 1-12:00:00")
         )
     if not re.fullmatch(r"[\w.,+-]*", args.partition):
-        found.append(UserError(f"--partition is {shown(repr(args.partition))}", "give the name of a partition: sinfo"))
+        found.append(UserError(f"--partition is {escape(repr(args.partition))}", "give the name of a partition: sinfo"))
     return found
 
 

@@ -8,10 +8,18 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_USAGE, CheckFailed, UserError, as_user_error, nearest
+from arriero.common.errors import (
+    EXIT_CHECK_FAILED,
+    EXIT_OK,
+    EXIT_USAGE,
+    CheckFailed,
+    UserError,
+    as_user_error,
+    closest_match,
+)
 from arriero.common.output import OutputClosed, guarded_output
 from arriero.common.signals import Interrupted, interrupts
-from arriero.common.text import printable, shown
+from arriero.common.text import escape, escape_message
 from arriero.common.version import __version__
 
 
@@ -68,7 +76,7 @@ def dispatch(words: list[str], *, last: bool = False) -> int:
         try:
             return _printed(words)
         except CheckFailed as error:
-            print(printable(f"arriero: {error}"), file=sys.stderr)
+            print(escape_message(f"arriero: {error}"), file=sys.stderr)
             return EXIT_CHECK_FAILED
         except OutputClosed:  # `arriero ... | head`
             return EXIT_OK
@@ -82,7 +90,7 @@ def dispatch(words: list[str], *, last: bool = False) -> int:
             known = as_user_error(error)
             if known is None:
                 raise
-            print(printable(f"arriero: {known}"), file=sys.stderr)
+            print(escape_message(f"arriero: {known}"), file=sys.stderr)
             return EXIT_USAGE
 
 
@@ -104,7 +112,7 @@ def _printed(words: list[str]) -> int:
 def run_verb(name: str, words: list[str]) -> int:
     """Imports the verb's module, parses its arguments with tyro and runs it."""
     if name not in VERBS:
-        raise UserError(f"unknown verb '{shown(name)}'", nearest(name, VERBS))
+        raise UserError(f"unknown verb '{escape(name)}'", closest_match(name, VERBS))
     verb = VERBS[name]
     module = importlib.import_module(verb.module)
     if not verb.arguments:

@@ -12,7 +12,7 @@ import tyro
 from arriero.checkpoint.find import committed, find_checkpoint, run_of
 from arriero.common.errors import EXIT_OK, UserError
 from arriero.common.ranges import path_problem
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.distributed.launch.config import LaunchConfig
 from arriero.train.config import Start
 from arriero.train.recipe import (
@@ -84,7 +84,7 @@ def _flag(name: str, words: list[str] | None) -> bool:
     """Whether `--name` is given, without a word or with true."""
     text = "false" if words is None else " ".join(words).lower() or "true"
     if text not in ("true", "false"):
-        raise UserError(f"--{name} is {shown(text)!r}", "give it alone, or with true or false")
+        raise UserError(f"--{name} is {escape(text)!r}", "give it alone, or with true or false")
     return text == "true"
 
 
@@ -102,7 +102,7 @@ def _continued(resume: Path, settings: list[Setting]) -> list[Setting]:
     if any(s.key == "out" and not s.origin.startswith(str(resume)) for s in settings):
         return []  # a recipe that the user has named
     fix = "name the run directory to write: --out runs/again"
-    raise UserError(f"--resume {shown(resume)}: is a checkpoint that lies in no run directory", fix)
+    raise UserError(f"--resume {escape(resume)}: is a checkpoint that lies in no run directory", fix)
 
 
 def _begun(named: str, given: list[Setting]) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 from arriero.common.errors import UserError
-from arriero.common.text import shown
+from arriero.common.text import escape
 
 
 def environment_number(
@@ -31,7 +31,7 @@ def environment_number(
             return default
         raise UserError(f"{name} is {'empty' if name in environment else 'missing'} in the environment", fix)
     if not re.fullmatch(r"[+-]?[0-9]{1,18}", text):
-        raise UserError(f"{name} is {shown(repr(text), 60)} in the environment, not a whole number", fix)
+        raise UserError(f"{name} is {escape(repr(text), 60)} in the environment, not a whole number", fix)
     if not low <= int(text) <= high:
         raise UserError(f"{name} is {text} in the environment, not from {low} to {high}", fix)
     return int(text)

@@ -7,7 +7,7 @@ import errno
 import re
 from collections.abc import Iterable
 
-from arriero.common.text import shown
+from arriero.common.text import escape
 
 MOST_KNOWN = 20
 EXIT_OK = 0
@@ -37,7 +37,7 @@ class CheckFailed(Exception):  # noqa: N818 - a verdict, not a fault
     """A check that ran to its end and failed: exit code 1."""
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def closest_match(word: str, known: Iterable[str]) -> str:
     """Returns a sentence that names the nearest of `known`, or lists the first of them when none is near."""
     names = sorted(known)
     close = difflib.get_close_matches(word[:200], names, n=1, cutoff=0.6)
@@ -69,19 +69,19 @@ def as_user_error(error: BaseException) -> UserError | None:
         return error
     text, found = str(error), ("", "")
     if isinstance(error, OSError) and error.strerror and (error.filename is not None or error.errno in _RESOURCES):
-        names = [shown(name) for name in (error.filename, error.filename2) if name not in (None, "")]
+        names = [escape(name) for name in (error.filename, error.filename2) if name not in (None, "")]
         found = f"{' -> '.join(names)}{': ' if names else ''}{error.strerror}", _fix(error.errno)
     elif isinstance(error, RecursionError):
         found = "an input is nested too deep to be read", "look for the file with thousands of brackets"
     elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in text for w in _MEMORY)):
-        what = shown(text.partition("\n")[0]) or "no more could be had"
+        what = escape(text.partition("\n")[0]) or "no more could be had"
         found = f"the memory does not suffice: {what}", "free some, or ask for less at a time"
     elif isinstance(error, RuntimeError) and (match := _BACKEND.search(text)):
         fix = "make its libraries known (for npu: source CANN's set_env.sh), or set TORCH_DEVICE_BACKEND_AUTOLOAD=0"
-        cause = f": {shown(error.__cause__)}" if error.__cause__ else ""
-        found = f"torch cannot load {shown(match[1])}{cause}", fix
+        cause = f": {escape(error.__cause__)}" if error.__cause__ else ""
+        found = f"torch cannot load {escape(match[1])}{cause}", fix
     elif isinstance(error, UnicodeEncodeError) or (isinstance(error, ValueError) and "embedded null" in text):
-        found = f"a file name or a text holds what cannot be written: {shown(error)}", "mend the name"
+        found = f"a file name or a text holds what cannot be written: {escape(error)}", "mend the name"
     return UserError(*found) if found[0] else None
 
 

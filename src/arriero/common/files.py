@@ -16,7 +16,7 @@ from pathlib import Path
 
 from arriero.common.checkpoint_names import enclosing_checkpoint
 from arriero.common.errors import UserError
-from arriero.common.text import shown
+from arriero.common.text import escape
 
 APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 
@@ -99,17 +99,17 @@ def make_directory(path: Path, fix: str, *, follow: bool = True) -> None:
             checkpoint, into which nothing is written.
     """
     if holder := enclosing_checkpoint(path):
-        raise UserError(f"{shown(path)}: is or lies in the checkpoint {shown(holder)}, which is only read", fix)
+        raise UserError(f"{escape(path)}: is or lies in the checkpoint {escape(holder)}, which is only read", fix)
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not follow and path.is_symlink():
-            raise UserError(f"{shown(path)}: is a symbolic link, which is not followed here", fix)
+            raise UserError(f"{escape(path)}: is a symbolic link, which is not followed here", fix)
     except (OSError, ValueError) as error:  # ValueError: NUL or a lone surrogate in the name
-        raise UserError(f"{shown(path)}: {error_reason(error)}", fix) from None
+        raise UserError(f"{escape(path)}: {os_error_text(error)}", fix) from None
 
 
-def error_reason(error: OSError | ValueError) -> str:
+def os_error_text(error: OSError | ValueError) -> str:
     """What the system says of a path, in its words, without the path."""
     if isinstance(error, OSError):
         return error.strerror or type(error).__name__
-    return f"no file can have this name ({shown(error)})"
+    return f"no file can have this name ({escape(error)})"

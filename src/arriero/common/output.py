@@ -150,7 +150,7 @@ def _open_if_closed(number: int) -> bool:
     return False
 
 
-def tell(text: str) -> None:
+def write_stderr(text: str) -> None:
     """Writes a line to standard error past Python's buffers: from a signal handler, or beside a thread that prints."""
     with contextlib.suppress(OSError):
         os.write(2, f"arriero: {text}\n".encode("utf-8", "backslashreplace"))

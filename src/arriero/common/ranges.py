@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from annotated_types import Interval, Len
 
 from arriero.common.errors import UserError
-from arriero.common.text import shown
+from arriero.common.text import escape
 
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # Linux's limits of one part of a path and of all of it
 MAX_DIGITS = 40
@@ -134,7 +134,7 @@ def path_problem(path: str) -> str:
     if b"\0" in raw:
         return f"is {_short(path)}, which no file can be named"
     if len(raw) > MAX_PATH_BYTES or max(map(len, raw.split(b"/"))) > MAX_NAME_BYTES:
-        return f"is {shown(path, 60)}: {len(raw):,} bytes long, and no file can have so long a name"
+        return f"is {escape(path, 60)}: {len(raw):,} bytes long, and no file can have so long a name"
     return ""
 
 
@@ -160,7 +160,7 @@ def _fits(value: Any, base: type, interval: Interval | None) -> bool:
 def _short(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**MAX_DIGITS:
         return f"a number of more than {MAX_DIGITS} digits"
-    return f"'{shown(value, 60)}'" if isinstance(value, str) else shown(value, 60)
+    return f"'{escape(value, 60)}'" if isinstance(value, str) else escape(value, 60)
 
 
 def wanted(kind: Any) -> str:

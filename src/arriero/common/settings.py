@@ -31,7 +31,7 @@ from arriero.common.ranges import (
     wanted,
 )
 from arriero.common.suggest import suggestion
-from arriero.common.text import shown
+from arriero.common.text import escape
 
 T = TypeVar("T")
 MAX_WORDS = 10_000
@@ -57,7 +57,7 @@ def parse(cls: type[T], settings: list[Setting], *, prog: str) -> T:
     problems = []
     for setting in settings:
         if setting.key not in known:
-            problem = f"{shown(setting.origin)}: unknown key '{shown(setting.key)}'"
+            problem = f"{escape(setting.origin)}: unknown key '{escape(setting.key)}'"
             problems.append(UserError(problem, suggestion(setting.key, known)))
     last = {setting.key: setting for setting in settings if setting.key in known}
     try:
@@ -148,7 +148,7 @@ def _build(cls: type[T], settings: list[Setting], prog: str) -> T:
             raise UserError(f"{prog}: {said}") from None
         (one,) = settings
         choice = said.startswith("invalid choice")  # the fix lists what there is to choose from
-        problem = f"{_named(one)} is '{shown(' '.join(one.words), 60)}'" if choice else f"{_named(one)}: {said}"
+        problem = f"{_named(one)} is '{escape(' '.join(one.words), 60)}'" if choice else f"{_named(one)}: {said}"
         raise UserError(problem, f"give {wanted(field_ranges(cls)[one.key])}") from None
 
 
@@ -157,7 +157,7 @@ def _first_sentence(box: str) -> str:
     lines = [re.sub(r"[^\x20-\x7e]", "", line).strip() for line in box.splitlines()]
     rules = [i for i, line in enumerate(lines) if line and not line.strip("-")] + [len(lines)]
     start, end = (rules[0] + 1, rules[1]) if len(rules) > 2 else (1, rules[0])
-    return shown(" ".join(line for line in lines[start:end] if line) or "cannot be read", 300)
+    return escape(" ".join(line for line in lines[start:end] if line) or "cannot be read", 300)
 
 
 def field_types(cls: type) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def command_line_settings(words: list[str]) -> list[Setting]:
         elif settings:
             settings[-1].words.append(word)
         else:
-            raise UserError(f"unexpected argument '{shown(word)}'", "give one recipe, then --key value pairs")
+            raise UserError(f"unexpected argument '{escape(word)}'", "give one recipe, then --key value pairs")
     return settings
 
 

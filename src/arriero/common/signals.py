@@ -24,7 +24,7 @@ from enum import IntEnum
 from typing import Any
 
 from arriero.common.errors import EXIT_STOPPED
-from arriero.common.output import tell
+from arriero.common.output import write_stderr
 
 SAME_PRESS = 1.0
 """Seconds within which two SIGINT are one."""
@@ -223,7 +223,7 @@ class LoneListener:
 
     def _say(self, text: str) -> None:
         if self.speaks:
-            tell(text)
+            write_stderr(text)
 
     def __enter__(self) -> LoneListener:
         return self
@@ -238,7 +238,7 @@ class LoneListener:
 
 def _end_later(end: Interrupted) -> None:
     time.sleep(ENDS_IN)
-    tell(str(end))
+    write_stderr(str(end))
     os._exit(end.code)
 
 

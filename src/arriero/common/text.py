@@ -1,6 +1,5 @@
-"""Showing text that came from outside: file names, recorded values, names of tensors, messages of other programs.
-
-A terminal obeys control characters and a log file keeps them, so neither gets any that arriero did not write itself.
+"""Escapes text that comes from outside before it is printed: file names, recorded values, tensor names, other programs'
+messages. Control characters in it could otherwise change a terminal's state or forge lines of a log file.
 """
 
 from __future__ import annotations
@@ -8,26 +7,26 @@ from __future__ import annotations
 import unicodedata
 
 _ESCAPED = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-"""Unicode's categories of characters that are not shown as they are: controls, invisible and bidirectional formats,
-lone surrogates, private and unassigned ones, and the separators that end a line."""
+"""Unicode categories that are escaped: controls, invisible and bidirectional formats, lone surrogates, private and
+unassigned characters, line and paragraph separators."""
 
 
-def shown(value: object, most: int = 200) -> str:
-    """One foreign value on one line: characters that cannot be seen become escapes such as \\n or \\x1b.
+def escape(value: object, max_length: int = 200) -> str:
+    """One value on one line: control and other invisible characters become escapes such as \\n or \\x1b.
 
     Args:
-        value: anything; `str(value)` is shown.
-        most: characters at most; a longer text loses its middle, and the number of lost characters is named.
+        value: anything; `str(value)` is escaped.
+        max_length: in characters; the middle of a longer text is replaced by the number of characters left out.
     """
     text = str(value)
-    if len(text) > most:
-        head, tail = text[: most * 2 // 3], text[len(text) - most // 4 :]
+    if len(text) > max_length:
+        head, tail = text[: max_length * 2 // 3], text[len(text) - max_length // 4 :]
         text = f"{head} ... ({len(text) - len(head) - len(tail):,} characters) ... {tail}"
     return _escaped(text, keep="")
 
 
-def printable(text: str) -> str:
-    """A whole message: as `shown`, but line ends and tabs stay and nothing is cut."""
+def escape_message(text: str) -> str:
+    """A whole message: as `escape`, but line ends and tabs are kept and nothing is shortened."""
     return _escaped(text, keep="\n\t")
 
 
@@ -40,7 +39,7 @@ def _escaped(text: str, *, keep: str) -> str:
     )
 
 
-def ranges(ranks: list[int]) -> str:
+def format_ranks(ranks: list[int]) -> str:
     """[0, 1, 2, 5] -> "ranks 0-2, 5"."""
     runs: list[list[int]] = []
     for rank in ranks:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from arriero.common.errors import UserError
-from arriero.common.files import error_reason, open_regular
-from arriero.common.text import shown
+from arriero.common.files import open_regular, os_error_text
+from arriero.common.text import escape
 
 MAX_JSON_BYTES = 100_000_000  # what safetensors allows its header; a vocabulary of 256,000 entries takes a third of it
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "an object"}
@@ -42,9 +42,9 @@ def read_bytes(path: Path, fix: str, most: int = MAX_JSON_BYTES) -> bytes:
         with open(open_regular(path, follow=True), "rb") as file:
             raw = file.read(most + 1)
     except FileNotFoundError:
-        raise UserError(f"{shown(path)}: no such file", fix) from None
+        raise UserError(f"{escape(path)}: no such file", fix) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{shown(path)}: cannot be read ({error_reason(error)})", fix) from None
+        raise UserError(f"{escape(path)}: cannot be read ({os_error_text(error)})", fix) from None
     if len(raw) > most:
         raise UserError(f"{path}: is larger than {most:,} bytes, which no file of its kind is", fix)
     return raw

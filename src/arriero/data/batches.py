@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from arriero.common.errors import UserError
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.data.batch import Batch
 from arriero.data.config import DataConfig, parse_split
 from arriero.data.indexed import IndexedDataset, OutsideVocabulary
@@ -118,8 +118,8 @@ class Batches:
             one = self._open(prefix, shares, SPLITS.index(split), seed, wanted)
             if one.samples_per_epoch == 0 and wanted is None:
                 raise UserError(
-                    f"{shown(prefix)}: the {split} split (data.split = {config.split!r}) is shorter than one sample of "
-                    f"{sequence_length} tokens",
+                    f"{escape(prefix)}: the {split} split (data.split = {config.split!r}) is shorter than one sample "
+                    f"of {sequence_length} tokens",
                     "give it a larger share, prepare more text, or shorten the sequence",
                 )
             self.sets.append(one)
@@ -157,12 +157,14 @@ class Batches:
         if config.order == "megatron":
             if int(data.sizes[documents].sum(dtype=np.int64)) < 2:  # Megatron's helper ends the process on it
                 fix = "prepare more text, or give this split a larger share"
-                raise UserError(f"{shown(prefix)}: the {self.split} split has no two tokens to draw samples from", fix)
+                raise UserError(f"{escape(prefix)}: the {self.split} split has no two tokens to draw samples from", fix)
             order = MegatronOrder(data.sizes, documents, length=length, seed=seed, samples=samples)
         else:
             order = StableOrder(data.sizes, documents, length=length, seed=seed)
         if config.attention == "document" and len(documents) and data.sizes[documents].max() < 2:
-            problem = f"{shown(prefix)}: no document of the {self.split} split has two tokens, so that none has a label"
+            problem = (
+                f"{escape(prefix)}: no document of the {self.split} split has two tokens, so that none has a label"
+            )
             raise UserError(problem, 'use data.attention = "window"')
         return _TextSet(data, order, length, config.attention == "document")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.data.records import WEIGHTS, BadRecordError, Record, either, filled, has, optional, refuse_content, text_of
 
 Turn = tuple[str, str]
@@ -67,7 +67,7 @@ def _listed(record: Record, column: str, ignored: Sequence[str]) -> list[Turn]:
             raise BadRecordError(f"unknown role {role!r} (known: {', '.join(_ROLES)})")
         for key in WEIGHTS if _ROLES[role] == "assistant" else ():
             if turn.get(key) not in (None, 1) and key not in ignored:
-                raise BadRecordError(f"a turn has {key} {shown(turn[key], 40)}, and --loss-on knows all or last only")
+                raise BadRecordError(f"a turn has {key} {escape(turn[key], 40)}, and --loss-on knows all or last only")
         words = either(turn, ("content", "value")) or ("content" if "content" in turn else "value")
         turns.append((_ROLES[role], filled(turn, words)))
     return turns

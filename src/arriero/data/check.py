@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from arriero.common.errors import UserError
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.data.batches import Batches
 from arriero.data.config import DataConfig
 from arriero.data.indexed import IndexedDataset
@@ -41,17 +41,17 @@ def check_data_against(config: DataConfig, vocab_size: int, tokenizer_fingerprin
             continue
         manifest = found[1]
         made_by = manifest["tokenizer"]
-        fix = f"prepare the text with the model's own tokenizer, not {shown(made_by['path'])}"
+        fix = f"prepare the text with the model's own tokenizer, not {escape(made_by['path'])}"
         if manifest["largest_id"] >= vocab_size:
             raise UserError(
-                f"{shown(prefix)} was made with a vocabulary of {made_by['vocab_size']} entries (it holds token id "
+                f"{escape(prefix)} was made with a vocabulary of {made_by['vocab_size']} entries (it holds token id "
                 f"{manifest['largest_id']}), the model's vocabulary has {vocab_size}",
                 fix,
             )
         if tokenizer_fingerprint is not None and made_by["fingerprint"] != tokenizer_fingerprint:
             raise UserError(
-                f"{shown(prefix)} was made with another tokenizer: {shown(made_by['path'])} "
-                f"({shown(made_by['fingerprint'][:12])}), the model's has vocabulary {tokenizer_fingerprint[:12]}",
+                f"{escape(prefix)} was made with another tokenizer: {escape(made_by['path'])} "
+                f"({escape(made_by['fingerprint'][:12])}), the model's has vocabulary {tokenizer_fingerprint[:12]}",
                 fix,
             )
 
@@ -94,12 +94,14 @@ def batch_notices(batches: Batches) -> list[str]:
         length, never = batches.sequence_length, f"{found.never:,} have none at any length" if found.never else ""
         fix = f"train.sequence_length {found.enough} keeps one in each that has any" if found.enough else ""
         if found.without == found.samples:
-            problem = f"{shown(prefix)}: no sample of the {batches.split} split keeps a label at train.sequence_length "
+            problem = (
+                f"{escape(prefix)}: no sample of the {batches.split} split keeps a label at train.sequence_length "
+            )
             raise UserError(
                 f"{problem}{length}: nothing could be learned from it", fix or "look at how it was prepared"
             )
         lines.append(
-            f" NOTICE: {shown(prefix)}: {found.without:,} of {found.samples:,} {batches.split} samples keep no label "
+            f" NOTICE: {escape(prefix)}: {found.without:,} of {found.samples:,} {batches.split} samples keep no label "
             f"at train.sequence_length {length}, and nothing is learned from them: "
             + "; ".join(part for part in (fix, never) if part)
         )
@@ -126,7 +128,7 @@ def size_notices(
         )
     if tokenizer_size is not None and tokenizer_size > vocab_size:
         lines.append(
-            f" NOTICE: {shown(tokenizer)} has {tokenizer_size} entries, the model {vocab_size} rows: the model can "
+            f" NOTICE: {escape(tokenizer)} has {tokenizer_size} entries, the model {vocab_size} rows: the model can "
             f"neither read nor write ids from {vocab_size} on; set vocab_size {tokenizer_size} or more in config.json"
         )
     return lines

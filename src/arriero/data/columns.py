@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from arriero.common.errors import UserError
-from arriero.common.text import printable, shown
+from arriero.common.text import escape, escape_message
 from arriero.data import inputs
 from arriero.data.column_reader import FRAME, REFUSED
 from arriero.data.inputs import MAX_UNPACKED, Meter, seekable
@@ -86,5 +86,5 @@ def _problem(path: Path, kind: str, code: int, errors: str) -> UserError:
         how = f"pyarrow ended with {signal.Signals(-code).name}"
     else:
         last = errors.strip().rpartition("\n")[2]
-        how = f"pyarrow's reader ended with code {code}: {shown(printable(last))}"
+        how = f"pyarrow's reader ended with code {code}: {escape(escape_message(last))}"
     return UserError(f"{path}: not a whole {kind} file ({how})", "do not trust this file, or copy it again")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from arriero.common.errors import UserError
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.data.prefix import exists, is_instruction, near, parse_prefix
 
 TooLong = Literal["cut", "drop", "error"]
@@ -48,7 +48,7 @@ class DataConfig:
 
     def _find(self) -> None:
         for prefix in parse_prefix(self.prefix).prefixes:
-            instruction, name = is_instruction(prefix), shown(prefix)
+            instruction, name = is_instruction(prefix), escape(prefix)
             if not instruction and not exists(prefix):
                 raise UserError(f"data.prefix: no data set at {name} ({name}.idx is missing)", near(prefix))
             if instruction and self.order == "megatron":

@@ -14,8 +14,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
-from arriero.common.errors import UserError, nearest
-from arriero.common.text import shown
+from arriero.common.errors import UserError, closest_match
+from arriero.common.text import escape
 from arriero.common.untrusted import read_text
 from arriero.data import chat
 from arriero.data.records import CONTENT, WEIGHTS, BadRecordError, Record, filled, optional, refuse_content
@@ -103,7 +103,8 @@ def load_template(name: str) -> Template:
     path = Path(name)
     if not os.path.isfile(name):  # False for names that no file can have
         raise UserError(
-            f"unknown template {shown(name)!r}; {nearest(name, TEMPLATES)}", "give one of these names, or a TOML file"
+            f"unknown template {escape(name)!r}; {closest_match(name, TEMPLATES)}",
+            "give one of these names, or a TOML file",
         )
     try:
         found = tomllib.loads(read_text(path, "give a template's TOML file", 1_000_000))
@@ -114,7 +115,9 @@ def load_template(name: str) -> Template:
     known = [f.name for f in fields(Template)]
     for key, value in found.items():
         if key not in known:
-            raise UserError(f"{path}: unknown field {key!r}; {nearest(key, known)}", "a template has only these fields")
+            raise UserError(
+                f"{path}: unknown field {key!r}; {closest_match(key, known)}", "a template has only these fields"
+            )
         if not isinstance(value, str):
             raise UserError(f"{path}: {key} must be a string", f'write {key} = "..."')
         _check_slots(path, key, value)
@@ -210,7 +213,7 @@ def make_format(
     """
     for one in ignored:
         if one not in IGNORABLE:
-            raise UserError(f"--ignore {one}: {nearest(one, IGNORABLE)}", "other columns are not read anyway")
+            raise UserError(f"--ignore {one}: {closest_match(one, IGNORABLE)}", "other columns are not read anyway")
     alpaca = tuple(dict.fromkeys(ALPACA + CONTENT))  # CONTENT is read to be refused where it is filled
     if name == "text":
         return Format(tuple(keys), False, tuple(keys), lambda record: [[Part(filled(record, key))] for key in keys])
@@ -226,4 +229,6 @@ def make_format(
     if name == "chat":
         columns = tuple(dict.fromkeys(chat.COLUMNS + CONTENT))
         return Format(("packed",), True, columns, lambda record: [_chat(record, template, loss_on, ignored)])
-    raise UserError(f"unknown format {name!r}; {nearest(name, FORMATS)}", "see docs/prepare.md for the four formats")
+    raise UserError(
+        f"unknown format {name!r}; {closest_match(name, FORMATS)}", "see docs/prepare.md for the four formats"
+    )

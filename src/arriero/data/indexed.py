@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from arriero.common.errors import UserError
-from arriero.common.files import error_reason
-from arriero.common.text import shown
+from arriero.common.files import os_error_text
+from arriero.common.text import escape
 from arriero.data.output import create
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -69,12 +69,12 @@ class IndexedDataset:
     """
 
     def __init__(self, prefix: str | Path) -> None:
-        self.prefix, self._name = str(prefix), shown(prefix)
+        self.prefix, self._name = str(prefix), escape(prefix)
         idx, data = idx_path(prefix), bin_path(prefix)
         for path in (idx, data):
             if not os.path.isfile(path):  # a directory or a pipe is no data set, and an impossible name none either
                 fix = "give the prefix that `arriero prepare` printed"
-                raise UserError(f"no data set at {self._name}: {shown(path)} is missing", fix)
+                raise UserError(f"no data set at {self._name}: {escape(path)} is missing", fix)
         try:
             length = data.stat().st_size
             self._read_index(idx)
@@ -85,7 +85,7 @@ class IndexedDataset:
             )
         except OSError as error:
             raise UserError(
-                f"{self._name}: cannot be read ({error_reason(error)})", "look at the files' permissions"
+                f"{self._name}: cannot be read ({os_error_text(error)})", "look at the files' permissions"
             ) from None
         self._check(length)
         self.starts = self.pointers // self.dtype.itemsize

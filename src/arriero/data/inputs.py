@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from arriero.common.errors import UserError
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.common.untrusted import require_inside
 
 KINDS = {
@@ -69,11 +69,11 @@ def find_inputs(inputs: tuple[str, ...]) -> tuple[str, list[Path]]:
         elif os.path.isfile(given):
             files.append(path)
         elif os.path.exists(given):
-            raise UserError(f"{shown(given)}: is not a regular file", "give a file, a directory, or a glob in quotes")
+            raise UserError(f"{escape(given)}: is not a regular file", "give a file, a directory, or a glob in quotes")
         elif matched := sorted(p for p in map(Path, glob.glob(given, recursive=True)) if p.is_file()):
             files += matched
         else:
-            raise UserError(f"no such file: {shown(given)}", "give a file, a directory, or a glob in quotes")
+            raise UserError(f"no such file: {escape(given)}", "give a file, a directory, or a glob in quotes")
     kinds: dict[str, list[Path]] = {}
     for path in files:
         kind = kind_of(path)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from arriero.common.errors import UserError
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.data.config import TooLong
 from arriero.data.indexed import IndexedDataset
 from arriero.data.prefix import INSTRUCTION_FIELDS
@@ -112,7 +112,7 @@ class InstructionSet:
     def _long_ones(self) -> str:
         longest = int(self._ids.sizes[self.long].max()) - 1
         return (
-            f"{shown(self.prefix)}: {len(self.long):,} of {len(self.records):,} records are longer than "
+            f"{escape(self.prefix)}: {len(self.long):,} of {len(self.records):,} records are longer than "
             f"train.sequence_length {self._length:,} (the longest: {longest:,} tokens)"
         )
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from arriero.common.errors import EXIT_OK, UserError
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.common.version import __version__
 from arriero.data.indexed import IndexedDataset, IndexedWriter, idx_path
 from arriero.data.manifest import RECORDS, manifest_path, read_manifest, verify, write_manifest
@@ -23,7 +23,7 @@ def _open_all(prefixes: list[str]) -> list[dict[str, Any]]:
         found = read_manifest(prefix)
         if found is None:
             raise UserError(
-                f"{shown(manifest_path(prefix))} is missing: {shown(prefix)} is not a finished set",
+                f"{escape(manifest_path(prefix))} is missing: {escape(prefix)} is not a finished set",
                 "give what --out was, not the name of a .bin",
             )
         for name, entry in found["outputs"].items():
@@ -59,10 +59,10 @@ def merge(prefixes: list[str], out: str, *, overwrite: bool) -> int:
         raise UserError("--merge needs two or more prefixes", "give what --out was for each of them")
     manifests = _open_all(prefixes)
     if any(os.path.realpath(out) == os.path.realpath(prefix) for prefix in prefixes):
-        raise UserError(f"{shown(out)} is both an input and the output of --merge", "choose another --out")
+        raise UserError(f"{escape(out)} is both an input and the output of --merge", "choose another --out")
     ours = [manifest_path(out), *(idx_path(f"{out}_{name}") for name in manifests[0]["outputs"])]
     if any(map(os.path.lexists, ours)) and not overwrite:
-        raise UserError(f"{shown(out)} exists", "give --overwrite to replace it, or another --out")
+        raise UserError(f"{escape(out)} exists", "give --overwrite to replace it, or another --out")
     outputs: dict[str, Any] = {}
     writers = []
     try:

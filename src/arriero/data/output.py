@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from arriero.common.errors import UserError
-from arriero.common.files import error_reason, make_directory
+from arriero.common.files import make_directory, os_error_text
 from arriero.common.ranges import path_problem
-from arriero.common.text import shown
+from arriero.common.text import escape
 
 _FIX = "choose another --out"
 ENDINGS = (".manifest.json", ".manifest.json.partial", ".quarantine.jsonl", ".quarantine.jsonl.partial", ".lock")
@@ -42,7 +42,7 @@ def check_output(out: str, names: Iterable[str]) -> None:
         except OSError:  # nothing there, or no way there, which `make_place` reports
             continue
         if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
-            raise UserError(f"{shown(path)}: is no file, and a file is to be written there", _FIX)
+            raise UserError(f"{escape(path)}: is no file, and a file is to be written there", _FIX)
 
 
 def make_place(out: str) -> None:
@@ -69,7 +69,7 @@ def written(out: str) -> Iterator[None]:
     except (BrokenPipeError, UserError):
         raise
     except OSError as error:
-        place = shown(error.filename if error.filename is not None else out)
+        place = escape(error.filename if error.filename is not None else out)
         raise UserError(
-            f"{place}: {error_reason(error)}", "mend that, or choose another --out; nothing was written"
+            f"{place}: {os_error_text(error)}", "mend that, or choose another --out; nothing was written"
         ) from error

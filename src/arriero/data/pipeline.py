@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from arriero.common.errors import UserError
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.data.formats import BadRecordError, Document, Format
 from arriero.data.json_stream import Bad, brief
 from arriero.data.tokenizer import Tokenizer
@@ -126,7 +126,7 @@ class Work:
         try:
             return good, self._arrays(good)
         except TooSlowError as error:
-            where = f"records {places[0].number} to {places[-1].number} of {shown(self.files[places[0].file])}"
+            where = f"records {places[0].number} to {places[-1].number} of {escape(self.files[places[0].file])}"
             raise UserError(f"{error.problem} (among {where})", error.fix) from None
         except UserError as error:
             if len(good) == 1:

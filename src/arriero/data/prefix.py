@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arriero.common.errors import UserError
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.data.indexed import bin_path, idx_path
 
 FIX = 'write one prefix, or several, with a weight before each of them or before none: "0.7 A 0.3 B"'
@@ -76,16 +76,16 @@ def parse_prefix(text: str) -> Blend:
     try:
         words = shlex.split(text)
     except ValueError as error:
-        raise UserError(f"data.prefix {shown(text)!r} is no blend ({error})", FIX) from None
+        raise UserError(f"data.prefix {escape(text)!r} is no blend ({error})", FIX) from None
     numbers = [_number(word) for word in words]
     if len(words) % 2 == 0 and all(n is not None for n in numbers[::2]):
         weights = [n for n in numbers[::2] if n is not None]
         if not all(0 < w < math.inf for w in weights) or not math.isfinite(sum(weights)):
-            raise UserError(f"data.prefix {shown(text)!r}: every prefix needs a weight above 0", FIX)
+            raise UserError(f"data.prefix {escape(text)!r}: every prefix needs a weight above 0", FIX)
         return Blend(tuple(words[1::2]), tuple(weights))
     if missing := [w for w, n in zip(words, numbers, strict=True) if n is not None and not exists(w)]:
-        why = f"{shown(missing[0])} is no data set, and every prefix needs a weight if one has it"
-        raise UserError(f"data.prefix {shown(text)!r} is no blend: {why}", FIX)
+        why = f"{escape(missing[0])} is no data set, and every prefix needs a weight if one has it"
+        raise UserError(f"data.prefix {escape(text)!r} is no blend: {why}", FIX)
     return Blend(tuple(words), None)
 
 
@@ -107,7 +107,7 @@ def near(prefix: str) -> str:
     found = sorted(name.removesuffix(".idx") for name in names if name.endswith(".idx"))
     if not found:
         return "give the prefix that `arriero prepare` printed"
-    return f"there is: {', '.join(map(shown, found[:5]))}"
+    return f"there is: {', '.join(map(escape, found[:5]))}"
 
 
 INSTRUCTION_FIELDS = ("input_ids", "attention_mask", "labels")

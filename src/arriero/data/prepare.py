@@ -17,7 +17,7 @@ from annotated_types import Interval
 from arriero.common.errors import EXIT_OK, UserError, join_problems
 from arriero.common.files import open_regular
 from arriero.common.ranges import PathText
-from arriero.common.text import printable, shown
+from arriero.common.text import escape, escape_message
 from arriero.data.formats import FORMATS, Format, Template, load_template, make_format
 from arriero.data.indexed import bin_path, idx_path
 from arriero.data.inputs import find_inputs
@@ -101,8 +101,8 @@ def run(args: PrepareArgs) -> int:
         options={**dataclasses.asdict(args), "tokenizer": str(args.tokenizer)},
     )
     for notice in tokenizer.notices:
-        print(f"note: {printable(notice)}")
-    print(f"tokenizer  {shown(tokenizer.path)} ({tokenizer.vocab_size} entries)")
+        print(f"note: {escape_message(notice)}")
+    print(f"tokenizer  {escape(tokenizer.path)} ({tokenizer.vocab_size} entries)")
     print(f"documents  {_policy(tokenizer, bos, eos)}; a literal <s> in the text stays text")
     make_place(args.out)
     with written(args.out), _only_writer(args.out):
@@ -199,7 +199,7 @@ def _engine(args: PrepareArgs, job: Job) -> Tokenizer:
     fast, reason = fast_or_reason(job.tokenizer, sample_texts(job.files, job.kind, job.form, per=job.per))
     if fast is None and args.engine == "fast":
         raise UserError(f"--engine fast: {reason}", "pip install 'arriero[fast]', or use --engine auto")
-    print(f"engine     {(fast or job.tokenizer).engine}: {printable(reason)}")
+    print(f"engine     {(fast or job.tokenizer).engine}: {escape_message(reason)}")
     return fast or job.tokenizer
 
 
@@ -212,7 +212,7 @@ def _only_writer(out: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(
-                f"another process is preparing {shown(out)}", "wait for it, or choose another --out"
+                f"another process is preparing {escape(out)}", "wait for it, or choose another --out"
             ) from error
         try:
             yield
@@ -251,7 +251,7 @@ def _reuse(out: str, earlier: dict[str, Any], request: dict[str, Any], hashes: l
                 "give --overwrite to write it anew",
             )
         print(
-            f"reused     {shown(out)}_{shown(name)}: same inputs and options, {entry['documents']:,} documents, "
+            f"reused     {escape(out)}_{escape(name)}: same inputs and options, {entry['documents']:,} documents, "
             f"{entry['tokens']:,} tokens"
         )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from arriero.common.errors import UserError
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.data.output import create
 from arriero.data.pipeline import Rejected
 
@@ -48,7 +48,7 @@ class Quarantine:
             tally.rejected += 1
             tally.empty += one.reason.endswith((" is empty", " is blank"))
             if len(tally.first_bad) < 3:
-                tally.first_bad.append(shown(f"{where}: {one.reason}", 500))
+                tally.first_bad.append(escape(f"{where}: {one.reason}", 500))
             self._file = self._file or io.TextIOWrapper(create(self._scratch), encoding="utf-8")
             line = {
                 "file": str(self._files[one.place.file]),

@@ -18,7 +18,7 @@ import numpy as np
 
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory, write_atomic
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.common.untrusted import read_bytes, read_json, require_inside
 from arriero.data.tokenizer_check import check_description, check_sentencepiece, in_time, sentence
 
@@ -380,13 +380,13 @@ def load_tokenizer(path: Path) -> Tokenizer:
         found = next((path / n for n in VOCABULARIES if (path / n).is_file()), None)
         if found is None:
             raise UserError(
-                f"{shown(path)} holds no tokenizer.model and no tokenizer.json",
+                f"{escape(path)} holds no tokenizer.model and no tokenizer.json",
                 "give the directory of the model's tokenizer",
             )
         path = require_inside(path, found)
     if not os.path.isfile(path):
         raise UserError(
-            f"no tokenizer at {shown(path)}", "give a directory with tokenizer.model or tokenizer.json, or such a file"
+            f"no tokenizer at {escape(path)}", "give a directory with tokenizer.model or tokenizer.json, or such a file"
         )
     tokenizer: Tokenizer = JsonTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
     _mend(tokenizer)

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from arriero.common.errors import UserError
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.common.untrusted import read_json
 
 MAX_ID = (1 << 24) - 1  # the largest vocabularies that are published have a million entries
@@ -43,15 +43,15 @@ def check_description(path: Path) -> None:
     ids += [one.get("id") for one in added if isinstance(one, dict)] if isinstance(added, list) else []
     largest = max((one for one in ids if isinstance(one, int)), default=0)
     if largest > MAX_ID:
-        raise UserError(f"{shown(path)}: has the id {largest:,}, above {MAX_ID:,}", "number its entries without gaps")
+        raise UserError(f"{escape(path)}: has the id {largest:,}, above {MAX_ID:,}", "number its entries without gaps")
     for part in ("normalizer", "decoder"):
         try:
             growth = _growth(found.get(part))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise UserError(f"{shown(path)}: its {part} is broken ({shown(error)})", _FIX) from None
+            raise UserError(f"{escape(path)}: its {part} is broken ({escape(error)})", _FIX) from None
         if growth > MAX_GROWTH:
             raise UserError(
-                f"{shown(path)}: its {part} makes up to {growth:.3g} bytes of each byte of text, more than "
+                f"{escape(path)}: its {part} makes up to {growth:.3g} bytes of each byte of text, more than "
                 f"{MAX_GROWTH:g}", "use the model's own tokenizer",
             )  # fmt: skip
 
@@ -107,9 +107,9 @@ def check_sentencepiece(path: Path, raw: bytes) -> None:
                 try:
                     growth = check_charsmap(blob) if blob else 1.0
                 except ValueError as error:
-                    raise UserError(f"{shown(path)}: its {spec} is broken ({error})", "copy it again") from None
+                    raise UserError(f"{escape(path)}: its {spec} is broken ({error})", "copy it again") from None
                 if growth > MAX_GROWTH:
-                    problem = f"{shown(path)}: its {spec} makes {growth * 33:.3g} bytes of one character"
+                    problem = f"{escape(path)}: its {spec} makes {growth * 33:.3g} bytes of one character"
                     raise UserError(problem, "use the model's own tokenizer")
 
 
@@ -153,7 +153,7 @@ def sentence(path: Path, doing: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{shown(path)}: {doing} ({shown(first)})", _FIX) from None
+        raise UserError(f"{escape(path)}: {doing} ({escape(first)})", _FIX) from None
 
 
 class _Helper:
@@ -205,6 +205,6 @@ def in_time(path: Path, characters: int, call: Callable[[], T]) -> T:
         if result.done():
             raise
         _own.helper = None
-        problem = f"{shown(path)}: has not tokenized {characters:,} characters in {seconds:.0f} s"
+        problem = f"{escape(path)}: has not tokenized {characters:,} characters in {seconds:.0f} s"
         fix = "one of its regular expressions may never end on this text: use the model's own tokenizer"
         raise TooSlowError(problem, fix) from None

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.common.version import __version__
 from arriero.data.formats import BadRecordError, Format
 from arriero.data.indexed import IndexedWriter, best_dtype
@@ -188,7 +188,7 @@ def _manifest(job: Job, hashes: list[str], tally: Tally, outputs: dict[str, Any]
 def _report(out: str, outputs: dict[str, Any], tally: Tally, seconds: float) -> None:
     for name, entry in outputs.items():
         print(
-            f"wrote      {shown(out)}_{name}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, "
+            f"wrote      {escape(out)}_{name}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, "
             f"{entry['dtype']}"
         )
     print(
@@ -196,6 +196,6 @@ def _report(out: str, outputs: dict[str, Any], tally: Tally, seconds: float) -> 
         f"({tally.empty:,} empty)"
     )
     if tally.rejected:
-        print(f"           see {shown(out)}.quarantine.jsonl; first: {tally.first_bad[0]}")
+        print(f"           see {escape(out)}.quarantine.jsonl; first: {tally.first_bad[0]}")
     megabytes = tally.text_bytes / 1e6
     print(f"speed      {megabytes:.1f} MB of text in {seconds:.1f} s, {megabytes / max(seconds, 1e-9):.1f} MB/s")

@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from arriero.common.errors import UserError, nearest
-from arriero.common.text import shown
+from arriero.common.errors import UserError, closest_match
+from arriero.common.text import escape
 
 NEUTRAL = frozenset({
     "model_type", "hidden_act", "hidden_activation", "architectures",
@@ -146,14 +146,14 @@ def other_keys(
                 problems.append(_refused(where, key, value, "attention scores have another scale"))
         elif key in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"):
             if not _off(value):
-                ignored.append(f"{key} {shown(value, 40)} (training here is without dropout)")
+                ignored.append(f"{key} {escape(value, 40)} (training here is without dropout)")
         elif key == "sliding_window":
             if not _off(value) and raw.get("use_sliding_window") is not False:
-                ignored.append(f"{key} {shown(value, 40)} (LLaMA attends to all positions)")
+                ignored.append(f"{key} {escape(value, 40)} (LLaMA attends to all positions)")
         elif value is not None:
-            ignored.append(shown(key, 60))
+            ignored.append(escape(key, 60))
     more = f" and {len(ignored) - 12} more" if len(ignored) > 12 else ""
-    notices = [f"{shown(where)}: not taken into account: {', '.join(ignored[:12])}{more}"] if ignored else []
+    notices = [f"{escape(where)}: not taken into account: {', '.join(ignored[:12])}{more}"] if ignored else []
     return problems, notices
 
 
@@ -163,18 +163,18 @@ def family(raw: Mapping[str, Any], where: str) -> tuple[list[UserError], list[st
     fix = "arriero trains llama models only"
     kind, names = raw.get("model_type"), raw.get("architectures")
     if kind not in (None, "llama"):
-        problems.append(UserError(f"{where}: model_type is {shown(repr(kind))}", fix))
+        problems.append(UserError(f"{where}: model_type is {escape(repr(kind))}", fix))
     elif names is not None:
         listed = names if isinstance(names, list) else [names]
         if listed and not any(str(name).lower().startswith("llama") for name in listed):
-            problem = f"architectures is {shown(names)}"
+            problem = f"architectures is {escape(names)}"
             if kind is None:
                 problems.append(UserError(f"{where}: {problem}, and model_type is missing", fix))
             else:
-                notices.append(f"{shown(where)}: {problem}, but model_type is llama: read as LLaMA")
+                notices.append(f"{escape(where)}: {problem}, but model_type is llama: read as LLaMA")
     for key in ("hidden_act", "hidden_activation"):
         if raw.get(key) not in (None, *ACTIVATIONS):
-            problems.append(UserError(f"{where}: {key} is {shown(repr(raw[key]))}", "LLaMA's activation is silu"))
+            problems.append(UserError(f"{where}: {key} is {escape(repr(raw[key]))}", "LLaMA's activation is silu"))
     return problems, notices
 
 
@@ -197,10 +197,10 @@ def rope_settings(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any], s
         original = given.get("original_max_position_embeddings", raw.get("max_position_embeddings"))
         given["original_max_position_embeddings"] = (2048 if original is None else original) if outer is None else outer
     elif outer is not None:
-        notices.append(f"{shown(where)}: not taken into account: original_max_position_embeddings (of llama3 only)")
+        notices.append(f"{escape(where)}: not taken into account: original_max_position_embeddings (of llama3 only)")
     if not isinstance(kind, str) or kind not in ROPE_KEYS:
-        fix = nearest(str(kind), ROPE_KEYS)
-        return given, "default", [UserError(f"{where}: {place} of type {shown(repr(kind))} is not supported", fix)], []
+        fix = closest_match(str(kind), ROPE_KEYS)
+        return given, "default", [UserError(f"{where}: {place} of type {escape(repr(kind))} is not supported", fix)], []
     known = {"rope_type", "type", "rope_theta", *ROPE_KEYS[kind]}
     for key in [key for key in given if key not in known]:
         changes_nothing, effect = CHANGES_MATH.get(key, (None, ""))
@@ -208,13 +208,13 @@ def rope_settings(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any], s
             problems.append(_refused(where, f"{place}.{key}", given[key], "layers have rotary embeddings of their own"))
         elif changes_nothing is None:
             text = f"{place}.{key} (of no effect with type {kind})"
-            notices.append(f"{shown(where)}: not taken into account: {shown(text)}")
+            notices.append(f"{escape(where)}: not taken into account: {escape(text)}")
         elif not changes_nothing(given[key]):
             problems.append(_refused(where, f"{place}.{key}", given[key], effect))
     if missing := [key for key in ROPE_KEYS[kind] if key not in given]:
         problem = f"{where}: {place} of type {kind} lacks {', '.join(missing)}"
         problems.append(UserError(problem, "add it to config.json"))
-    notices += [f"{shown(where)}: {one}" for one in _contradictions(raw, given, place, theta, kind)]
+    notices += [f"{escape(where)}: {one}" for one in _contradictions(raw, given, place, theta, kind)]
     return {**given, "rope_theta": theta}, kind, problems, notices
 
 
@@ -222,9 +222,9 @@ def _contradictions(raw: Mapping[str, Any], given: Mapping[str, Any], place: str
     """Where two places of the file say different things about rotary embedding."""
     found = []
     if raw.get("rope_theta") not in (None, theta):
-        found.append(f"{place} has rope_theta {shown(theta, 40)}, which is taken over {shown(raw['rope_theta'], 40)}")
+        found.append(f"{place} has rope_theta {escape(theta, 40)}, which is taken over {escape(raw['rope_theta'], 40)}")
     if "type" in given and given["type"] != kind:
-        found.append(f"{place} has rope_type {kind}, which is taken over type {shown(given['type'], 40)}")
+        found.append(f"{place} has rope_type {kind}, which is taken over type {escape(given['type'], 40)}")
     other = raw.get("rope_parameters") if place == "rope_scaling" else None
     if other and (
         other.get("rope_theta") not in (None, theta) or other.get("rope_type", other.get("type")) not in (None, kind)
@@ -237,7 +237,7 @@ def _refused(where: str, key: str, value: Any, effect: str) -> UserError:
     fix = f"this is no plain LLaMA ({effect})"
     if "quantized" in effect:
         fix = "save the model dequantized, for example by transformers' model.dequantize()"
-    return UserError(f"{where}: {key} is {shown(repr(value), 80)}: {effect}", fix)
+    return UserError(f"{where}: {key} is {escape(repr(value), 80)}: {effect}", fix)
 
 
 def _number(value: Any) -> bool:

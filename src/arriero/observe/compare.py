@@ -7,8 +7,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from arriero.common.errors import UserError, nearest
-from arriero.common.text import shown
+from arriero.common.errors import UserError, closest_match
+from arriero.common.text import escape
 from arriero.observe.curves.curve import Curves, meaning
 
 DEFAULT_QUANTITIES = ("lm_loss", "grad_norm")
@@ -86,8 +86,8 @@ def judge(
     a, b = _numbered(a, b, logging_steps)
     if not set(a.iterations) & set(b.iterations):
         raise UserError(
-            f"no common iterations: {shown(a.path)} has {_range(a.iterations)}, "
-            f"{shown(b.path)} has {_range(b.iterations)}",
+            f"no common iterations: {escape(a.path)} has {_range(a.iterations)}, "
+            f"{escape(b.path)} has {_range(b.iterations)}",
             "compare runs that log the same steps",
         )
     notes = [*a.notes, *(note for note in b.notes if note not in a.notes), *_notes(a, b)]
@@ -97,8 +97,10 @@ def judge(
             if curves.columns.get(quantity):
                 continue
             if quantities or quantity == "lm_loss":
-                raise UserError(f"{shown(curves.path)}: no {quantity} in it", nearest(quantity, curves.names[:50]))
-            notes.append(f"{shown(curves.path)} has no {quantity}: not compared.")
+                raise UserError(
+                    f"{escape(curves.path)}: no {quantity} in it", closest_match(quantity, curves.names[:50])
+                )
+            notes.append(f"{escape(curves.path)} has no {quantity}: not compared.")
             if quantity in chosen:
                 chosen.remove(quantity)
     return Verdict(a, b, [_agreement(a, b, quantity, max_rel) for quantity in chosen], notes)
@@ -109,7 +111,7 @@ def _agreement(a: Curves, b: Curves, quantity: str, limit: float) -> Agreement:
     common = sorted(mine.keys() & theirs.keys())
     if not common:
         fix = "compare runs that log the same steps"
-        raise UserError(f"no common iterations of {quantity} in {shown(a.path)} and {shown(b.path)}", fix)
+        raise UserError(f"no common iterations of {quantity} in {escape(a.path)} and {escape(b.path)}", fix)
     finite = [i for i in common if math.isfinite(mine[i]) and math.isfinite(theirs[i])]
     alike = [i for i in common if not math.isfinite(mine[i]) and repr(mine[i]) == repr(theirs[i])]
     return Agreement(
@@ -139,7 +141,7 @@ def _numbered(a: Curves, b: Curves, logging_steps: int) -> tuple[Curves, Curves]
     if not logging_steps and a.numbered != b.numbered:
         alone = a if a.numbered else b
         fix = "give trainer_state.json instead, or the Trainer's logging_steps as --logging-steps N"
-        raise UserError(f"{shown(alone.path)}: its lines name no step, and the other log's do", fix)
+        raise UserError(f"{escape(alone.path)}: its lines name no step, and the other log's do", fix)
     return _spread(a, logging_steps), _spread(b, logging_steps)
 
 
@@ -147,7 +149,9 @@ def _spread(curves: Curves, logging_steps: int) -> Curves:
     if not curves.numbered:
         return curves
     if not logging_steps:
-        note = f"{shown(curves.path)}: its lines name no step; an iteration here is a line, counted from its beginning."
+        note = (
+            f"{escape(curves.path)}: its lines name no step; an iteration here is a line, counted from its beginning."
+        )
         return replace(curves, notes=(*curves.notes, note))
 
     def step(line: int) -> int:
@@ -156,7 +160,7 @@ def _spread(curves: Curves, logging_steps: int) -> Curves:
         return line * logging_steps
 
     columns = {name: {step(i): value for i, value in column.items()} for name, column in curves.columns.items()}
-    note = f"{shown(curves.path)}: its lines name no step; they are taken as every {logging_steps}th from the first."
+    note = f"{escape(curves.path)}: its lines name no step; they are taken as every {logging_steps}th from the first."
     steps = frozenset(step(i) for i in curves.iterations)
     return replace(curves, columns=columns, steps=steps, notes=(*curves.notes, note))
 
@@ -164,7 +168,7 @@ def _spread(curves: Curves, logging_steps: int) -> Curves:
 def _notes(a: Curves, b: Curves) -> list[str]:
     notes = []
     for one, other in ((a, b), (b, a)):
-        mine, path = set(one.iterations), shown(one.path)
+        mine, path = set(one.iterations), escape(one.path)
         if alone := mine - set(other.iterations):
             notes.append(f"{len(alone)} of the iterations are in {path} alone ({_range(alone)}): not compared.")
         loss = one.columns.get("lm_loss", {})

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from arriero.common.files import error_reason, open_regular, write_atomic
-from arriero.common.text import shown
+from arriero.common.files import open_regular, os_error_text, write_atomic
+from arriero.common.text import escape
 
 MOST_WAITING = 64 << 20
 """Bytes of one file that wait in memory: about 90,000 steps of metrics. Lines beyond it are lost, and counted."""
@@ -47,7 +47,7 @@ class Trouble:
         if not known:
             until = f"wait in memory until they can be written (at most {MOST_WAITING >> 20} MiB a file)"
             self._tell(
-                f"arriero: WARNING: {shown(path)}: {error_reason(error)}; the run goes on, and its lines {until}"
+                f"arriero: WARNING: {escape(path)}: {os_error_text(error)}; the run goes on, and its lines {until}"
             )
 
     def includes(self, path: Path) -> bool:
@@ -61,12 +61,12 @@ class Trouble:
             self._lost += lost
             if not self._failing:
                 count = f"{self._lost:,} lines are lost" if self._lost else "no line is lost"
-                self._tell(f"arriero: {shown(path.parent)}: its files are written again, and {count}")
+                self._tell(f"arriero: {escape(path.parent)}: its files are written again, and {count}")
                 self._lost = 0
 
     def ended(self, path: Path, lines: int) -> None:
         """The run has ended, and so many lines were never written."""
-        self._tell(f"arriero: WARNING: {shown(path)}: {lines:,} lines could not be written")
+        self._tell(f"arriero: WARNING: {escape(path)}: {lines:,} lines could not be written")
 
 
 class LineFile:

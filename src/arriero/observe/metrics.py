@@ -15,8 +15,8 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from arriero.common.errors import UserError
-from arriero.common.files import error_reason, make_directory, open_regular, write_atomic
-from arriero.common.text import shown
+from arriero.common.files import make_directory, open_regular, os_error_text, write_atomic
+from arriero.common.text import escape
 from arriero.common.untrusted import parse_json, schema_problem
 from arriero.observe.lines import LineFile, Trouble
 
@@ -231,12 +231,12 @@ def _lines(path: Path) -> Iterator[_Line]:
         handle = open_regular(path, follow=True)
     except FileNotFoundError:
         fix = "name a run directory that has trained at least one step"
-        raise UserError(f"{shown(path)}: no such file", fix) from None
+        raise UserError(f"{escape(path)}: no such file", fix) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{shown(path)}: cannot be read ({error_reason(error)})", FIX) from None
+        raise UserError(f"{escape(path)}: cannot be read ({os_error_text(error)})", FIX) from None
     with open(handle, "rb") as file:
         if os.fstat(file.fileno()).st_size > MAX_BYTES:
-            raise UserError(f"{shown(path)}: is larger than {MAX_BYTES:,} bytes", FIX)
+            raise UserError(f"{escape(path)}: is larger than {MAX_BYTES:,} bytes", FIX)
         start = number = 0
         while raw := file.readline(MAX_LINE):
             number, end = number + 1, start + len(raw)
@@ -248,7 +248,7 @@ def _lines(path: Path) -> Iterator[_Line]:
                     break
             if not raw.endswith(b"\n"):
                 return  # cut off by a kill
-            where = f"{shown(path)}, line {number}"
+            where = f"{escape(path)}, line {number}"
             yield _Line(
                 start, end, UserError(f"{where}: longer than {MAX_LINE:,} bytes", FIX) if long else _record(raw, where)
             )
@@ -261,7 +261,7 @@ def _record(line: bytes, where: str) -> dict[str, Any] | UserError:
     except UserError as error:
         return error
     if wrong := schema_problem(record, VALUES):
-        return UserError(f"{where}: {shown(wrong)}", FIX)
+        return UserError(f"{where}: {escape(wrong)}", FIX)
     return {k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory
-from arriero.common.text import shown
+from arriero.common.text import escape
 
 
 def profile_steps(text: str) -> tuple[int, int] | None:
@@ -26,7 +26,7 @@ def profile_steps(text: str) -> tuple[int, int] | None:
     found = re.fullmatch(r"(?:steps=)?([0-9]{1,10}):([0-9]{1,10})", text.strip())
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
         fix = 'give the first and the last step, from 1, such as "10:13"'
-        raise UserError(f"log.profile is '{shown(text)}'", fix)
+        raise UserError(f"log.profile is '{escape(text)}'", fix)
     return int(found[1]), int(found[2])
 
 
@@ -89,5 +89,5 @@ class Profile:
             return ""
         first, last = self.span
         if self._problem:
-            return f" NO profile: {shown(self._problem)}"
+            return f" NO profile: {escape(self._problem)}"
         return f" profile: {self.path}" if self._written else f" NO profile: steps {first} to {last} were not run"

@@ -10,8 +10,8 @@ from arriero.checkpoint.find import committed, run_of
 from arriero.checkpoint.size import checkpoint_bytes, directory_bytes, disk_usage, format_bytes
 from arriero.common.checkpoint_names import enclosing_checkpoint
 from arriero.common.errors import UserError
-from arriero.common.files import error_reason, make_directory, open_regular, write_atomic
-from arriero.common.text import shown
+from arriero.common.files import make_directory, open_regular, os_error_text, write_atomic
+from arriero.common.text import escape
 from arriero.common.untrusted import read_bytes, require_inside
 from arriero.data.tokenizer import GENERATION, load_tokenizer
 from arriero.train.facts import flat
@@ -21,16 +21,16 @@ from arriero.train.recipe import MAX_RECIPE_BYTES, Recipe, to_toml
 def out_problems(out: Path, checkpoints: Sequence[Path]) -> list[UserError]:
     """Why no run may be written to `out`, going on from these checkpoints: another one is there, or a checkpoint."""
     if holder := enclosing_checkpoint(out):
-        fix = f"write elsewhere with --out, or go on from it with --resume {shown(holder)}"
-        return [UserError(f"out: {shown(out)} is or lies in the checkpoint {shown(holder)}, which is only read", fix)]
+        fix = f"write elsewhere with --out, or go on from it with --resume {escape(holder)}"
+        return [UserError(f"out: {escape(out)} is or lies in the checkpoint {escape(holder)}, which is only read", fix)]
     try:
         elsewhere = out.resolve() not in {run.resolve() for path in checkpoints if (run := run_of(path))}
     except (OSError, ValueError, RuntimeError) as error:
-        said = str(error) if isinstance(error, RuntimeError) else error_reason(error)
-        return [UserError(f"out: {shown(out)}: {shown(said)}", "write elsewhere with --out")]
+        said = str(error) if isinstance(error, RuntimeError) else os_error_text(error)
+        return [UserError(f"out: {escape(out)}: {escape(said)}", "write elsewhere with --out")]
     if elsewhere and committed(out / "checkpoints"):
-        fix = f"continue it with --resume {shown(out)}, or write elsewhere with --out"
-        return [UserError(f"out: {shown(out)} already holds a run", fix)]
+        fix = f"continue it with --resume {escape(out)}, or write elsewhere with --out"
+        return [UserError(f"out: {escape(out)} already holds a run", fix)]
     return []
 
 
@@ -41,7 +41,7 @@ def record_problems(recipe: Recipe) -> list[UserError]:
         for one in value if isinstance(value, tuple) else (value,):
             if isinstance(one, str) and not _is_text(one):
                 fix = "use a name of whole characters (UTF-8)"
-                found.append(UserError(f"{key}: {shown(one)} is not text that a recipe can hold", fix))
+                found.append(UserError(f"{key}: {escape(one)} is not text that a recipe can hold", fix))
     if not found and len(to_toml(recipe).encode()) > MAX_RECIPE_BYTES:
         fix = "use shorter names, such as relative paths"
         found.append(UserError(f"the recipe is longer than the {MAX_RECIPE_BYTES:,} bytes that are read back", fix))
@@ -63,7 +63,7 @@ def room(out: Path, recipe: Recipe) -> tuple[list[str], list[UserError]]:
     if there is None:
         return [], []
     total, free = there
-    need, where = f"a checkpoint of this model takes {format_bytes(size)}", shown(out)
+    need, where = f"a checkpoint of this model takes {format_bytes(size)}", escape(out)
     if size > total:
         problem = f"out: {need}, and the disk of {where} has {format_bytes(total)} in all"
         return [], [UserError(problem, "write elsewhere with --out")]
@@ -108,8 +108,8 @@ def prepare_run_directory(recipe: Recipe) -> None:
                 make_directory(folder, fix, follow=False)
             keep_file(out / "tokenizer" / name, data)
     except OSError as error:
-        where = shown(error.filename2 or error.filename or out)
-        raise UserError(f"{where}: cannot be written ({error_reason(error)})", fix) from None
+        where = escape(error.filename2 or error.filename or out)
+        raise UserError(f"{where}: cannot be written ({os_error_text(error)})", fix) from None
 
 
 def keep_file(path: Path, data: bytes) -> None:

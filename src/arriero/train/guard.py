@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from arriero.common.errors import CheckFailed
-from arriero.common.text import ranges
+from arriero.common.text import format_ranks
 from arriero.distributed.parallel.mesh import DIMENSIONS, Ranks
 
 WINDOW, FEWEST = 100, 20
@@ -90,7 +90,8 @@ def _who(rows: list[list[int]], names: list[str], members: list[int]) -> str:
         wrong = [name for name, a, b in zip(names, sums, common, strict=True) if a != b]
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         told.append(
-            f"{ranges(found)} {'and' if len(found) == len(most) else 'from'} {ranges(most)} in {wrong[0]}{more}"
+            f"{format_ranks(found)} {'and' if len(found) == len(most) else 'from'} {format_ranks(most)} "
+            f"in {wrong[0]}{more}"
         )
     return "; ".join(told)
 

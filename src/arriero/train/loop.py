@@ -12,7 +12,7 @@ from arriero.checkpoint.verify import newest_intact_checkpoint
 from arriero.common.device import device_name, float8_units
 from arriero.common.errors import UserError
 from arriero.common.signals import Phase, set_phase, stop_wanted
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.distributed.launch.worker import seconds_since_start
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.observe.events import Events, goodput_line
@@ -87,7 +87,7 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, st
             set_phase(Phase.SAVED if (last or stopping) and saved and not saved[-1].problem else Phase.TRAINING)
             reporter.saved(saved)
     if stopping:
-        reporter.say(f" stopped after step {trainer.done}; go on with: arriero pretrain --resume {shown(recipe.out)}")
+        reporter.say(f" stopped after step {trainer.done}; go on with: arriero pretrain --resume {escape(recipe.out)}")
     if told := profile.finish():
         reporter.say(told)
     watchdog.close()
@@ -127,7 +127,7 @@ def begin(trainer: Trainer, start: Continuation, reporter: Reporter) -> None:
     for line in (*start.notices, *(f" note: {notice}" for notice in trainer.config.notices)):
         reporter.say(line)
     if checkpoint is not None:
-        reporter.say(f" resumed from {shown(checkpoint)} after step {trainer.done}")
+        reporter.say(f" resumed from {escape(checkpoint)} after step {trainer.done}")
         if trainer.done >= trainer.recipe.train.steps:
             told = f"step {trainer.done} of train.steps {trainer.recipe.train.steps}"
             reporter.say(f" the run is complete: {told}; give a larger --train.steps to go on")

@@ -18,10 +18,10 @@ from annotated_types import Interval
 
 from arriero.checkpoint.config import CheckpointConfig
 from arriero.checkpoint.formats.huggingface import read_shape
-from arriero.common.errors import UserError, nearest
+from arriero.common.errors import UserError, closest_match
 from arriero.common.ranges import PathText, path_problem, range_problems
 from arriero.common.settings import Setting, command_line_settings, field_types, parse, show_flags
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.common.untrusted import read_text
 from arriero.data.config import DataConfig
 from arriero.distributed.parallel.config import ParallelConfig, RecomputeConfig
@@ -190,7 +190,7 @@ def find_bundled(folder: str, name: str, suffix: str) -> Path:
         return candidate
     known = [path.stem for path in bundled.glob(f"*{suffix}")]
     raise UserError(
-        f"{shown(name)}: no such file", f"{nearest(name, known)} (these come with arriero)" if known else ""
+        f"{escape(name)}: no such file", f"{closest_match(name, known)} (these come with arriero)" if known else ""
     )
 
 

@@ -20,9 +20,9 @@ import torch
 
 from arriero.checkpoint.save import SaveResult
 from arriero.common.errors import UserError
-from arriero.common.files import error_reason, make_directory, write_atomic
+from arriero.common.files import make_directory, os_error_text, write_atomic
 from arriero.common.output import new_notes
-from arriero.common.text import printable, shown
+from arriero.common.text import escape, escape_message
 from arriero.common.version import __version__
 from arriero.model.config import LlamaConfig
 from arriero.observe.figure import loss_figure
@@ -96,9 +96,9 @@ class Reporter:
     def say(self, text: str) -> None:
         """Prints a line, and keeps it in log.txt; what a terminal would obey is shown instead (common/text.py)."""
         if self._text is not None:
-            print(printable(text), flush=True)
+            print(escape_message(text), flush=True)
             for line in (text, *(f" NOTICE: {note}" for note in new_notes())):
-                self._text.write(printable(line).encode())
+                self._text.write(escape_message(line).encode())
 
     def saved(self, results: list[SaveResult]) -> None:
         """Tells what became of saves that have ended."""
@@ -107,7 +107,7 @@ class Reporter:
                 self.say(f" CHECKPOINT of step {one.step} NOT written: {one.problem}; the run goes on without it")
             else:
                 times = f"held up {one.blocked:.2f} s, on disk in {one.seconds:.2f} s"
-                self.say(f" saved checkpoint: {shown(one.path)} ({times})")
+                self.say(f" saved checkpoint: {escape(one.path)} ({times})")
             if one.notice:
                 self.say(f" NOTICE: {one.notice}")
 
@@ -188,10 +188,10 @@ class Reporter:
             picture = self.out / "loss.png"
             try:
                 loss_figure(self.out / "metrics.jsonl", picture)
-                self.say(f" figure: {shown(picture)}")
+                self.say(f" figure: {escape(picture)}")
             except (OSError, UserError) as error:
-                reason = error.problem if isinstance(error, UserError) else error_reason(error)
-                self.say(f" NO figure: {shown(picture)}: {reason}")
+                reason = error.problem if isinstance(error, UserError) else os_error_text(error)
+                self.say(f" NO figure: {escape(picture)}: {reason}")
             self._text.close()
 
 
@@ -204,5 +204,5 @@ def keep_environment(out: Path, environment: dict[str, Any]) -> str:
     try:
         write_atomic(path, json.dumps(environment, indent=1) + "\n")
     except OSError as error:
-        return f"{shown(path)} cannot be written: {error_reason(error)}"
+        return f"{escape(path)} cannot be written: {os_error_text(error)}"
     return ""

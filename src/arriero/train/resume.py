@@ -9,8 +9,8 @@ from typing import Any
 
 from arriero.checkpoint.state import load_state
 from arriero.checkpoint.verify import verify_metadata
-from arriero.common.errors import UserError, nearest
-from arriero.common.text import shown
+from arriero.common.errors import UserError, closest_match
+from arriero.common.text import escape
 from arriero.model.config import LlamaConfig
 from arriero.train.facts import flat, input_changes
 from arriero.train.recipe import Recipe, file_settings, parse
@@ -62,12 +62,12 @@ def check_changes(recipe: Recipe, checkpoint: Path, allowed: Sequence[str]) -> t
         if key.startswith("model "):
             fix = "resume with the model that the run began with"
         if not free and (key not in allowed or key.startswith("model ")):
-            refused.append(UserError(f"{shown(key)} is {shown(now)}, and the run began with {shown(then)}", fix))
+            refused.append(UserError(f"{escape(key)} is {escape(now)}, and the run began with {escape(then)}", fix))
         elif key != "out":
-            lines.append(f" changed since the checkpoint: {shown(key)}: {shown(then)} -> {shown(now)}")
+            lines.append(f" changed since the checkpoint: {escape(key)}: {escape(then)} -> {escape(now)}")
     for key in allowed:
         if key not in found:
             known = [k for k in found if not any(fnmatch.fnmatchcase(k, p) for p in FREE)]
-            hint = nearest(key, known) if known else "nothing that needs it has changed: leave it out"
-            refused.append(UserError(f"--allow-change {shown(key)}: it has not changed", hint))
+            hint = closest_match(key, known) if known else "nothing that needs it has changed: leave it out"
+            refused.append(UserError(f"--allow-change {escape(key)}: it has not changed", hint))
     return lines, refused

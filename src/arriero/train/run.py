@@ -15,7 +15,7 @@ from arriero.checkpoint.find import candidates, committed, save_number
 from arriero.checkpoint.lock import RunLock
 from arriero.common.device import device_count, device_type
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_STOPPED, UserError, join_problems
-from arriero.common.text import printable, shown
+from arriero.common.text import escape, escape_message
 from arriero.distributed.launch.config import LaunchConfig, take_place
 from arriero.distributed.launch.launcher import (  # fmt: skip
     Place,
@@ -91,7 +91,7 @@ def pretrain(recipe: Recipe, start: Start) -> int:
         try:
             complete = all(run_processes(work, job, here, launch=launch, facts=facts, saves=True, secret=secret))
         except ProcessFailed as error:
-            print(printable(f"arriero: {error}"), file=sys.stderr)
+            print(escape_message(f"arriero: {error}"), file=sys.stderr)
             return EXIT_CHECK_FAILED
     return EXIT_OK if complete else EXIT_STOPPED
 
@@ -160,5 +160,5 @@ def duration(text: str) -> float:
         return 0.0
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd])", text)
     if not match or not float(match[1]):
-        raise UserError(f"--stop-after is '{shown(text)}'", "give a number and s, m, h or d, such as 55m")
+        raise UserError(f"--stop-after is '{escape(text)}'", "give a number and s, m, h or d, such as 55m")
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]

@@ -20,7 +20,7 @@ import torch
 
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory, open_regular
-from arriero.common.text import ranges, shown
+from arriero.common.text import escape, format_ranks
 from arriero.distributed.parallel.mesh import DIMENSIONS, Ranks
 from arriero.train.config import WatchConfig
 
@@ -139,11 +139,11 @@ class Watchdog:
             with contextlib.suppress(OSError):
                 handle = open_regular(self._folder / f"rank-{rank:05d}.txt")
                 with open(handle, encoding="utf-8", errors="replace") as file:
-                    head = shown(file.readline(1000).strip())
+                    head = escape(file.readline(1000).strip())
             ours = head.startswith(f"step {self._step} ")
             at.setdefault(head.partition(" s: ")[2] if ours else "wrote nothing", []).append(rank)
         places = sorted(at.items(), key=lambda item: len(item[1]))
-        return [f"{ranges(ranks)} {'' if where == 'wrote nothing' else 'in '}{where}" for where, ranks in places]
+        return [f"{format_ranks(ranks)} {'' if where == 'wrote nothing' else 'in '}{where}" for where, ranks in places]
 
 
 def place(frame: FrameType | None) -> str:

@@ -23,7 +23,7 @@ from test_variables import STEP
 from arriero.cli import launch_slurm
 from arriero.cli.main import dispatch
 from arriero.common.errors import UserError
-from arriero.common.text import ranges
+from arriero.common.text import format_ranks
 from arriero.distributed.launch.agreement import differences
 from arriero.distributed.launch.config import LaunchConfig, resolve, take_place
 from arriero.distributed.launch.rendezvous import Meeting
@@ -110,7 +110,7 @@ def test_flags_without_effect_under_torchrun_are_refused() -> None:
 
 @given(st.sets(st.integers(0, 30), min_size=1))
 def test_ranges_name_each_rank_once(ranks: set[int]) -> None:
-    spans = re.findall(r"(\d+)(?:-(\d+))?", ranges(sorted(ranks)))
+    spans = re.findall(r"(\d+)(?:-(\d+))?", format_ranks(sorted(ranks)))
     assert [r for a, b in spans for r in range(int(a), int(b or a) + 1)] == sorted(ranks)
 
 

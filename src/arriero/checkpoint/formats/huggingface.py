@@ -28,7 +28,7 @@ from arriero.checkpoint.tensors.torch_file import TorchFile
 from arriero.checkpoint.tensors.transfer import OutputFile, WriteOp, new_directory, transfer
 from arriero.common.errors import UserError, join_problems
 from arriero.common.files import write_atomic
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.common.untrusted import parse_json, read_json, read_text, require_file_name, require_inside
 from arriero.data.tokenizer import GENERATION, VOCABULARIES, copy_files
 from arriero.model.config import LlamaConfig, parameter_shapes
@@ -165,7 +165,7 @@ def validate_tensors(reader: ViewReader, config: LlamaConfig, *, where: str) -> 
 
 
 def _some(names: list[str]) -> str:
-    return f"{', '.join(shown(name, 120) for name in names[:3])}" + (
+    return f"{', '.join(escape(name, 120) for name in names[:3])}" + (
         f" and {len(names) - 3} more" if len(names) > 3 else ""
     )
 

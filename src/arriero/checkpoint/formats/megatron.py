@@ -26,7 +26,7 @@ from arriero.checkpoint.formats.tied import resolve_tied_head
 from arriero.checkpoint.tensors.stream import TensorView, ViewReader
 from arriero.checkpoint.tensors.torch_file import TorchFile
 from arriero.common.errors import UserError, join_problems
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.common.untrusted import read_text, require_inside
 from arriero.model.config import MOST_LAYERS, LlamaConfig, parameter_shapes
 
@@ -226,7 +226,8 @@ def _match(
             if extra:
                 problems.append(
                     UserError(
-                        f"{rank.path}: holds {shown(extra[0], 120)} and {len(extra) - 1} more unknown", "is it a LLaMA?"
+                        f"{rank.path}: holds {escape(extra[0], 120)} and {len(extra) - 1} more unknown",
+                        "is it a LLaMA?",
                     )
                 )
     if problems:

@@ -12,7 +12,7 @@ from typing import Any
 
 from arriero.checkpoint.formats.sharding_plan import ParallelDegrees
 from arriero.common.errors import UserError, join_problems
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.model.config import LlamaConfig, RopeScaling
 
 LLAMA3_ORIGINAL = 8192  # the original length of Llama 3.1, which Megatron fixes
@@ -68,7 +68,7 @@ def start_flags(directory: Path, arguments: Mapping[str, Any], *, iteration: int
         arguments: as `saved_arguments` gives them.
         iteration: what the checkpoint claims; 0 is `release`.
     """
-    flags = [f"--load {shown(directory)} --use-checkpoint-args --ckpt-format torch"]
+    flags = [f"--load {escape(directory)} --use-checkpoint-args --ckpt-format torch"]
     for name in (
         "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage",
         "make_vocab_size_divisible_by", "norm_epsilon", "rotary_base", "rotary_seq_len_interpolation_factor",
@@ -128,7 +128,7 @@ _CHANGES_MATH: dict[str, Callable[[Any], bool]] = {
 def check_arguments(arguments: Mapping[str, Any], where: str) -> None:
     """Raises UserError, naming every saved argument that makes this another model than LLaMA."""
     problems = [
-        UserError(f"{where}: was trained with {name} {shown(repr(arguments[name]), 60)}", "that is no LLaMA")
+        UserError(f"{where}: was trained with {name} {escape(repr(arguments[name]), 60)}", "that is no LLaMA")
         for name, usual in _CHANGES_MATH.items()
         if name in arguments and isinstance(arguments[name], (str, int, float, bool)) and not usual(arguments[name])
     ]

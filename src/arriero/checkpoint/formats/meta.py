@@ -18,7 +18,7 @@ from arriero.checkpoint.formats.tied import EMBEDDING, HEAD, resolve_tied_head
 from arriero.checkpoint.tensors.stream import Slice, TensorView, ViewReader
 from arriero.checkpoint.tensors.torch_file import TorchFile
 from arriero.common.errors import UserError, join_problems
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.common.untrusted import read_json, require_inside, schema_problem
 from arriero.model.config import MOST_LAYERS, LlamaConfig, RopeScaling, parameter_shapes
 
@@ -74,7 +74,7 @@ def open_meta(path: Path, hints: ConfigHints) -> tuple[ViewReader, LlamaConfig, 
         tensors[name] = _join(name, shape, [shard[name] for shard in shards], config, str(path))
     extra = sorted({name for shard in shards for name in shard} - set(tensors))
     if extra:
-        raise UserError(f"{files[0]}: holds {shown(extra[0], 120)}, unknown to LLaMA", "is it a LLaMA?")
+        raise UserError(f"{files[0]}: holds {escape(extra[0], 120)}, unknown to LLaMA", "is it a LLaMA?")
     tensors, config = resolve_tied_head(tensors, config, where=str(path))
     return validate_tensors(ViewReader(tensors, where=str(path)), config, where=str(path)), config, len(files), notes
 
@@ -100,7 +100,7 @@ def _config(path: Path, hints: ConfigHints, shards: list[dict[str, TensorView]])
             raise UserError(f"{file}: {wrong}", FIX)
     other = [k for k, v in params.items() if k not in _NEUTRAL | _OPTIONAL.keys() and v not in (None, False, 0)]
     if refused := [key for key in other if re.match(r"quantization|lora|moe|vision|num_experts|use_qk_norm", key)]:
-        raise UserError(f"{file}: holds {shown(refused[0], 60)}", "arriero reads dense LLaMA models only")
+        raise UserError(f"{file}: holds {escape(refused[0], 60)}", "arriero reads dense LLaMA models only")
     hidden, layers, heads = params["dim"], params["n_layers"], params["n_heads"]
     if min(hidden, layers, heads) < 1 or layers > MOST_LAYERS or hidden % heads:
         raise UserError(f"{file}: {layers} layers of {heads} heads in {hidden}", FIX)
@@ -115,7 +115,7 @@ def _config(path: Path, hints: ConfigHints, shards: list[dict[str, TensorView]])
         scaling = RopeScaling("llama3", factor=float(params.get("rope_scaling_factor") or 8.0),
                               original_max_position_embeddings=8192)  # fmt: skip
     if other:
-        notes.append(f"{shown(file)}: not taken into account: {', '.join(shown(key, 60) for key in other[:12])}")
+        notes.append(f"{escape(file)}: not taken into account: {', '.join(escape(key, 60) for key in other[:12])}")
     notes.append("max_position_embeddings 2048 is assumed, params.json does not tell it: else give --config")
     theta = float(params.get("rope_theta") or 10000.0)
     config = LlamaConfig(

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import TypeVar
 
 from arriero.common.errors import UserError
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.model.config import LlamaConfig, layer_shapes
 
 T = TypeVar("T")
@@ -64,7 +64,7 @@ def strip_prefixes(tensors: Mapping[str, T], where: str) -> dict[str, T]:
         short = ".".join(part for part in name.split(".") if part not in WRAPPERS)
         if short in plain:
             fix = "save one model's state dict alone"
-            raise UserError(f"{where}: holds {shown(name)} twice, once under another prefix", fix)
+            raise UserError(f"{where}: holds {escape(name)} twice, once under another prefix", fix)
         plain[short] = tensor
     ends = [name.removesuffix(_TABLE) for name in plain if name == _TABLE or name.endswith(f".{_TABLE}")]
     found = [end.removesuffix("model.") if end.endswith("model.") else None for end in ends]
@@ -76,7 +76,7 @@ def strip_prefixes(tensors: Mapping[str, T], where: str) -> dict[str, T]:
         return plain
     if len(prefixes) > 1 and known[0] not in CONTAINERS:
         fix = "save one model's state dict alone"
-        raise UserError(f"{where}: holds several models: {shown(', '.join(sorted(prefixes)))}", fix)
+        raise UserError(f"{where}: holds several models: {escape(', '.join(sorted(prefixes)))}", fix)
     inside = {name.removeprefix(known[0]): t for name, t in plain.items() if name.startswith(known[0])}
     others = tuple(prefix for prefix in prefixes if prefix not in ("", known[0]) and not known[0].startswith(prefix))
     beside = {

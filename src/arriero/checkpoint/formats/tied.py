@@ -13,7 +13,7 @@ import numpy as np
 
 from arriero.checkpoint.tensors.stream import CHUNK_BYTES, ITEMSIZE, FileMatrix, TensorView, matrix_shape
 from arriero.checkpoint.tensors.values import cast
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.model.config import LlamaConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -40,7 +40,7 @@ def resolve_tied_head(
         head = found.pop(HEAD)
         found.setdefault(EMBEDDING, head)
         return found, config
-    notice = f"{shown(where)}: its head differs from the embeddings that its config ties: both are kept"
+    notice = f"{escape(where)}: its head differs from the embeddings that its config ties: both are kept"
     return found, replace(config, tie_word_embeddings=False, notices=(*config.notices, notice))
 
 

@@ -23,7 +23,7 @@ from arriero.checkpoint.tensors.raw_file import RawFile
 from arriero.checkpoint.tensors.stream import ITEMSIZE, FileMatrix, Slice, TensorView, ViewReader, matrix_shape
 from arriero.checkpoint.tensors.torch_file import TorchFile
 from arriero.common.errors import UserError
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.common.untrusted import read_bytes, require_file_name, require_inside
 from arriero.model.config import MOST_LAYERS, LlamaConfig, parameter_shapes
 
@@ -71,7 +71,7 @@ def _open(
     rank_tensors = list(plan.readable_tensors(0, 0, range(config.num_hidden_layers), tensors))
     extra = sorted(tensors.keys() - {planned.key for planned in rank_tensors})
     if extra:
-        problem = f"{folder}: holds {shown(extra[0], 120)} and {len(extra) - 1} more unknown"
+        problem = f"{folder}: holds {escape(extra[0], 120)} and {len(extra) - 1} more unknown"
         raise UserError(problem, "is it a dense LLaMA?")
     for planned in rank_tensors:
         tensor = tensors.get(planned.key)

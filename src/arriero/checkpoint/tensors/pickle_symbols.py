@@ -10,7 +10,7 @@ from typing import Any
 
 from arriero.checkpoint.tensors.stream import ITEMSIZE, TORCH_NAMES
 from arriero.common.errors import UserError
-from arriero.common.text import shown
+from arriero.common.text import escape
 
 MAX_PICKLE_BYTES = 256 << 20  # structure only; the weights lie in records of their own
 MAX_NODES = 1_000_000  # a few KB of pickle can describe a tree of any size by naming one branch again and again
@@ -95,7 +95,7 @@ def _named(module: str, name: str, where: str) -> Global:
         raise ValueError("a global whose name is no text")
     full = f"{module}.{name}"
     if module.partition(".")[0] not in _FAMILIES and full not in _INERT:
-        raise UserError(f"{where}: the pickle asks for {shown(full)}, which no checkpoint needs", FIX)
+        raise UserError(f"{where}: the pickle asks for {escape(full)}, which no checkpoint needs", FIX)
     return Global(full)
 
 
@@ -169,7 +169,7 @@ def _storage(pid: Any, where: str) -> StorageRef:
     name, fix = kind.name if isinstance(kind, Global) else kind, "save it again with a recent torch"
     if re.search(r"\.QU?Int\w*Storage$", name):
         fix = "these are quantized weights: save the model dequantized"
-    raise UserError(f"{where}: holds an unknown kind of storage: {shown(name, 80)}", fix)
+    raise UserError(f"{where}: holds an unknown kind of storage: {escape(name, 80)}", fix)
 
 
 def follow(data: bytes, where: str) -> Any:

@@ -18,7 +18,7 @@ import numpy as np
 
 from arriero.checkpoint.tensors.raw_file import RawFile
 from arriero.common.checkpoint_names import DAMAGED
-from arriero.common.errors import UserError, nearest
+from arriero.common.errors import UserError, closest_match
 
 if TYPE_CHECKING:
     import torch
@@ -246,7 +246,7 @@ class ViewReader:
     def view(self, name: str) -> TensorView:
         """Where one tensor lies. Raises UserError if there is none of this name."""
         if name not in self.tensors:
-            raise UserError(f"{self.where}: holds no tensor {name!r}", nearest(name, self.tensors))
+            raise UserError(f"{self.where}: holds no tensor {name!r}", closest_match(name, self.tensors))
         return self.tensors[name]
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from arriero.checkpoint.tensors.pickle_symbols import MAX_NODES, MAX_PICKLE_BYTE
 from arriero.checkpoint.tensors.raw_file import RawFile
 from arriero.checkpoint.tensors.stream import ITEMSIZE, FileMatrix, TensorView, ViewReader, matrix_shape
 from arriero.common.errors import UserError
-from arriero.common.text import shown
+from arriero.common.text import escape
 
 
 class TorchFile:
@@ -108,7 +108,7 @@ class TorchFile:
                     found[f"{prefix}{key}"] = self.tensor(value, f"{prefix}{key}")
                 elif special := _special_tensor(value):
                     fix = "save it as a plain tensor: dequantized, dense and whole"
-                    raise UserError(f"{self.path}: {shown(f'{prefix}{key}')} is rebuilt by {shown(special)}", fix)
+                    raise UserError(f"{self.path}: {escape(f'{prefix}{key}')} is rebuilt by {escape(special)}", fix)
             waiting += reversed(below)
         return found
 

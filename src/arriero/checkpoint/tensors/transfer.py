@@ -23,7 +23,7 @@ from arriero.checkpoint.tensors.stream import CHUNK_BYTES, ITEMSIZE, Bytes, Tens
 from arriero.checkpoint.tensors.values import cast, is_finite, partial_fingerprint
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory
-from arriero.common.text import shown
+from arriero.common.text import escape
 
 THREADS = 3  # more than the cores would need: some wait for the disk
 
@@ -249,7 +249,7 @@ def new_directory(path: Path, *, need_bytes: int = 0) -> Iterator[Path]:
     """
     path = Path(os.path.abspath(path))
     if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
-        raise UserError(f"{shown(path)}: already exists", "name a new directory, or remove this one first")
+        raise UserError(f"{escape(path)}: already exists", "name a new directory, or remove this one first")
     make_directory(path.parent, "name a directory that can be made")
     free = shutil.disk_usage(path.parent).free
     if need_bytes > free:

@@ -19,7 +19,7 @@ from arriero.cli.bench.trial import run_trial, trial
 from arriero.common.device import describe, device_type, matmul_dtypes, take_device
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError, join_problems
 from arriero.common.ranges import PathText, flag, range_problems
-from arriero.common.text import printable
+from arriero.common.text import escape_message
 from arriero.distributed.launch.config import LaunchConfig, take_place
 from arriero.distributed.launch.launcher import Place, ProcessFailed, run_processes, started_by_another
 from arriero.train.memory import memory_problems
@@ -75,7 +75,7 @@ def run(words: list[str]) -> int:
     try:
         return bench_peak(config, launch, settings) if config.peak else bench(config, launch, named, settings)
     except ProcessFailed as error:
-        print(printable(f"arriero: {error}"), file=sys.stderr)
+        print(escape_message(f"arriero: {error}"), file=sys.stderr)
         return EXIT_CHECK_FAILED
 
 

@@ -11,7 +11,7 @@ from arriero.cli.bench.trial import Result, Trial, ran_out, run_trial
 from arriero.common.device import available_memory
 from arriero.common.errors import CheckFailed, UserError
 from arriero.common.files import write_atomic
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.distributed.launch.config import LaunchConfig
 from arriero.distributed.parallel.config import RecomputeConfig
 from arriero.distributed.parallel.limits import compile_layout_problems
@@ -156,7 +156,7 @@ def write_best(recipe: Recipe, tried: list[Tried], path: str) -> None:
     text = to_toml(with_settings(recipe, found.micro_batch, found.recompute, compiled=found.compiled))
     why = f"# By arriero bench --sweep on {found.result.device}: {_name(found)}.\n"
     write_atomic(Path(path), why + text)
-    print(f"wrote {shown(path)}", file=sys.stderr)
+    print(f"wrote {escape(path)}", file=sys.stderr)
 
 
 def _name(tried: Tried) -> str:

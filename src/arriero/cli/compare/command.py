@@ -14,7 +14,7 @@ from tyro.conf import Positional, arg
 
 from arriero.cli.compare.report import FIGURE, HTML, MARKDOWN, as_json, rows, sentences, write_report
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.observe.compare import DEFAULT_QUANTITIES, Verdict, judge
 from arriero.observe.curves.curve import meaning
 from arriero.observe.curves.read import read_curves
@@ -56,7 +56,7 @@ def run(args: CompareArgs) -> int:
 
 def _print(verdict: Verdict, args: CompareArgs) -> None:
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    console.print(f"A (reference)  {shown(verdict.a.path)}\nB              {shown(verdict.b.path)}\n")
+    console.print(f"A (reference)  {escape(verdict.a.path)}\nB              {escape(verdict.b.path)}\n")
     header, *body = rows(verdict)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for i, name in enumerate(header):
@@ -70,7 +70,7 @@ def _print(verdict: Verdict, args: CompareArgs) -> None:
         console.print(f"- {sentence}", soft_wrap=False)
     if args.out is not None:
         console.print(
-            f"\nreport: {shown(args.out / MARKDOWN)}, {shown(args.out / HTML)}\nfigure: {shown(args.out / FIGURE)}"
+            f"\nreport: {escape(args.out / MARKDOWN)}, {escape(args.out / HTML)}\nfigure: {escape(args.out / FIGURE)}"
         )
     style = "bold green" if verdict.passed else "bold red"
     console.print(f"\n{'pass' if verdict.passed else 'FAIL'}", style=style, end="")

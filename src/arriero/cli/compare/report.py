@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from arriero.common.errors import UserError
-from arriero.common.files import error_reason, make_directory, write_atomic
-from arriero.common.text import shown
+from arriero.common.files import make_directory, os_error_text, write_atomic
+from arriero.common.text import escape
 from arriero.observe.compare import Agreement, Verdict
 from arriero.observe.figure import BLUE, INK, ORANGE, RED, new_figure, save_figure
 
@@ -72,7 +72,7 @@ def write_report(verdict: Verdict, directory: Path) -> None:
         write_atomic(directory / MARKDOWN, _markdown(verdict))
         write_atomic(directory / HTML, _html(verdict, (directory / FIGURE).read_bytes()))
     except OSError as error:
-        raise UserError(f"{shown(directory)}: the report cannot be written ({error_reason(error)})", fix) from None
+        raise UserError(f"{escape(directory)}: the report cannot be written ({os_error_text(error)})", fix) from None
 
 
 _PLAIN = re.compile(r"[A-Za-z/](?:[A-Za-z0-9 ./,:%()+-]|(?<=[A-Za-z0-9])_(?=[A-Za-z0-9]))*")
@@ -80,7 +80,7 @@ _PLAIN = re.compile(r"[A-Za-z/](?:[A-Za-z0-9 ./,:%()+-]|(?<=[A-Za-z0-9])_(?=[A-Z
 
 def markdown(text: object) -> str:
     """Foreign text inside Markdown, on one line; punctuation is put behind a backslash where any could be markup."""
-    line = shown(text, 2000)
+    line = escape(text, 2000)
     if _PLAIN.fullmatch(line) and "www." not in line and "://" not in line:
         return line
     return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", line)
@@ -91,7 +91,7 @@ def shell(path: Path) -> str:
     text = str(path)
     if text.startswith("-"):
         text = f"./{text}"
-    if shown(text, most=len(text)) == text:
+    if escape(text, max_length=len(text)) == text:
         return shlex.quote(text)
     raw = text.encode("utf-8", "surrogateescape")
     return "$'" + "".join(chr(b) if 32 <= b < 127 and b not in b"\\'" else f"\\x{b:02x}" for b in raw) + "'"
@@ -154,7 +154,7 @@ def _draw(verdict: Verdict, path: Path) -> None:
 
 def _label(text: str) -> str:
     """Text for a figure: no formula between dollar signs, no control characters, not wider than the picture."""
-    return shown(text, 60).replace("\\", "/").replace("$", r"\$")
+    return escape(text, 60).replace("\\", "/").replace("$", r"\$")
 
 
 def _figure(verdict: Verdict) -> Any:
@@ -242,7 +242,9 @@ def _html(verdict: Verdict, png: bytes) -> str:
     titles = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     notes = "".join(f"<li>{html.escape(sentence)}</li>\n" for sentence in sentences(verdict))
     word = "pass" if verdict.passed else "FAIL"
-    a, b = (f"<code>{html.escape(shown(c.path))}</code>, read as {html.escape(c.kind)}" for c in (verdict.a, verdict.b))
+    a, b = (
+        f"<code>{html.escape(escape(c.path))}</code>, read as {html.escape(c.kind)}" for c in (verdict.a, verdict.b)
+    )
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Comparison: {word}</title>

@@ -11,7 +11,7 @@ import numpy as np
 
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError
 from arriero.common.files import make_directory
-from arriero.common.text import printable, shown
+from arriero.common.text import escape, escape_message
 from arriero.data.check import check_part
 from arriero.data.indexed import AGAIN, IndexedDataset, bin_path, idx_path
 from arriero.data.manifest import manifest_of, manifest_path, read_manifest, verify
@@ -54,7 +54,7 @@ def inspect(path: Path, *, json: bool = False, verify: bool = False, figure: Pat
     """
     prefixes = _prefixes(Path(path))
     if not prefixes:
-        raise UserError(f"no data set at {shown(path)}", "give the prefix that `arriero prepare` printed")
+        raise UserError(f"no data set at {escape(path)}", "give the prefix that `arriero prepare` printed")
     reports = [_report(prefix, deep=verify) for prefix in prefixes]
     if figure is not None and (whole := [r for r in reports if "lengths" in r]):
         _draw(IndexedDataset(whole[0]["prefix"]).sizes, whole[0]["prefix"], figure)
@@ -64,7 +64,7 @@ def inspect(path: Path, *, json: bool = False, verify: bool = False, figure: Pat
         for report in reports:
             _print(report)
         if figure is not None:
-            print(f"figure     {shown(figure)}")
+            print(f"figure     {escape(figure)}")
     return EXIT_CHECK_FAILED if any(report["wrong"] for report in reports) else EXIT_OK
 
 
@@ -103,7 +103,7 @@ def _report(prefix: str, *, deep: bool) -> dict[str, Any]:
         report["wrong"] += _check(prefix, manifest["outputs"].get(name), report, deep=deep)
         tokenizer, vocab_size = _its_tokenizer(manifest["tokenizer"]), manifest["tokenizer"]["vocab_size"]
     elif deep:
-        report["wrong"].append(f"{shown(prefix)} has no manifest to verify against")
+        report["wrong"].append(f"{escape(prefix)} has no manifest to verify against")
     try:
         ignored = -100 if prefix.endswith("_packed_labels_document") else None
         check_part(data, vocab_size, whole=deep, ignored=ignored, whose="its tokenizer's")
@@ -116,9 +116,9 @@ def _report(prefix: str, *, deep: bool) -> dict[str, Any]:
 
 def _check(prefix: str, entry: dict[str, Any] | None, report: dict[str, Any], *, deep: bool) -> list[str]:
     if entry is None:
-        return [f"the manifest does not list {shown(prefix)}"]
+        return [f"the manifest does not list {escape(prefix)}"]
     wrong = [
-        f"{shown(prefix)}: {report[key]:,} {key}, the manifest says {entry[key]:,}"
+        f"{escape(prefix)}: {report[key]:,} {key}, the manifest says {entry[key]:,}"
         for key in ("documents", "sequences", "tokens", "bin_bytes")
         if report[key] != entry[key]
     ]
@@ -146,7 +146,7 @@ def _show(data: IndexedDataset, i: int, prefix: str, tokenizer: Tokenizer | None
     if stem and is_instruction(stem):
         labels, inputs = (IndexedDataset(f"{stem}_packed_{name}_document") for name in ("labels", "input_ids"))
         if not np.array_equal(labels.sizes, inputs.sizes):
-            raise UserError(f"{shown(stem)}: the three packed files have different lengths", AGAIN)
+            raise UserError(f"{escape(stem)}: the three packed files have different lengths", AGAIN)
         learned, ids = labels[i][:_MOST] != -100, inputs[i][:_MOST]
     edges = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
     return [
@@ -171,7 +171,7 @@ def _text(ids: np.ndarray, tokenizer: Tokenizer | None) -> str:
 
 
 def _print(report: dict[str, Any]) -> None:
-    print(f"data set   {shown(report['prefix'])}")
+    print(f"data set   {escape(report['prefix'])}")
     if "tokens" in report:
         counts = f"{report['documents']:,} documents, {report['tokens']:,} tokens"
         print(f"holds      {counts}, {report['dtype']}, {report['bin_bytes']:,} bytes")
@@ -185,7 +185,7 @@ def _print(report: dict[str, Any]) -> None:
     if report.get("tokenizer"):
         made_by = report["tokenizer"]
         entries, largest = made_by["vocab_size"], report["largest_id"]
-        print(f"tokenizer  {shown(made_by['path'])}, {entries:,} entries, largest id used {largest:,}")
+        print(f"tokenizer  {escape(made_by['path'])}, {entries:,} entries, largest id used {largest:,}")
     if "bytes_per_token" in report:
         print(f"text       {report['text_bytes']:,} bytes, {report['bytes_per_token']:.2f} bytes a token")
     if "records" in report:
@@ -196,14 +196,14 @@ def _print(report: dict[str, Any]) -> None:
         for kind, text in stretches:
             print(f"  {kind:>7}  {text!r}")
     for problem in report["wrong"]:
-        print(printable(f"WRONG      {problem}"))
+        print(escape_message(f"WRONG      {problem}"))
     if not report["wrong"]:
         how = "index and payload fit; no manifest (another program wrote it)"
         if report["manifest"]:
             how = (
                 "both files equal the manifest's SHA-256" if report["verified"] else "counts fit; --verify reads it all"
             )
-        print(printable(f"whole      {how}"))
+        print(escape_message(f"whole      {how}"))
 
 
 def _draw(sizes: np.ndarray, prefix: str, figure: Path) -> None:
@@ -227,6 +227,6 @@ def _draw(sizes: np.ndarray, prefix: str, figure: Path) -> None:
     try:
         plot.savefig(figure, dpi=120)
     except (OSError, ValueError) as error:  # ValueError: a kind of figure that matplotlib does not draw
-        raise UserError(f"--figure {shown(figure)}: {shown(error)}", fix) from None
+        raise UserError(f"--figure {escape(figure)}: {escape(error)}", fix) from None
     finally:
         pyplot.close(plot)

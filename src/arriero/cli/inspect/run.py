@@ -11,7 +11,7 @@ from arriero.checkpoint.find import committed
 from arriero.checkpoint.verify import verify as verify_files
 from arriero.common.checkpoint_names import MARKER, STATE, step_of
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError
-from arriero.common.text import printable, shown
+from arriero.common.text import escape, escape_message
 from arriero.model.config import LlamaConfig, count_parameters
 from arriero.observe.events import goodput_line
 from arriero.observe.metrics import read_metrics
@@ -29,9 +29,9 @@ def inspect(path: Path, *, json: bool, verify: bool) -> int:
         print(json_module.dumps(facts | {"wrong": wrong}, indent=1))
     else:
         for key, value in facts.items():
-            print(f"{key:14}{value:,}" if isinstance(value, int) else f"{key:14}{shown(value, most=2000)}")
+            print(f"{key:14}{value:,}" if isinstance(value, int) else f"{key:14}{escape(value, max_length=2000)}")
         for line in wrong:
-            print(printable(f"WRONG         {line}"))
+            print(escape_message(f"WRONG         {line}"))
     return EXIT_CHECK_FAILED if wrong else EXIT_OK
 
 

@@ -14,7 +14,7 @@ from arriero.checkpoint.tensors.stream import TensorView
 from arriero.checkpoint.tensors.transfer import read_fingerprints
 from arriero.checkpoint.tensors.values import fingerprint
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError
-from arriero.common.text import printable, shown
+from arriero.common.text import escape, escape_message
 from arriero.data.tokenizer_json import vocabulary_size
 
 _FILES = (".safetensors", ".bin", ".pt", ".pth")
@@ -106,7 +106,7 @@ def _count(tensors: dict[str, TensorView]) -> dict[str, Any]:
 
 
 def _print(facts: dict[str, Any]) -> None:
-    print(f"{shown(facts['path'])}: {facts['kind']}" + (f" ({facts['layout']})" if "layout" in facts else ""))
+    print(f"{escape(facts['path'])}: {facts['kind']}" + (f" ({facts['layout']})" if "layout" in facts else ""))
     if "hidden" in facts:
         print(
             f"{facts['layers']} layers, hidden {facts['hidden']}, {facts['heads']} heads of {facts['head_dim']} "
@@ -119,5 +119,5 @@ def _print(facts: dict[str, Any]) -> None:
     if "fingerprint" in facts:
         print(f"every value read and finite, fingerprint {facts['fingerprint'][:16]}")
     for note in facts.get("notes", []):
-        print(printable(f"note: {note}"))
-    print("whole" if facts["whole"] else printable(f"not whole: {facts['problem']}"))
+        print(escape_message(f"note: {note}"))
+    print("whole" if facts["whole"] else escape_message(f"not whole: {facts['problem']}"))

@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from arriero.common.errors import UserError
-from arriero.common.text import ranges
+from arriero.common.text import format_ranks
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -56,7 +56,7 @@ def _judge(store: Store, world: int, seconds: float) -> tuple[str, str]:
         store.wait(keys, timedelta(seconds=seconds))
     except RuntimeError:
         missing = [r for r, key in enumerate(keys) if not store.check([key])]
-        text = f"{world - len(missing)} of {world} processes arrived in {seconds:g} s; missing: {ranges(missing)}"
+        text = f"{world - len(missing)} of {world} processes arrived in {seconds:g} s; missing: {format_ranks(missing)}"
         return text, "look at the logs of the missing; --join-timeout waits longer"
     told = [json.loads(text) for text in store.multi_get(keys)]
     lines = differences([t["facts"] for t in told], [t["host"] for t in told])
@@ -74,5 +74,5 @@ def differences(facts: list[dict[str, str]], hosts: list[str]) -> list[str]:
             sides.setdefault(one.get(key, "nothing"), []).append(rank)
         if len(sides) > 1:
             where = {v: ", ".join(dict.fromkeys(hosts[r] for r in ranks)) for v, ranks in sides.items()}
-            lines.append(f"  {key}: " + "; ".join(f"{v} on {ranges(r)} ({where[v]})" for v, r in sides.items()))
+            lines.append(f"  {key}: " + "; ".join(f"{v} on {format_ranks(r)} ({where[v]})" for v, r in sides.items()))
     return lines

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arriero.common.errors import UserError
-from arriero.common.files import error_reason, make_directory, open_regular
-from arriero.common.text import shown
+from arriero.common.files import make_directory, open_regular, os_error_text
+from arriero.common.text import escape
 
 VARIABLE = "ARRIERO_SECRET"
 LEAST, MOST = 16, 4096
@@ -68,7 +68,7 @@ class Secret:
             os.replace(fresh, self.file)
         except OSError as error:
             raise UserError(
-                f"the run's secret {shown(self.file)} cannot be written: {error_reason(error)}", OTHERWISE
+                f"the run's secret {escape(self.file)} cannot be written: {os_error_text(error)}", OTHERWISE
             ) from None
 
     def key(self) -> bytes:
@@ -80,7 +80,7 @@ class Secret:
         """
         if self.file is None:
             return _checked(self.text.encode("utf-8", "surrogateescape"), VARIABLE)
-        name = shown(self.file)
+        name = escape(self.file)
         try:
             handle = open_regular(self.file, follow=not self.made)
             with open(handle, "rb") as reading:
@@ -92,7 +92,7 @@ class Secret:
             whose = ", which node 0 writes beside the run directory," if self.made else ""
             raise SecretMissing(f"the run's secret {name}{whose} is not on this machine", OTHERWISE) from None
         except (OSError, ValueError) as error:
-            raise UserError(f"the secret {name} cannot be read: {error_reason(error)}", OTHERWISE) from None
+            raise UserError(f"the secret {name} cannot be read: {os_error_text(error)}", OTHERWISE) from None
 
     def _check_access(self, found: os.stat_result, name: str) -> None:
         mode = stat.S_IMODE(found.st_mode)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from arriero.common.environment import environment_number
 from arriero.common.errors import UserError
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.distributed.launch.worker import MOST_PROCESSES
 
 FIX = "srun sets the variables SLURM_*; where it has not started this, unset SLURM_STEP_NUM_TASKS"
@@ -26,7 +26,7 @@ def expand_hosts(text: str) -> list[str]:
         UserError: it is none, or names more than MOST_NODES hosts.
     """
     if not re.fullmatch(rf"{_PART}(?:,{_PART})*", text):
-        raise UserError(f"SLURM_STEP_NODELIST is {shown(repr(text), 80)}, which is no host list", FIX)
+        raise UserError(f"SLURM_STEP_NODELIST is {escape(repr(text), 80)}, which is no host list", FIX)
     hosts: list[str] = []
     for part in re.findall(_PART, text):
         names = [""]
@@ -45,7 +45,7 @@ def _span(text: str) -> tuple[int, range]:
     first, _, last = text.partition("-")
     numbers = range(int(first), int(last or first) + 1)
     if not numbers:
-        raise UserError(f"SLURM_STEP_NODELIST holds [{shown(text)}], which runs backwards", FIX)
+        raise UserError(f"SLURM_STEP_NODELIST holds [{escape(text)}], which runs backwards", FIX)
     return len(first), numbers
 
 
@@ -56,7 +56,7 @@ def expand_counts(text: str) -> list[int]:
         UserError: it is none, or about more than MOST_NODES nodes.
     """
     if not re.fullmatch(rf"{_COUNT}(?:,{_COUNT})*", text):
-        raise UserError(f"SLURM_STEP_TASKS_PER_NODE is {shown(repr(text), 80)}, which is no list of counts", FIX)
+        raise UserError(f"SLURM_STEP_TASKS_PER_NODE is {escape(repr(text), 80)}, which is no list of counts", FIX)
     groups = [(int(n), int(times or 1)) for n, times in re.findall(_COUNT, text)]
     if sum(times for _, times in groups) > MOST_NODES:
         raise UserError(f"SLURM_STEP_TASKS_PER_NODE is about more than {MOST_NODES} nodes", FIX)

@@ -24,7 +24,7 @@ from arriero.common.device import BACKENDS, process_group_backend, tune_allocato
 from arriero.common.environment import environment_number
 from arriero.common.errors import EXIT_USAGE, CheckFailed, UserError, as_user_error
 from arriero.common.signals import Interrupted, LoneListener
-from arriero.common.text import printable, ranges
+from arriero.common.text import escape_message, format_ranks
 from arriero.distributed.launch.agreement import Disagreement, agree
 from arriero.distributed.launch.cpu_affinity import place_process
 from arriero.distributed.launch.objects import refuse_pickled_objects
@@ -115,7 +115,7 @@ def leave(error: BaseException) -> NoReturn:
     if not agent or (restarts[0] < restarts[1] and not user and not lost_touch):  # the agent tells of the last failure
         where = "" if isinstance(error, Disagreement) else f"process {place.rank} on {socket.gethostname()}: "
         if where or place.rank == 0:
-            print(printable(f"arriero: {where}{message}"), file=sys.stderr, flush=True)
+            print(escape_message(f"arriero: {where}{message}"), file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)  # not sys.exit: the others may hang in a collective at clean-up
 
@@ -162,7 +162,7 @@ def silent_ranks(place: Place) -> str:
         first = store.add("lost-touch", 1) == 1
         time.sleep(1 if first else 2)  # the first looks, and is heard first
         silent = [r for r in range(place.world) if first and not store.check([f"lost-touch/{r}"])]
-        return f"{ranges(silent)} did not answer\n" if silent else ""
+        return f"{format_ranks(silent)} did not answer\n" if silent else ""
     except RuntimeError:
         return "rank 0, which holds the store, did not answer\n"
 

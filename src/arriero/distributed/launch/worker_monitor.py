@@ -9,7 +9,7 @@ import threading
 import time
 from typing import Any
 
-from arriero.common.output import tell
+from arriero.common.output import write_stderr
 from arriero.common.signals import (
     SAME_PRESS,
     SETTLE,
@@ -109,7 +109,7 @@ class Children:
     def _announce(self) -> None:
         if not self._announced:
             self._announced = True
-            tell(stop_message(self._shared.reason, self._stop_seconds))
+            write_stderr(stop_message(self._shared.reason, self._stop_seconds))
 
     def _watch(self) -> None:
         still: dict[int, int] = {}

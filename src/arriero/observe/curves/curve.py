@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from arriero.common.errors import UserError
-from arriero.common.text import shown
+from arriero.common.text import escape
 
 Columns = dict[str, dict[int, float]]
 
@@ -95,7 +95,7 @@ class Collector:
             self.values.setdefault(name, {})[iteration] = value
         if len(self.steps) > MAX_ITERATIONS or len(self.values) + len(self.dropped) > MAX_NAMES:
             what = f"{MAX_ITERATIONS:,} iterations" if len(self.steps) > MAX_ITERATIONS else f"{MAX_NAMES:,} quantities"
-            raise UserError(f"{shown(self.path)}: more than {what}", "compare a part of it")
+            raise UserError(f"{escape(self.path)}: more than {what}", "compare a part of it")
 
     def curves(self, kind: str, **more: object) -> Curves:
         """The result; `more` are further fields of Curves. Other systems' names become arriero's here."""
@@ -143,7 +143,7 @@ def needed(text: str, where: str, name: str) -> float:
     value = number(text)
     if value is None:
         raise UserError(
-            f"{where}: {name} is {shown(text.strip(), 80)!r}", "give a number; nan and inf are numbers here"
+            f"{where}: {name} is {escape(text.strip(), 80)!r}", "give a number; nan and inf are numbers here"
         )
     return value
 

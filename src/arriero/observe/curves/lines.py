@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from arriero.common.errors import UserError
-from arriero.common.files import error_reason, open_regular
-from arriero.common.text import shown
+from arriero.common.files import open_regular, os_error_text
+from arriero.common.text import escape
 
 MAX_LINE = 1 << 20
 """Bytes of one line at most: a step's line has a few hundred, a wide table's header some ten thousand."""
@@ -45,14 +45,14 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     try:
         handle = open_regular(path, follow=True)
     except FileNotFoundError:
-        raise UserError(f"{shown(path)}: no such file", fix) from None
+        raise UserError(f"{escape(path)}: no such file", fix) from None
     except (OSError, ValueError) as error:  # ValueError: NUL or a lone surrogate in the name
-        raise UserError(f"{shown(path)}: cannot be read ({error_reason(error)})", fix) from None
+        raise UserError(f"{escape(path)}: cannot be read ({os_error_text(error)})", fix) from None
     with open(handle, "rb") as file:
         try:
             yield file
         except OSError as error:
-            raise UserError(f"{shown(path)}: cannot be read ({error_reason(error)})", fix) from None
+            raise UserError(f"{escape(path)}: cannot be read ({os_error_text(error)})", fix) from None
 
 
 def read_lines(file: BinaryIO) -> Iterator[Line]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from arriero.common.errors import UserError
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.observe.curves.curve import VALIDATION, Collector, Curves, needed, normal, number
 from arriero.observe.curves.lines import Line
 
@@ -165,7 +165,7 @@ def read_log(path: Path, lines: Iterable[Line], only: Collection[str] | None) ->
         for i, (mark, _, read) in enumerate(readers):
             if i not in wrong and mark in line.text:
                 try:
-                    read(collectors[i], line.text, f"{shown(path)}, line {line.number}")
+                    read(collectors[i], line.text, f"{escape(path)}, line {line.number}")
                 except UserError as error:
                     wrong[i] = error
     best = max(range(len(readers)), key=lambda i: len(collectors[i].steps))
@@ -176,5 +176,5 @@ def read_log(path: Path, lines: Iterable[Line], only: Collection[str] | None) ->
         return Curves(path, {}, "a console log", frozenset())
     if read == trainer.read:
         return collectors[best].curves(kind, numbered=True, first_apart=trainer.first_step_apart())
-    notes = (f"{shown(path)}: nanoGPT's iter 0 is the first step, 1 here.",) if read is _nanogpt else ()
+    notes = (f"{escape(path)}: nanoGPT's iter 0 is the first step, 1 here.",) if read is _nanogpt else ()
     return collectors[best].curves(kind, notes=notes)

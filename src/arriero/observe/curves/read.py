@@ -7,8 +7,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from arriero.common.errors import UserError
-from arriero.common.files import error_reason
-from arriero.common.text import shown
+from arriero.common.files import os_error_text
+from arriero.common.text import escape
 from arriero.observe.curves.curve import Curves
 from arriero.observe.curves.lines import Line, opened, read_lines
 from arriero.observe.curves.logs import read_log
@@ -39,10 +39,10 @@ def read_curves(path: Path, only: Collection[str] | None = None) -> Curves:
     try:
         files = _files(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{shown(path)}: {error_reason(error)}", "check the path") from None
+        raise UserError(f"{escape(path)}: {os_error_text(error)}", "check the path") from None
     curves = read_events(path, files, only) if len(files) > 1 else _read_file(files[0], only)
     if not curves.iterations:
-        raise UserError(f"{shown(path)}: no training step in it (read as {curves.kind})", f"what is read: {FORMATS}")
+        raise UserError(f"{escape(path)}: no training step in it (read as {curves.kind})", f"what is read: {FORMATS}")
     return curves
 
 
@@ -56,7 +56,7 @@ def _files(path: Path) -> list[Path]:
     events = sorted(file for file in path.iterdir() if file.name.startswith(_EVENTS))
     if not events:
         raise UserError(
-            f"{shown(path)}: no {', '.join(_IN_A_DIRECTORY)} or {_EVENTS}* in it", f"what is read: {FORMATS}"
+            f"{escape(path)}: no {', '.join(_IN_A_DIRECTORY)} or {_EVENTS}* in it", f"what is read: {FORMATS}"
         )
     return events
 
@@ -67,8 +67,8 @@ def _read_file(path: Path, only: Collection[str] | None) -> Curves:
         if is_event_file(head):
             return read_events(path, [path], only)
         if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            fix = f"iconv -f UTF-16 -t UTF-8 {shown(path)} > utf8.log"
-            raise UserError(f"{shown(path)}: is UTF-16, as PowerShell writes it", fix)
+            fix = f"iconv -f UTF-16 -t UTF-8 {escape(path)} > utf8.log"
+            raise UserError(f"{escape(path)}: is UTF-16, as PowerShell writes it", fix)
         file.seek(0)
         lines = read_lines(file)
         before = []

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from arriero.common.errors import UserError
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.common.untrusted import parse_json, read_json
 from arriero.observe.curves.curve import VALIDATION, Collector, Curves, meaning, needed, normal, number, twice, whole
 from arriero.observe.curves.lines import MAX_LINE, Line
@@ -38,13 +38,13 @@ def read_table(path: Path, lines: Iterable[Line], only: Collection[str] | None) 
     names = header(first)
     if names is None:
         fix = "begin with a header such as: iteration,lm_loss,grad_norm"
-        raise UserError(f"{shown(path)}, line 1: no column named iteration", fix)
+        raise UserError(f"{escape(path)}, line 1: no column named iteration", fix)
     at = _iteration_at(names)
     columns = _quantities(path, names, at)
     found = Collector(path, only)
     try:
         for row in csv.reader(source, delimiter=_delimiter(first)):
-            where = f"{shown(path)}, line {source.number}"
+            where = f"{escape(path)}, line {source.number}"
             if not row:
                 continue
             if len(row) != len(names):
@@ -53,10 +53,10 @@ def read_table(path: Path, lines: Iterable[Line], only: Collection[str] | None) 
             needed(row[at], where, names[at])
             iteration = whole(row[at])
             if iteration is None:
-                raise UserError(f"{where}: {names[at]} is {shown(row[at].strip(), 80)!r}", "give a whole number")
+                raise UserError(f"{where}: {names[at]} is {escape(row[at].strip(), 80)!r}", "give a whole number")
             _add_row(found, iteration, {name: row[i] for i, name in columns.items() if row[i].strip()}, where)
     except csv.Error as error:
-        raise UserError(f"{shown(path)}, line {source.number}: {error}", "repair the file") from None
+        raise UserError(f"{escape(path)}, line {source.number}: {error}", "repair the file") from None
     return found.curves("CSV")
 
 
@@ -76,7 +76,7 @@ class _Rows(Iterator[str]):
 
 def too_long(path: Path, line: Line) -> UserError:
     """The error for a line of more than MAX_LINE bytes."""
-    return UserError(f"{shown(path)}, line {line.number}: is longer than {MAX_LINE:,} bytes", FIX)
+    return UserError(f"{escape(path)}, line {line.number}: is longer than {MAX_LINE:,} bytes", FIX)
 
 
 def header(line: str) -> list[str] | None:
@@ -110,7 +110,7 @@ def _quantities(path: Path, names: list[str], at: int) -> dict[int, str]:
         return {2: normal(tag)}
     if again := twice(kept.values()):
         fix = "export one run alone, or give each column its own name"
-        raise UserError(f"{shown(path)}, line 1: two columns are {again}", fix)
+        raise UserError(f"{escape(path)}, line 1: two columns are {again}", fix)
     return kept
 
 
@@ -142,7 +142,7 @@ def read_json_lines(path: Path, lines: Iterable[Line], only: Collection[str] | N
             raise too_long(path, line)
         if not line.text.strip():
             continue
-        where = f"{shown(path)}, line {line.number}"
+        where = f"{escape(path)}, line {line.number}"
         try:
             record = parse_json(line.text, where, FIX, {})
         except UserError:
@@ -163,7 +163,7 @@ def read_trainer_state(path: Path, only: Collection[str] | None) -> Curves:
     state = read_json(path, "give trainer_state.json as the Trainer wrote it", ({"log_history": [{}]}, [{}]))
     found = Collector(path, only)
     for i, record in enumerate(state if isinstance(state, list) else state["log_history"]):
-        _add_record(found, record, f"{shown(path)}, log_history[{i}]")
+        _add_record(found, record, f"{escape(path)}, log_history[{i}]")
     return found.curves("Hugging Face's trainer state")
 
 
@@ -176,7 +176,7 @@ def _add_record(found: Collector, record: dict[str, Any], where: str) -> None:
     iteration = None if key is None else whole(record[key])
     if iteration is None:
         if "kind" in record or key is not None:
-            problem = "lacks 'iteration'" if key is None else f"{shown(key, 60)} is {shown(record[key], 60)}"
+            problem = "lacks 'iteration'" if key is None else f"{escape(key, 60)} is {escape(record[key], 60)}"
             raise UserError(f"{where}: {problem}", f"give a whole number there, or {FIX}")
         return
     values = {k: one for k, value in record.items() if names[k] not in ITERATION and (one := _value(value)) is not None}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from arriero.common.errors import UserError
-from arriero.common.text import shown
+from arriero.common.text import escape
 from arriero.observe.curves.curve import VALIDATION, Collector, Curves, meaning, normal
 from arriero.observe.curves.lines import opened
 
@@ -86,7 +86,7 @@ def read_events(path: Path, files: Iterable[Path], only: Collection[str] | None)
 
 
 def _damaged(file: Path, at: int, reason: str) -> UserError:
-    return UserError(f"{shown(file)}, byte {at}: not a TensorBoard record ({reason})", "restore the file")
+    return UserError(f"{escape(file)}, byte {at}: not a TensorBoard record ({reason})", "restore the file")
 
 
 def _records(path: Path, stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
