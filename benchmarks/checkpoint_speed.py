@@ -78,7 +78,7 @@ class Saves:
             mode: Saver(root / f"arriero-{mode}", CheckpointConfig(keep=0, retries=0, asynchronous=mode), Ranks())
             for mode in (False, True)
         }
-        self.savers[True].reserve(parts_of(state))
+        self.savers[True].allocate_buffers(parts_of(state))
         self.savers[True].wait()
 
     def run(self, name: str, path: Path) -> float:

@@ -59,7 +59,7 @@ def test_what_changes_while_it_is_written_does_not_leak_in(tmp_path: Path, monke
 
 def test_one_save_at_a_time_and_the_copies_are_reused(tmp_path: Path) -> None:
     one = saving.saver(tmp_path)
-    one.reserve(saving.parts(saving.state()))
+    one.allocate_buffers(saving.parts(saving.state()))
     one.wait()
     rooms = {key: room.data_ptr() for key, room in one._copies.items()}
     for step in (1, 2, 3):
@@ -74,7 +74,7 @@ def test_one_save_at_a_time_and_the_copies_are_reused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_failed_save_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, asynchronous: bool) -> None:
-    monkeypatch.setattr(save_module, "PAUSE", 0.0)
+    monkeypatch.setattr(save_module, "RETRY_DELAY", 0.0)
     arm(monkeypatch, "EIO@4")
     done = saving.save(saving.saver(tmp_path, retries=1, asynchronous=asynchronous), 1)
     assert done[0].problem == ""
@@ -86,7 +86,7 @@ def test_a_save_that_fails_for_good_is_told_and_leaves_nothing(
 ) -> None:  # fmt: skip
     one = saving.saver(tmp_path, retries=1)
     assert saving.save(one, 1)[0].problem == ""
-    monkeypatch.setattr(save_module, "PAUSE", 0.0)
+    monkeypatch.setattr(save_module, "RETRY_DELAY", 0.0)
     arm(monkeypatch, "ENOSPC@2+")
     done = saving.save(one, 2)
     assert "step-00000002.tmp: No space left on device" in done[0].problem
@@ -102,11 +102,11 @@ def test_a_save_that_fails_for_good_is_told_and_leaves_nothing(
 
 def arm(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """Makes an operation from here on fail."""
-    monkeypatch.setattr(disk, "before", Fault.parse(fault))
+    monkeypatch.setattr(disk, "before_operation", Fault.parse(fault))
 
 
 def disarm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk, "before", disk.nothing)
+    monkeypatch.setattr(disk, "before_operation", disk.no_fault)
 
 
 def test_every_operation_can_fail_and_none_leaves_a_checkpoint_that_is_not_whole(

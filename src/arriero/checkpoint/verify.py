@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arriero.checkpoint.directory import FORMAT, MANIFEST, file_digest, read_json
+from arriero.checkpoint.directory import FORMAT, MANIFEST, file_digest, is_checkpoint_file, read_json
 from arriero.checkpoint.load import INDEX as SHARDS
 from arriero.checkpoint.load import MOMENTS
 from arriero.checkpoint.state import state_problem
@@ -126,9 +126,8 @@ def _chain(path: Path) -> tuple[list[str], list[Block]]:
     if STATE in manifest["files"] and not wrong and (problem := state_problem(path)):
         wrong.append(problem)
     known = {*manifest["files"], *manifest["data"], MANIFEST, MARKER}
-    wrong += [
-        f"{path / escape(name)}: not in the manifest" for name in sorted({p.name for p in path.iterdir()} - known)
-    ]
+    extra = sorted(one.name for one in path.iterdir() if is_checkpoint_file(one.name) and one.name not in known)
+    wrong += [f"{path / escape(name)}: not in the manifest" for name in extra]
     return wrong, blocks
 
 

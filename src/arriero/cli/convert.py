@@ -24,9 +24,10 @@ from arriero.checkpoint.formats.megatron_write import RankFormat, plan_ranks
 from arriero.checkpoint.formats.progress import Progress
 from arriero.checkpoint.formats.sharding_plan import ParallelDegrees, check_degrees, padded_vocab_size
 from arriero.checkpoint.open_model import Opened, open_model
-from arriero.checkpoint.tensors.transfer import new_directory, transfer
+from arriero.checkpoint.tensors.transfer import transfer
 from arriero.checkpoint.tensors.values import fingerprint
 from arriero.common.errors import EXIT_OK, CheckFailed, UserError, join_problems
+from arriero.common.files import new_directory
 from arriero.common.ranges import flag, range_problems
 from arriero.common.text import escape, escape_message
 from arriero.model.config import LlamaConfig

@@ -137,7 +137,7 @@ def begin(trainer: Trainer, start: Continuation, reporter: Reporter) -> None:
             reporter.say(f" NOTICE: {line}")
         if line := trainer.order_notice():
             reporter.say(f" NOTICE: {line}")
-    trainer.saver.reserve(trainer.shards_to_save())
+    trainer.saver.allocate_buffers(trainer.shards_to_save())
     trainer.ranks.barrier()  # so that a signal finds all processes in one phase
     set_phase(Phase.TRAINING)
 

@@ -25,9 +25,9 @@ from arriero.checkpoint.tensors.stream import (
     matrix_shape,
 )
 from arriero.checkpoint.tensors.torch_file import TorchFile
-from arriero.checkpoint.tensors.transfer import OutputFile, WriteOp, new_directory, transfer
+from arriero.checkpoint.tensors.transfer import OutputFile, WriteOp, transfer
 from arriero.common.errors import UserError, join_problems
-from arriero.common.files import write_atomic
+from arriero.common.files import new_directory, write_atomic
 from arriero.common.text import escape
 from arriero.common.untrusted import parse_json, read_json, read_text, require_file_name, require_inside
 from arriero.data.tokenizer import GENERATION, VOCABULARIES, copy_files

@@ -7,11 +7,7 @@ the next chunk is read. Peak memory is the chunks in flight, whatever the model'
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import os
-import shutil
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,8 +18,6 @@ from pathlib import Path
 from arriero.checkpoint.tensors.stream import CHUNK_BYTES, ITEMSIZE, Bytes, TensorView, buffer, matrix_shape
 from arriero.checkpoint.tensors.values import cast, is_finite, partial_fingerprint
 from arriero.common.errors import UserError
-from arriero.common.files import make_directory
-from arriero.common.text import escape
 
 THREADS = 3  # more than the cores would need: some wait for the disk
 
@@ -233,72 +227,3 @@ def read_fingerprints(
         return partial_fingerprint(chunk, row)
 
     return _run(weights, work)[0]
-
-
-# Directories appear whole or not at all.
-
-
-@contextlib.contextmanager
-def new_directory(path: Path, *, need_bytes: int = 0) -> Iterator[Path]:
-    """Yields a temporary directory beside `path` that becomes `path` at the end, or vanishes on any error.
-
-    A leftover of a killed process is recognised by its free lock and removed.
-
-    Raises:
-        UserError: `path` exists and is not empty, or the disk has less than `need_bytes` free.
-    """
-    path = Path(os.path.abspath(path))
-    if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
-        raise UserError(f"{escape(path)}: already exists", "name a new directory, or remove this one first")
-    make_directory(path.parent, "name a directory that can be made")
-    free = shutil.disk_usage(path.parent).free
-    if need_bytes > free:
-        raise UserError(
-            f"{path.parent}: {need_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free",
-            "make room, or write to another disk",
-        )
-    partial = path.with_name(path.name + ".partial")
-    partial.mkdir(exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"{partial}: another process is writing there", "wait for it, or name another directory"
-            ) from None
-        _empty(partial)
-        try:
-            yield partial
-            _sync_tree(partial)
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(f"{path.parent}: the disk is full", "make room, or write to another disk") from None
-            raise
-        if path.exists():
-            path.rmdir()
-        partial.rename(path)
-        _sync(path.parent)
-    finally:
-        os.close(lock)
-
-
-def _empty(directory: Path) -> None:
-    for entry in directory.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _sync_tree(directory: Path) -> None:
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            _sync(Path(folder, name))
-        _sync(Path(folder))

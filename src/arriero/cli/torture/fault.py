@@ -58,4 +58,4 @@ class Fault:
 
 def install(text: str) -> None:
     """Makes an operation of this process, or of those that are forked from it, fail as `text` says; empty: none."""
-    disk.before = Fault.parse(text) if text else disk.nothing
+    disk.before_operation = Fault.parse(text) if text else disk.no_fault
