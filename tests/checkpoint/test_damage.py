@@ -87,6 +87,15 @@ def test_damage_is_named(copy: Path, name: str, damage: Callable[[Path], object]
         assert verify_metadata(copy)
 
 
+def test_files_of_others_are_no_damage(copy: Path) -> None:
+    """What a file manager or a person puts beside the files of the manifest is neither read nor an error."""
+    for name in (".DS_Store", "Thumbs.db", "notes.txt"):
+        (copy / name).write_bytes(b"x")
+    (copy / "__MACOSX").mkdir()
+    assert verify(copy) == []
+    assert verify_metadata(copy) == []
+
+
 def test_shards_of_two_checkpoints_cannot_be_swapped(copy: Path, tmp_path: Path) -> None:
     other = saving.save(saving.saver(tmp_path / "other"), 5, saving.state(99))[0].path
     shutil.copy(other / "rank-00000.safetensors", copy)

@@ -239,14 +239,24 @@ def test_what_arriero_did_not_write_is_never_touched(tmp_path: Path) -> None:
     ours = {str(root / "step-00000011"), *map(str, (root / "step-00000011").iterdir())}
     assert sorted((str(p), p.lstat().st_mtime_ns) for p in root.rglob("*") if str(p) not in ours) == before
     assert "in the way" in saving.save(one, 7)[0].problem or "File exists" in saving.save(one, 7)[0].problem
+    (root / "step-00000007.tmp/notes.txt").unlink()
+    (root / "step-00000007.tmp").rmdir()
+    problem = saving.save(one, 7)[0].problem
+    assert "in the way" in problem
+    assert "free there" not in problem  # of a full disk only
     assert (root / "step-00000007/notes.txt").read_text() == "mine"
     assert list(elsewhere.iterdir()) == [elsewhere / "step-00000008"]
 
 
-def test_a_checkpoint_with_files_of_others_in_it_is_not_deleted(tmp_path: Path) -> None:
+def test_a_checkpoint_with_files_of_others_in_it_counts_and_is_not_deleted(tmp_path: Path) -> None:
     one = saving.saver(tmp_path, keep=1)
     saving.save(one, 1)
     (step_directory(tmp_path, 1) / "notes.txt").write_text("mine")
     for step in (2, 3):
-        saving.save(one, step)
+        assert saving.save(one, step)[0].notice == ""
     assert [step_of(p) for p in committed(tmp_path)] == [1, 3]
+    (step_directory(tmp_path, 3) / ".DS_Store").write_text("a file manager's")
+    again = saving.saver(tmp_path, keep=2)
+    for step in (4, 5):
+        assert saving.save(again, step)[0].notice == ""
+    assert [step_of(p) for p in committed(tmp_path)] == [1, 3, 4, 5]
