@@ -102,14 +102,13 @@ def _open(path: Path, kind: str, hints: ConfigHints) -> Opened:
         if damage := verify(directory):
             raise UserError(damage[0], "name an earlier checkpoint of the run: RUN/checkpoints/step-...")
         return Opened("run", directory, reader, config, layout=directory.name)
-    if kind in ("megatron", "ascendspeed"):
-        ranks = megatron.open_ranks(path, hints)
-        kind = "ascendspeed" if ranks.dialect.inv_freq else "megatron"
-        layout = f"{ranks.dialect.name}, {ranks.degrees.words()}"
+    if kind in ("megatron", "ascendspeed", "torch_dist"):
+        ranks = torch_dist.open_torch_dist(path, hints) if kind == "torch_dist" else megatron.open_ranks(path, hints)
+        layout = kind
+        if kind != "torch_dist":
+            kind = "ascendspeed" if ranks.dialect.inv_freq else "megatron"
+            layout = f"{ranks.dialect.name}, {ranks.degrees.words()}"
         return Opened(kind, path, ranks.reader, ranks.config, layout=layout, assumed=ranks.notes)
-    if kind == "torch_dist":
-        reader, config, notes = torch_dist.open_torch_dist(path, hints)
-        return Opened(kind, path, reader, config, layout="torch_dist", assumed=notes)
     if kind == "meta":
         reader, config, count, notes = meta.open_meta(path, hints)
         return Opened(kind, path, reader, config, layout=f"{count} model-parallel ranks", assumed=notes)

@@ -1,5 +1,5 @@
-"""Is a checkpoint what was committed? The marker vouches for the manifest, it for the small files, their indices for
-every block of the data: each byte is under one SHA-256, and what differs is named, the tensor too.
+"""Checks that a checkpoint is what was committed. The marker holds the SHA-256 of the manifest, the manifest those of the
+small files, and their indices those of every block of the data; what differs is reported, with the tensor's name.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Block:
 
 
 def verify(path: Path, *, share: int = 0, of: int = 1, only: Path | None = None) -> list[str]:
-    """Checks a checkpoint; returns what is wrong, one sentence each.
+    """Checks every byte of a checkpoint; returns what is wrong, one sentence each.
 
     Args:
         path: the checkpoint's directory.
@@ -55,24 +55,24 @@ def verify(path: Path, *, share: int = 0, of: int = 1, only: Path | None = None)
         of: so many; the small files are checked by all.
         only: the one data file to check, for the process that has just written it.
     """
-    try:
-        wrong, blocks = _chain(path)
-    except UserError as error:
-        return [error.problem]
-    except OSError as error:
-        return [f"{escape(error.filename or path)}: cannot be read ({os_error_text(error)})"]
-    chosen = [b for b in blocks if b.path == only] if only else stretch(blocks, share, of)
+    wrong, blocks = _check_small_files(path)
+    chosen = [b for b in blocks if b.path == only] if only else contiguous_share(blocks, share, of)
     return wrong + check_blocks(chosen)
 
 
 def verify_metadata(path: Path) -> list[str]:
     """Checks all but the data itself: quick, whatever the model's size."""
+    return _check_small_files(path)[0]
+
+
+def _check_small_files(path: Path) -> tuple[list[str], list[Block]]:
+    """As `_follow_digests`, with an error that ends it as the one problem."""
     try:
-        return _chain(path)[0]
+        return _follow_digests(path)
     except UserError as error:
-        return [error.problem]
+        return [error.problem], []
     except OSError as error:
-        return [f"{escape(error.filename or path)}: cannot be read ({os_error_text(error)})"]
+        return [f"{escape(error.filename or path)}: cannot be read ({os_error_text(error)})"], []
 
 
 def shape_problems(path: Path, model: LlamaConfig) -> list[str]:
@@ -95,7 +95,7 @@ def shape_problems(path: Path, model: LlamaConfig) -> list[str]:
     return []
 
 
-def _chain(path: Path) -> tuple[list[str], list[Block]]:
+def _follow_digests(path: Path) -> tuple[list[str], list[Block]]:
     """What is wrong with the small files and the files' sizes, and the blocks still to be hashed."""
     if not (path / MARKER).is_file():
         return [f"{escape(path)}: not committed, its writing was cut off"], []
@@ -183,15 +183,15 @@ def _blocks(path: Path, index: dict[str, Any]) -> list[Block]:
 
 def check_blocks(blocks: list[Block]) -> list[str]:
     """Reads and hashes on all cores; returns one sentence for each tensor or header that differs."""
-    workers = max(2, min(8, 2 * len(os.sched_getaffinity(0))))  # the disk answers several askers faster than one
+    workers = max(2, min(8, 2 * len(os.sched_getaffinity(0))))  # several requests at a time are faster on a disk
     with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
-        parts = [stretch(blocks, i, workers) for i in range(workers)]
+        parts = [contiguous_share(blocks, i, workers) for i in range(workers)]
         wrong = [line for found in pool.map(_check, [p for p in parts if p]) for line in found]
     return list(dict.fromkeys(wrong))
 
 
-def stretch(blocks: list[Block], part: int, of: int) -> list[Block]:
-    """One of `of` parts, neighbours together: whoever reads in one direction is read ahead for."""
+def contiguous_share(blocks: list[Block], part: int, of: int) -> list[Block]:
+    """One of `of` contiguous parts, so that the system reads ahead."""
     return blocks[len(blocks) * part // of : len(blocks) * (part + 1) // of]
 
 
@@ -229,16 +229,16 @@ def _digest(handle: int, block: Block, buffer: memoryview) -> str:
 def newest_intact_checkpoint(
     paths: list[Path], ranks: Ranks, *, say: Callable[[str], None], model: LlamaConfig | None = None
 ) -> Path:  # fmt: skip
-    """The first of these checkpoints in which every byte is as it was written; the processes share the reading.
+    """The first of these checkpoints in which every byte is as it was written; each process reads a share.
 
     Args:
         paths: the best first; the same on every process.
-        ranks: this process's place.
-        say: is told loudly of each one that is damaged.
+        ranks: this process among all.
+        say: called with a warning for each one that is damaged.
         model: what the checkpoint must hold the tensors of; compared before any of them is read.
 
     Raises:
-        UserError: none of them is whole.
+        UserError: none of them is intact.
     """
     for path in paths:
         mine = "\n".join(

@@ -16,13 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from arriero.checkpoint.formats.dialects import Dialect, recognise
 from arriero.checkpoint.formats.foreign_config import ConfigHints, resolve_config
 from arriero.checkpoint.formats.huggingface import validate_tensors
 from arriero.checkpoint.formats.sharding_plan import ParallelDegrees, RankTensor, ShardingPlan, merge_ranks
-from arriero.checkpoint.formats.tied import resolve_tied_head
+from arriero.checkpoint.formats.tied import resolve_tied_head, same_values
 from arriero.checkpoint.tensors.stream import TensorView, ViewReader
 from arriero.checkpoint.tensors.torch_file import TorchFile
 from arriero.common.errors import UserError, join_problems
@@ -58,7 +56,7 @@ def iteration_directory(path: Path) -> Path:
         word = read_text(require_inside(path, file), FIX, 1000).strip()
         if not re.fullmatch(r"[0-9]{1,12}|release|iter_[0-9]{1,12}", word):
             raise UserError(
-                f"{file}: says {word[:40]!r}, which is no iteration", "write the iteration or `release` into it"
+                f"{file}: holds {word[:40]!r}, which is no iteration", "write the iteration or `release` into it"
             )
         folder = path / (f"iter_{int(word):07d}" if word.isdigit() else word)
         if not folder.is_dir():
@@ -98,7 +96,7 @@ def rank_files(folder: Path) -> dict[tuple[int, int], Path]:
 
 @dataclass(frozen=True)
 class RankModel:
-    """What one rank's file holds: its chunks' tensors, and what else its payload says."""
+    """One rank's file: its model chunks' tensors, and the rest of its payload."""
 
     path: Path
     chunks: list[dict[str, TensorView]]
@@ -129,7 +127,7 @@ def read_rank(path: Path) -> RankModel:
 
 @dataclass(frozen=True)
 class RankModels:
-    """A directory of rank files, read."""
+    """The model of a directory of rank files."""
 
     reader: ViewReader
     config: LlamaConfig
@@ -139,51 +137,53 @@ class RankModels:
 
 
 def open_ranks(path: Path, hints: ConfigHints) -> RankModels:
-    """Opens a checkpoint of rank files under Hugging Face's names.
+    """Opens a checkpoint of rank files under Hugging Face's names; see `combine_ranks`.
 
     Args:
         path: the directory with the tracker file, or an iteration's.
         hints: where to take the model's shape and vocabulary from.
+    """
+    folder = iteration_directory(path)
+    return combine_ranks(path, folder, {place: read_rank(file) for place, file in rank_files(folder).items()}, hints)
+
+
+def combine_ranks(
+    path: Path, folder: Path, ranks: dict[tuple[int, int], RankModel], hints: ConfigHints
+) -> RankModels:  # fmt: skip
+    """The whole model of the ranks of a checkpoint, by (tensor rank, stage).
 
     Raises:
         UserError: a file or tensor is missing, broken, extra or of another shape, or ranks contradict each other.
     """
-    folder = iteration_directory(path)
-    files = rank_files(folder)
-    ranks = {place: read_rank(file) for place, file in files.items()}
     tensor, pipeline = max(t for t, _ in ranks) + 1, max(p for _, p in ranks) + 1
-    virtual = len(ranks[0, 0].chunks)
+    first, where = ranks[0, 0], str(folder)
     keys = {key for rank in ranks.values() for chunk in rank.chunks for key in chunk}
     dialect = recognise(keys)
     if dialect is None:
-        raise UserError(f"{files[0, 0]}: holds no LLaMA layers of a known naming", f"its keys begin {sorted(keys)[:3]}")
-    counts = {
-        (p, v): _count_layers(chunk, dialect)
-        for (t, p), r in ranks.items()
-        if t == 0
-        for v, chunk in enumerate(r.chunks)
-    }
+        raise UserError(f"{first.path}: holds no LLaMA layers of a known naming", f"its keys begin {sorted(keys)[:3]}")
+    chunks = {(v, p): chunk for (t, p), r in ranks.items() if t == 0 for v, chunk in enumerate(r.chunks)}
     layers, at = {}, 0
-    for place in sorted(counts, key=lambda pv: (pv[1], pv[0])):
-        layers[place] = range(at, at + counts[place])
-        at += counts[place]
-    embedding = ranks[0, 0].chunks[0].get(dialect.embedding)
+    for v, p in sorted(chunks):
+        count = _count_layers(chunks[v, p], dialect)
+        layers[p, v] = range(at, at + count)
+        at += count
+    embedding = first.chunks[0].get(dialect.embedding)
     if embedding is None:
-        raise UserError(f"{files[0, 0]}: lacks {dialect.embedding}", FIX)
-    merged = {key: t for (rank, _), r in ranks.items() if rank == 0 for chunk in r.chunks for key, t in chunk.items()}
+        raise UserError(f"{first.path}: lacks {dialect.embedding}", FIX)
+    merged = {key: view for chunk in chunks.values() for key, view in chunk.items()}
     config, notes = resolve_config(
-        path, folder, hints, tensors=merged, dialect=dialect, tensor=tensor, layers=at, payload=ranks[0, 0].payload
+        path, folder, hints, tensors=merged, dialect=dialect, tensor=tensor, layers=at, payload=first.payload
     )
-    degrees = ParallelDegrees(tensor, pipeline, virtual, padded_vocab=embedding.shape[0] * tensor)
-    if degrees.padded_vocab < config.vocab_size:
-        raise UserError(
-            f"{folder}: has {degrees.padded_vocab} vocabulary rows, fewer than the {config.vocab_size} of its config",
-            FIX,
-        )
+    rows = embedding.shape[0] * tensor
+    if rows < config.vocab_size:
+        problem = f"{folder}: has {rows} vocabulary rows, fewer than the {config.vocab_size} of its config"
+        raise UserError(problem, FIX)
+    degrees = ParallelDegrees(tensor, pipeline, len(first.chunks), padded_vocab=rows)
     pairs = list(_match(ranks, config, dialect, degrees, layers))
-    weights, config = resolve_tied_head(merge_ranks(pairs, parameter_shapes(config)), config, where=str(folder))
-    reader = validate_tensors(ViewReader(weights, where=str(folder)), config, where=str(folder))
-    return RankModels(reader, config, dialect, degrees, notes)
+    weights, config = resolve_tied_head(merge_ranks(pairs, parameter_shapes(config)), config, where=where)
+    return RankModels(
+        validate_tensors(ViewReader(weights, where=where), config, where=where), config, dialect, degrees, notes
+    )
 
 
 def _count_layers(chunk: Mapping[str, TensorView], dialect: Dialect) -> int:
@@ -199,13 +199,13 @@ def _match(
     ranks: dict[tuple[int, int], RankModel], config: LlamaConfig, dialect: Dialect, degrees: ParallelDegrees,
     layers: dict[tuple[int, int], range],
 ) -> Iterator[tuple[TensorView, RankTensor]]:  # fmt: skip
-    """Pairs every planned with its tensor; replicas are compared with rank 0's and given once."""
+    """Pairs every planned tensor with the stored one; replicated ones are compared with rank 0's and given once."""
     problems: list[UserError] = []
     first: dict[tuple[int, int, str], TensorView] = {}
     for (t, p), rank in sorted(ranks.items()):
         plan = ShardingPlan(config, dialect, degrees, t)
         for v, chunk in enumerate(rank.chunks):
-            known = set()
+            known: set[str] = set()
             for planned in plan.readable_tensors(p, v, layers[p, v], chunk):
                 known.add(planned.key)
                 tensor = chunk.get(planned.key)
@@ -213,10 +213,11 @@ def _match(
                     if not planned.tied:
                         problems.append(UserError(f"{rank.path}: lacks {planned.key}", FIX))
                 elif tensor.shape != planned.shape:
-                    said = f"{planned.key} is {list(tensor.shape)}, its config says {list(planned.shape)}"
-                    problems.append(UserError(f"{rank.path}: {said}", "give the right --config"))
+                    found = f"{planned.key} is {list(tensor.shape)}, its config says {list(planned.shape)}"
+                    problems.append(UserError(f"{rank.path}: {found}", "give the right --config"))
                 elif planned.replicated and t:
-                    if not _same(tensor, first[p, v, planned.key]):
+                    other = first[p, v, planned.key]
+                    if tensor.dtype != other.dtype or not same_values(tensor, other):
                         problems.append(UserError(f"{rank.path}: {planned.key} differs from tensor rank 0's", FIX))
                 else:
                     if planned.replicated:
@@ -224,21 +225,7 @@ def _match(
                     yield tensor, planned
             extra = sorted(k for k in chunk.keys() - known if not k.endswith("inv_freq"))
             if extra:
-                problems.append(
-                    UserError(
-                        f"{rank.path}: holds {escape(extra[0], 120)} and {len(extra) - 1} more unknown",
-                        "is it a LLaMA?",
-                    )
-                )
+                unknown = f"{escape(extra[0], 120)} and {len(extra) - 1} more unknown"
+                problems.append(UserError(f"{rank.path}: holds {unknown}", "is it a dense LLaMA?"))
     if problems:
         raise join_problems(problems[:6])
-
-
-def _same(a: TensorView, b: TensorView) -> bool:
-    """Whether two small tensors hold the same bytes."""
-    if a.dtype != b.dtype:
-        return False
-    mine, other = (np.empty((t.shape[0], t.nbytes // t.shape[0]), np.uint8) for t in (a, b))
-    a.read_window(0, 0, mine)
-    b.read_window(0, 0, other)
-    return bool(np.array_equal(mine, other))

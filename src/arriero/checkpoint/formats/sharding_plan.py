@@ -229,10 +229,8 @@ def merge_ranks(
             name = HEAD if planned.tied else region.name
             if dtypes.setdefault(name, tensor.dtype) != tensor.dtype:
                 raise UserError(f"{planned.key} is {tensor.dtype} on one rank and {dtypes[name]} on another", "")
-            for part_of in tensor.window(region.out_row, 0, region.rows, region.columns):
-                placed = replace(
-                    part_of, out_row=part_of.out_row + region.row, out_column=part_of.out_column + region.column
-                )
+            for part in tensor.window(region.out_row, 0, region.rows, region.columns):
+                placed = replace(part, out_row=part.out_row + region.row, out_column=part.out_column + region.column)
                 slices.setdefault(name, []).append(placed)
     shapes = {HEAD: shapes[EMBEDDING], **shapes} if HEAD in slices else shapes
     return {name: TensorView(dtypes[name], shapes[name], tuple(slices[name])) for name in shapes if name in slices}

@@ -12,20 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from arriero.checkpoint.formats.dialects import MCORE, MCORE_TE, Dialect
-from arriero.checkpoint.formats.foreign_config import ConfigHints, resolve_config
-from arriero.checkpoint.formats.huggingface import validate_tensors
-from arriero.checkpoint.formats.megatron import TRACKER, iteration_directory
-from arriero.checkpoint.formats.sharding_plan import ParallelDegrees, RankTensor, ShardingPlan, merge_ranks
-from arriero.checkpoint.formats.tied import resolve_tied_head
+from arriero.checkpoint.formats.foreign_config import ConfigHints
+from arriero.checkpoint.formats.megatron import TRACKER, RankModel, RankModels, combine_ranks, iteration_directory
 from arriero.checkpoint.tensors.pickle_symbols import MAX_PICKLE_BYTES, Call, TensorRef, follow, naturals
 from arriero.checkpoint.tensors.raw_file import RawFile
-from arriero.checkpoint.tensors.stream import ITEMSIZE, FileMatrix, Slice, TensorView, ViewReader, matrix_shape
+from arriero.checkpoint.tensors.stream import ITEMSIZE, FileMatrix, Slice, TensorView, matrix_shape
 from arriero.checkpoint.tensors.torch_file import TorchFile
 from arriero.common.errors import UserError
-from arriero.common.text import escape
 from arriero.common.untrusted import read_bytes, require_file_name, require_inside
-from arriero.model.config import MOST_LAYERS, LlamaConfig, parameter_shapes
+from arriero.model.config import MOST_LAYERS
 
 FIX = "copy the whole directory again"
 
@@ -39,62 +34,27 @@ def is_torch_dist(path: Path) -> bool:
     return (folder / ".metadata").is_file()
 
 
-def open_torch_dist(path: Path, hints: ConfigHints) -> tuple[ViewReader, LlamaConfig, list[str]]:
+def open_torch_dist(path: Path, hints: ConfigHints) -> RankModels:
     """Opens a distributed checkpoint under Hugging Face's names; optimizer states are left out.
 
     Raises:
         UserError: a file, chunk or tensor is missing or broken, or the shape is unknown.
     """
     folder = iteration_directory(path)
-    tensors = _unstack(_tensors(folder))
-    for dialect in (MCORE_TE, MCORE):
-        if f"{dialect.layer.format(0)}{dialect.input_norm}" in tensors:
-            return _open(path, folder, tensors, dialect, hints)
-    raise UserError(f"{folder}: holds no LLaMA layers of a known naming", f"its keys begin {sorted(tensors)[:3]}")
-
-
-def _open(
-    path: Path, folder: Path, tensors: dict[str, TensorView], dialect: Dialect, hints: ConfigHints
-) -> tuple[ViewReader, LlamaConfig, list[str]]:
-    layers = 1 + max(int(key.split(".")[2]) for key in tensors if key.startswith("decoder.layers."))
-    if layers > MOST_LAYERS:
-        raise UserError(f"{folder}: numbers a layer {layers - 1}", FIX)
     common = folder / "common.pt"  # Megatron before 0.19 keeps the arguments here
     payload = TorchFile(require_inside(folder, common)).root if common.is_file() else {}
-    config, notes = resolve_config(
-        path, folder, hints, tensors=tensors, dialect=dialect, tensor=1, layers=layers,
-        payload=payload if isinstance(payload, dict) else {},
-    )  # fmt: skip
-    rows = tensors[dialect.embedding].shape[0]
-    plan = ShardingPlan(config, dialect, ParallelDegrees(padded_vocab=max(rows, config.vocab_size)), 0)
-    pairs: list[tuple[TensorView, RankTensor]] = []
-    rank_tensors = list(plan.readable_tensors(0, 0, range(config.num_hidden_layers), tensors))
-    extra = sorted(tensors.keys() - {planned.key for planned in rank_tensors})
-    if extra:
-        problem = f"{folder}: holds {escape(extra[0], 120)} and {len(extra) - 1} more unknown"
-        raise UserError(problem, "is it a dense LLaMA?")
-    for planned in rank_tensors:
-        tensor = tensors.get(planned.key)
-        if tensor is None:
-            raise UserError(f"{folder}: lacks {planned.key}", FIX)
-        if tensor.shape != planned.shape:
-            raise UserError(
-                f"{folder}: {planned.key} is {list(tensor.shape)}, its config says {list(planned.shape)}",
-                "give the right --config",
-            )
-        pairs.append((tensor, planned))
-    weights, config = resolve_tied_head(merge_ranks(pairs, parameter_shapes(config)), config, where=str(folder))
-    return validate_tensors(ViewReader(weights, where=str(folder)), config, where=str(folder)), config, notes
+    rank = RankModel(folder, [_unstack(_tensors(folder))], payload if isinstance(payload, dict) else {})
+    return combine_ranks(path, folder, {(0, 0): rank}, hints)
 
 
 def _tensors(folder: Path) -> dict[str, TensorView]:
     """Every model tensor, whole, of up to three dimensions, the first two merged into rows."""
-    plan = require_inside(folder, folder / ".metadata")
-    root = follow(read_bytes(plan, FIX, MAX_PICKLE_BYTES), str(plan))
+    metadata = require_inside(folder, folder / ".metadata")
+    root = follow(read_bytes(metadata, FIX, MAX_PICKLE_BYTES), str(metadata))
     try:
         return _described(folder, root)
     except (AttributeError, KeyError, TypeError, ValueError, IndexError, OverflowError):  # of another form than DCP's
-        raise UserError(f"{plan}: is no distributed checkpoint's", FIX) from None
+        raise UserError(f"{metadata}: is no distributed checkpoint's", FIX) from None
 
 
 def _described(folder: Path, root: Any) -> dict[str, TensorView]:
@@ -116,7 +76,7 @@ def _described(folder: Path, root: Any) -> dict[str, TensorView]:
             offsets, sizes = naturals(chunk.state["offsets"]), naturals(chunk.state["sizes"])
             place = places.get((key, offsets))
             if place is None:
-                raise UserError(f"{folder}: does not say where {key} at {list(offsets)} lies", FIX)
+                raise UserError(f"{folder}: does not list where {key} at {list(offsets)} lies", FIX)
             stored = _stored(folder, place, files, key)
             if stored.shape != sizes:
                 raise UserError(f"{folder}: {key} at {list(offsets)} is {list(stored.shape)}, not {list(sizes)}", FIX)
@@ -185,13 +145,13 @@ def _unstack(tensors: dict[str, TensorView]) -> dict[str, TensorView]:
 def _row_as_column(slices: tuple[Slice, ...], row: int) -> tuple[Slice, ...]:
     """Row `row` of a matrix of stacked vectors, as a vector: the elements are columns there and rows here."""
     found = []
-    for part_of in slices:
-        if not part_of.out_row <= row < part_of.out_row + part_of.rows:
+    for part in slices:
+        if not part.out_row <= row < part.out_row + part.rows:
             continue
-        source = part_of.source
+        source = part.source
         assert isinstance(source, FileMatrix)
-        start = source.offset + (part_of.row + row - part_of.out_row) * source.row_bytes
+        start = source.offset + (part.row + row - part.out_row) * source.row_bytes
         item = ITEMSIZE[source.dtype]
-        vector = replace(source, offset=start + part_of.column * item, rows=part_of.columns, columns=1, row_bytes=item)
-        found.append(Slice(vector, 0, 0, part_of.columns, 1, out_row=part_of.out_column))
+        vector = replace(source, offset=start + part.column * item, rows=part.columns, columns=1, row_bytes=item)
+        found.append(Slice(vector, 0, 0, part.columns, 1, out_row=part.out_column))
     return tuple(found)

@@ -6,20 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from arriero.checkpoint.tensors.stream import Bytes, TensorView, ViewReader, dtype_name, matrix_shape
+from arriero.checkpoint.tensors.stream import Bytes, Matrix, TensorView, ViewReader, dtype_name, matrix_shape
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True)
-class MemoryMatrix:
-    """A tensor in memory as a `Source`."""
+class MemoryMatrix(Matrix):
+    """A tensor in memory."""
 
-    label: str
-    dtype: str
-    rows: int
-    columns: int
     tensor: torch.Tensor
 
     def read_rows(self, row: int, out: Bytes) -> None:

@@ -12,7 +12,7 @@ import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -52,44 +52,26 @@ def dtype_name(dtype: torch.dtype) -> str:
     return next(name for name, known in TORCH_NAMES.items() if known == short)
 
 
-class Source(Protocol):
-    """A matrix whose rows can be read."""
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix whose rows can be read; tensors of other dimensions are seen as one (see `matrix_shape`)."""
 
-    @property
-    def label(self) -> str:
-        """Names the matrix in errors."""
-        ...
-
-    @property
-    def dtype(self) -> str:
-        """safetensors' name."""
-        ...
-
-    @property
-    def rows(self) -> int:
-        """Height."""
-        ...
-
-    @property
-    def columns(self) -> int:
-        """Width."""
-        ...
+    label: str  # its name in errors
+    dtype: str  # safetensors' name
+    rows: int
+    columns: int
 
     def read_rows(self, row: int, out: Bytes) -> None:
         """Fills `out` [n, columns * itemsize] with rows [row, row + n)."""
-        ...
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class FileMatrix:
-    """A matrix in a file, row after row (see `matrix_shape` for tensors of other dimensions)."""
+class FileMatrix(Matrix):
+    """A matrix in a file, row after row."""
 
     file: RawFile
-    label: str
     offset: int
-    dtype: str
-    rows: int
-    columns: int
     row_bytes: int  # distance of rows in the file; more than the row's own bytes for a view of a wider tensor
 
     def read_rows(self, row: int, out: Bytes) -> None:
@@ -117,7 +99,7 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 class Slice:
     """Rows row, row + step, ... and columns [column, column + columns) of a source, and their place in the tensor."""
 
-    source: Source
+    source: Matrix
     row: int
     column: int
     rows: int
@@ -136,7 +118,7 @@ class TensorView:
     slices: tuple[Slice, ...]
 
     @classmethod
-    def of(cls, source: Source, shape: tuple[int, ...]) -> TensorView:
+    def of(cls, source: Matrix, shape: tuple[int, ...]) -> TensorView:
         """A tensor that is one whole source."""
         return cls(source.dtype, shape, (Slice(source, 0, 0, source.rows, source.columns),))
 
@@ -144,7 +126,7 @@ class TensorView:
     def in_file(cls, file: RawFile, label: str, offset: int, dtype: str, shape: tuple[int, ...]) -> TensorView:
         """A tensor that lies in one contiguous range of a file."""
         rows, columns = matrix_shape(shape)
-        return cls.of(FileMatrix(file, label, offset, dtype, rows, columns, columns * ITEMSIZE[dtype]), shape)
+        return cls.of(FileMatrix(label, dtype, rows, columns, file, offset, columns * ITEMSIZE[dtype]), shape)
 
     @property
     def numel(self) -> int:

@@ -81,7 +81,7 @@ class TorchFile:
         if rows * columns and last * size > info.file_size:
             raise UserError(f"{where} needs {last * size:,} bytes of a record of {info.file_size:,}", "fetch it again")
         start = self._start(info) + ref.offset * size
-        stored = FileMatrix(self.file, where, start, storage.dtype, rows, columns, row_stride * size)
+        stored = FileMatrix(where, storage.dtype, rows, columns, self.file, start, row_stride * size)
         return TensorView.of(stored, ref.shape)
 
     def tensors(self, tree: Any) -> dict[str, TensorView]:
