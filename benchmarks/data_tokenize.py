@@ -62,7 +62,7 @@ with ThreadPoolExecutor(2) as pool:
 OURS = """
 import sys
 from pathlib import Path
-from arriero.data.prepare import PrepareArgs, run
+from arriero.cli.prepare import PrepareArgs, run
 source, tokenizer, out, form, engine = sys.argv[1:]
 run(PrepareArgs(inputs=(source,), tokenizer=Path(tokenizer), out=out, format=form, engine=engine, workers=2))
 """

@@ -21,7 +21,7 @@ from arriero.distributed.parallel.mesh import Ranks
 from arriero.observe.events import Events
 from arriero.train.recipe import Recipe, Setting, parse
 from arriero.train.trainer import Trainer
-from arriero.train.watch import Comparison, Watchdog
+from arriero.train.watch import StragglerDetector, Watchdog
 
 SETTINGS = {
     "model": "demo", "train.steps": 100, "train.sequence_length": 256, "train.global_batch": 12, "train.micro_batch": 4,
@@ -43,15 +43,15 @@ def measure(root: Path) -> None:
     trainer.start(None)
     events = Events(root, first=True, since_start=0.0)
     watchdog = Watchdog(root, ranks, recipe.watch, print)
-    comparison = Comparison(ranks, recipe.watch, trainer.device)
+    comparison = StragglerDetector(ranks, recipe.watch, trainer.device)
 
     def watch() -> None:
-        watchdog.begin(1)
+        watchdog.start_step(1)
         watchdog.done()
         events.note("step", step=1, seconds=1.0, data=0.0)
 
     parts: dict[str, tuple[Callable[[], object], float]] = {  # and steps between two of them, by default
-        "step": (trainer.step, 1), "judge, each step": (lambda: trainer._judge(1.0, 1.0, stop=False), 1),
+        "step": (trainer.step, 1), "accept, each step": (lambda: trainer._agree_on_step(1.0, 1.0, stop=False), 1),
         "watchdog and events, each step": (watch, 1), "own time, every 10 steps": (lambda: comparison.step(0.0), 10),
         "replicas, every 100 steps": (trainer.check_replicas, 100),
     }  # fmt: skip

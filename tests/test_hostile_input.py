@@ -42,7 +42,7 @@ from arriero.cli.main import dispatch
 from arriero.common.errors import UserError
 from arriero.data import inputs, readers
 from arriero.distributed.parallel.mesh import Ranks
-from arriero.train.loop import Continuation, train
+from arriero.train.loop import ResumePlan, train
 from arriero.train.recipe import Recipe, file_settings, parse, to_toml
 
 Damage = Callable[[Path], object]
@@ -110,7 +110,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / "meta/params.json").write_text(json.dumps(params))
         recipe = parse(Recipe, file_settings(toy.write_recipe(root)), prog="test")
         recipe = replace(recipe, out=str(root / "run"), train=replace(recipe.train, steps=2))
-        train(recipe, Ranks(), local_rank=0, device_kind="cpu", start=Continuation())
+        train(recipe, Ranks(), local_rank=0, device_kind="cpu", start=ResumePlan())
         (root / "run/recipe.toml").write_text(to_toml(recipe))
         (root / "text").mkdir()
         (root / "text/a.txt").write_text("hello world\nsome words\n")

@@ -33,7 +33,7 @@ from arriero.common.settings import Setting, command_line_settings, parse, parse
 from arriero.common.suggest import OTHER_NAMES, suggestion
 from arriero.distributed.launch.config import LaunchConfig
 from arriero.model.config import LlamaConfig
-from arriero.train.config import Start
+from arriero.train.config import RunOptions
 from arriero.train.recipe import Recipe, file_settings
 
 VERB_ARGUMENTS = {
@@ -276,7 +276,7 @@ def test_a_suggestion_is_short_and_names_keys(word: str) -> None:
 
 
 def test_the_other_programs_names_are_of_keys_that_exist() -> None:
-    known = {*field_ranges(Recipe), *field_ranges(Start)}
+    known = {*field_ranges(Recipe), *field_ranges(RunOptions)}
     known |= {key.removeprefix("launch.") for key in known}
     assert set(OTHER_NAMES) <= known
     for name in (name for others in OTHER_NAMES.values() for name in others.split()):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from small_inputs import train_sentencepiece
 
-from arriero.data.prepare import PrepareArgs, run
+from arriero.cli.prepare import PrepareArgs, run
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
 
 

@@ -242,10 +242,10 @@ def test_a_stopped_run_leaves_no_set_and_the_next_one_starts_cleanly(
 ) -> None:
     (tmp_path / "a.jsonl").write_bytes(GOOD)
     code = (  # records without end, so that the run is surely in the middle
-        "import itertools, sys; from pathlib import Path; from arriero.data import prepare, writing\n"
+        "import itertools, sys; from arriero.cli.main import main; from arriero.data import writing\n"
         "writing.read_records = lambda *_, **__: ((n, {'text': 'good'}) for n in itertools.count(1))\n"
-        "prepare.run(prepare.PrepareArgs(inputs=(sys.argv[1],), out=sys.argv[2], tokenizer=Path(sys.argv[3]), "
-        "engine='reference', workers=2))"
+        "main(['prepare', sys.argv[1], '--out', sys.argv[2], '--tokenizer', sys.argv[3], '--engine', 'reference', "
+        "'--workers', '2'])"
     )
     out = tmp_path / "out" / "set"
     command = [sys.executable, "-c", code, str(tmp_path / "a.jsonl"), str(out), str(tokenizer_dir)]

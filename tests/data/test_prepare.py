@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 from small_inputs import files_in, train_sentencepiece, write_records
 
+from arriero.cli.prepare import PrepareArgs, run
 from arriero.common.errors import UserError
 from arriero.data.indexed import IndexedDataset
 from arriero.data.manifest import read_manifest
-from arriero.data.prepare import PrepareArgs, run
+from arriero.data.output import writing_output
+from arriero.data.prepare import prepare as prepare_data
+from arriero.data.prepare_config import PrepareConfig
 from arriero.data.tokenizer import Tokenizer
 
 Prepare = Callable[..., str]
@@ -93,6 +96,32 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
         run(args)
     for word in ("none.txt", "--tokenizer", "'text'", "--workers"):
         assert word in str(error.value)
+
+
+def test_the_function_and_the_verb_write_the_same(tmp_path: Path, tokenizer_dir: Path, prepare: Prepare) -> None:
+    source = tmp_path / "a.txt"
+    source.write_text("a line\nand another\n")
+    config = PrepareConfig(inputs=(str(source),), out=str(tmp_path / "function" / "a"), tokenizer=tokenizer_dir)
+    prepared = prepare_data(config)
+    assert prepared.prefixes == [f"{tmp_path}/function/a_text_document"]
+    assert not prepared.reused
+    assert prepared.manifest["records"]["out"] == 2
+    assert prepare_data(config).reused
+    by_verb = Path(f"{prepare(source)}_text_document.bin").read_bytes()
+    assert Path(f"{prepared.prefixes[0]}.bin").read_bytes() == by_verb
+    with pytest.raises(UserError, match=r"--max-bad is 2.0\s+fix: give a number from 0 to 1"):
+        prepare_data(dataclasses.replace(config, max_bad=2.0))
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_only_one_process_writes_a_name(tmp_path: Path, prepare: Prepare, merge: bool) -> None:
+    source = tmp_path / "a.txt"
+    source.write_text("a line\n")
+    made = [prepare(source, out=str(tmp_path / "out" / name)) for name in "ab"]
+    out = str(tmp_path / "out" / "c")
+    with writing_output(out), pytest.raises(UserError, match="another process is preparing"):
+        prepare(*(made if merge else [source]), merge=merge, out=out)
+    prepare(*(made if merge else [source]), merge=merge, out=out)
 
 
 def test_a_second_run_reuses_or_refuses(tmp_path: Path, prepare: Prepare, capsys: pytest.CaptureFixture[str]) -> None:

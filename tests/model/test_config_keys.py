@@ -18,8 +18,8 @@ from transformers.modeling_rope_utils import RopeParameters
 from transformers.models.llama import modeling_llama
 
 from arriero.common.errors import UserError
-from arriero.model.config import READ, LlamaConfig
-from arriero.model.config_keys import CHANGES_MATH, NEUTRAL, ROPE_KEYS
+from arriero.model.config import READ_KEYS, LlamaConfig
+from arriero.model.config_keys import CHANGES_MATH, NO_EFFECT, ROPE_KEYS
 from arriero.model.llama import Llama
 
 BASE = {
@@ -147,7 +147,7 @@ def test_another_familys_file_without_a_model_type_is_refused() -> None:
 
 def test_every_key_that_transformers_llama_reads_is_known_here() -> None:
     """Taken from its dataclass and from the source of its model, so that a new version's keys are found."""
-    known = READ | NEUTRAL | CHANGES_MATH.keys() | {"attention_dropout"}
+    known = READ_KEYS | NO_EFFECT | CHANGES_MATH.keys() | {"attention_dropout"}
     fields = {f.name for f in dataclasses.fields(transformers.LlamaConfig)}
     source = inspect.getsource(modeling_llama)
     in_model = set(re.findall(r"config\.([a-z]\w+)|getattr\((?:self\.)?config, \"([a-z]\w+)", source))

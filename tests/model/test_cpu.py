@@ -94,17 +94,17 @@ def test_attention_in_blocks_of_any_size(
     q = random(batch, length, groups * queries, head_dim, dtype=dtype)
     k, v = (random(batch, length, groups, head_dim, dtype=dtype) for _ in "kv")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "ROWS", rows)
-        patch.setattr(cpu, "KEPT", kept)
+        patch.setattr(cpu, "QUERY_BLOCK", rows)
+        patch.setattr(cpu, "KEEP_WEIGHTS_UP_TO", kept)
         assert_right(ops.causal_attention, q, k, v)
 
 
 @pytest.mark.parametrize("kept", [0, 1000])
 def test_attention_s_own_formula(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float64, where only the formula can differ; and its gradient against finite differences."""
-    monkeypatch.setattr(cpu, "takes", lambda *x: True)
-    monkeypatch.setattr(cpu, "ROWS", 3)
-    monkeypatch.setattr(cpu, "KEPT", kept)
+    monkeypatch.setattr(cpu, "supports", lambda *x: True)
+    monkeypatch.setattr(cpu, "QUERY_BLOCK", 3)
+    monkeypatch.setattr(cpu, "KEEP_WEIGHTS_UP_TO", kept)
     q, k, v = random(1, 8, 4, 2), random(1, 8, 2, 2), random(1, 8, 2, 2)
     mine = cpu.causal_attention(q, k, v)
     plain = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True)
@@ -113,7 +113,7 @@ def test_attention_s_own_formula(kept: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_other_operators_own_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "takes", lambda *x: True)
+    monkeypatch.setattr(cpu, "supports", lambda *x: True)
     gate, up, weight, bias = random(1, 3, 5), random(1, 3, 5), random(4, 5), random(4)
     assert torch.autograd.gradcheck(cpu.swiglu_linear, (gate, up, weight, bias))
     cos, sin = ops.rope_table(ops.rope_frequencies(CONFIG, 3, torch.float64), torch.arange(3), torch.float64)
@@ -227,7 +227,7 @@ def test_masks_and_earlier_keys_are_torchs(dtype: torch.dtype, taken: list[str])
     q, k = random(1, 4, 2, 8, dtype=dtype), random(1, 6, 2, 8, dtype=dtype)
     assert_right(lambda q, k: ops.causal_attention(q, k, k, torch.ones(1, 1, 4, 6, dtype=torch.bool)), q, k)
     assert_right(lambda q, k: ops.causal_attention(q, k, k), q, k)
-    long = cpu.KEPT * 8 + 1
+    long = cpu.KEEP_WEIGHTS_UP_TO * 8 + 1
     assert_right(ops.causal_attention, *(random(1, long, 1, 8, dtype=dtype) for _ in "qkv"))
     assert taken == ["_Attention"] * (dtype == torch.bfloat16)
 
@@ -246,10 +246,10 @@ def test_dtensors_are_torchs(taken: list[str]) -> None:
         pass
 
     x = random(1, 4, 8, dtype=torch.float32)
-    assert cpu.takes(x)
-    assert not cpu.takes(x.as_subclass(Other))
-    assert not cpu.takes(x, x.detach().as_subclass(Other))
-    assert not cpu.takes(x.to("meta"))
+    assert cpu.supports(x)
+    assert not cpu.supports(x.as_subclass(Other))
+    assert not cpu.supports(x, x.detach().as_subclass(Other))
+    assert not cpu.supports(x.to("meta"))
     assert taken == []
 
 

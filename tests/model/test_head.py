@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arriero.model import head
-from arriero.model.head import IGNORED, VocabularyCut, linear_cross_entropy
+from arriero.model.head import IGNORE_INDEX, VocabularyShard, linear_cross_entropy
 
 
 def inputs(tokens: int, hidden: int, vocabulary: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -17,7 +17,7 @@ def inputs(tokens: int, hidden: int, vocabulary: int, seed: int = 0) -> tuple[to
     x = torch.randn(tokens, hidden, dtype=torch.float64)
     weight = torch.randn(vocabulary, hidden, dtype=torch.float64)
     labels = torch.randint(0, vocabulary, (tokens,))
-    labels[torch.rand(tokens) < 0.3] = IGNORED
+    labels[torch.rand(tokens) < 0.3] = IGNORE_INDEX
     return x, weight, labels
 
 
@@ -26,13 +26,13 @@ Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 def reference(x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, scale: float) -> Results:
     x, weight = (t.double().detach().requires_grad_() for t in (x, weight))
-    loss = F.cross_entropy(x @ weight.t(), labels, ignore_index=IGNORED, reduction="sum") * scale
+    loss = F.cross_entropy(x @ weight.t(), labels, ignore_index=IGNORE_INDEX, reduction="sum") * scale
     return loss.detach(), *torch.autograd.grad(loss, (x, weight))
 
 
 def ours(
     x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, scale: float, *,
-    upstream: float = 1.0, cut: VocabularyCut | None = None,
+    upstream: float = 1.0, cut: VocabularyShard | None = None,
 ) -> Results:  # fmt: skip
     x, weight = (t.detach().requires_grad_() for t in (x, weight))
     loss = linear_cross_entropy(x, weight, labels, scale=scale, cut=cut)
@@ -104,7 +104,7 @@ def test_extreme_logits_stay_finite_and_exact() -> None:
 
 def test_an_ignored_token_adds_nothing_even_if_its_logits_overflow() -> None:
     x, weight = torch.tensor([[1.0], [3e38]]), torch.tensor([[1.0], [2.0], [3.0]])
-    loss, _, _ = ours(x, weight, torch.tensor([0, IGNORED]), 1.0)
+    loss, _, _ = ours(x, weight, torch.tensor([0, IGNORE_INDEX]), 1.0)
     alone, _, _ = ours(x[:1], weight, torch.tensor([0]), 1.0)
     assert loss == alone
 
@@ -127,7 +127,7 @@ def test_a_cut_vocabulary_gives_the_whole_loss_and_summands_of_the_gradient(voca
         return torch.stack(said)
 
     want = reference(x, weight, labels, 0.5)
-    found = [ours(x, p, labels, 0.5, cut=VocabularyCut(i * each, gathered)) for i, p in enumerate(pieces)]
+    found = [ours(x, p, labels, 0.5, cut=VocabularyShard(i * each, gathered)) for i, p in enumerate(pieces)]
     for loss, _, _ in found:
         torch.testing.assert_close(loss, want[0])
     torch.testing.assert_close(sum(x_grad for _, x_grad, _ in found), want[1])

@@ -16,7 +16,7 @@ from test_torch_npu import Calls
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from arriero.distributed.parallel.apply import build_parts
+from arriero.distributed.parallel.apply import build_model_parts
 from arriero.distributed.parallel.config import ParallelConfig, RecomputeConfig
 from arriero.distributed.parallel.mesh import Ranks
 from toy import CONFIG
@@ -46,7 +46,7 @@ def test_a_rank_runs_on_fused_operators(name: str, recompute: str) -> None:
     parallel, length = LAYOUTS[name], 16
     config = replace(CONFIG, vocab_size=256)
     ranks = Ranks.build(parallel, "npu")
-    (model,) = build_parts(
+    (model,) = build_model_parts(
         config, parallel, RecomputeConfig(mode=recompute), ranks, length=length, device=torch.device("meta"),
         store=torch.float32, compute=torch.bfloat16,
     )  # fmt: skip

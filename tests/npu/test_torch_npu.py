@@ -135,7 +135,7 @@ def test_the_optimizer_is_the_fused_one() -> None:
     optimizer.start(None, updates=0)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.take_gradients()
+    optimizer.collect_gradients()
     with Calls() as calls:
         optimizer.step(lr=1e-3, divisor=2.0)
     assert calls.count["aten::_fused_adamw_"] == 2  # decayed parameters and exempt ones

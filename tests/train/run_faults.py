@@ -18,12 +18,12 @@ from arriero.common.errors import CheckFailed
 from arriero.distributed.launch.launcher import run_processes
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.distributed.parallel.shards import local
-from arriero.train.loop import Continuation, train
+from arriero.train.loop import ResumePlan, train
 from arriero.train.optim import Optimizer
 from arriero.train.recipe import Recipe, Setting, parse
 from arriero.train.trainer import Trainer
 
-STEP, BATCH, GRADIENTS = Trainer.step, Trainer.next_batch, Optimizer.take_gradients
+STEP, BATCH, GRADIENTS = Trainer.step, Trainer.next_batch, Optimizer.collect_gradients
 NAME = "model.norm.weight"
 
 
@@ -66,7 +66,7 @@ def install(fault: str, here: bool, skipped: list[int]) -> None:
             assert held is not None
             held.view(-1)[0] = math.nan
 
-    Trainer.step, Trainer.next_batch, Optimizer.take_gradients = step, batch, gradients  # type: ignore[method-assign]
+    Trainer.step, Trainer.next_batch, Optimizer.collect_gradients = step, batch, gradients  # type: ignore[method-assign]
 
 
 def run_job(job: dict[str, Any]) -> None:
@@ -78,7 +78,7 @@ def run_job(job: dict[str, Any]) -> None:
         install(case["fault"], ranks.rank == case["rank"], skipped)
         failed = ""
         try:
-            train(recipe, ranks, local_rank=0, device_kind="cpu", start=Continuation())
+            train(recipe, ranks, local_rank=0, device_kind="cpu", start=ResumePlan())
         except CheckFailed as error:
             failed = str(error)
         with open(job["results"], "a", encoding="utf-8") as file:

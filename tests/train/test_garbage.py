@@ -14,7 +14,7 @@ import pytest
 import toy
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.train import garbage, loop
-from arriero.train.garbage import collected_between_steps
+from arriero.train.garbage import manual_gc
 from arriero.train.recipe import Recipe, file_settings, parse
 from arriero.train.trainer import Trainer
 
@@ -35,7 +35,7 @@ def collector() -> Iterator[None]:
 
 
 def test_only_every_hundredth_step_collects() -> None:
-    with collected_between_steps() as collect:
+    with manual_gc() as collect:
         assert not gc.isenabled()
         alive = weakref.ref(Node())
         collected = []
@@ -48,19 +48,19 @@ def test_only_every_hundredth_step_collects() -> None:
 
 
 def test_what_was_there_before_is_frozen_only_within() -> None:
-    with collected_between_steps():
+    with manual_gc():
         assert gc.get_freeze_count() > 1000
     assert gc.get_freeze_count() == 0
 
 
 def test_garbage_from_before_is_not_frozen_but_collected() -> None:
     lost = weakref.ref(Node())
-    with collected_between_steps():
+    with manual_gc():
         assert lost() is None
 
 
 def test_an_exception_turns_the_collector_on_again() -> None:
-    with pytest.raises(ValueError, match="in a step"), collected_between_steps():
+    with pytest.raises(ValueError, match="in a step"), manual_gc():
         raise ValueError("in a step")
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0
@@ -69,7 +69,7 @@ def test_an_exception_turns_the_collector_on_again() -> None:
 def test_a_collector_that_was_off_stays_off() -> None:
     gc.disable()
     try:
-        with collected_between_steps():
+        with manual_gc():
             pass
         assert not gc.isenabled()
     finally:
@@ -99,6 +99,6 @@ def test_the_loop_collects_after_a_step_that_was_rewound_too(tmp_path: Path, mon
     monkeypatch.setattr(Trainer, "forward_backward", forward_backward)
     monkeypatch.setattr(garbage, "gc", Collector())
     monkeypatch.setattr(garbage, "STEPS_BETWEEN", 2)
-    assert loop.train(recipe, Ranks(), local_rank=0, device_kind="cpu", start=loop.Continuation())
+    assert loop.train(recipe, Ranks(), local_rank=0, device_kind="cpu", start=loop.ResumePlan())
     # Before the first step twice (entering, and step 0), at step 2, and at step 2 again after going back.
     assert at == [0, 0, 2, 3]

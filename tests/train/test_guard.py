@@ -22,8 +22,8 @@ from arriero.common.errors import UserError
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.observe.events import KINDS, goodput, read_events
 from arriero.train import guard
-from arriero.train.guard import Spikes
-from arriero.train.loop import Continuation, train
+from arriero.train.guard import SpikeDetector
+from arriero.train.loop import ResumePlan, train
 from arriero.train.recipe import Recipe, file_settings, parse
 from arriero.train.trainer import Trainer
 
@@ -35,7 +35,7 @@ def recipe_in(directory: Path, **changes: Any) -> Recipe:
 
 
 def run(recipe: Recipe, *checkpoints: Path) -> str:
-    train(recipe, Ranks(), local_rank=0, device_kind="cpu", start=Continuation(checkpoints))
+    train(recipe, Ranks(), local_rank=0, device_kind="cpu", start=ResumePlan(checkpoints))
     return state_sha256(committed(Path(recipe.out) / "checkpoints")[-1])
 
 
@@ -90,21 +90,21 @@ def test_rewinding_needs_data_that_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_spike_stands_out_from_the_running_median() -> None:
-    spikes = Spikes(10.0)
-    for i in range(guard.FEWEST - 1):
-        spikes.remember(5.0 + 0.01 * (i % 5))
+    spikes = SpikeDetector(10.0)
+    for i in range(guard.MIN_LOSSES - 1):
+        spikes.add(5.0 + 0.01 * (i % 5))
     assert spikes.limit() == math.inf
-    spikes.remember(5.0)
+    spikes.add(5.0)
     assert 5.3 < spikes.limit() < 5.7  # a hundredth of the median is the least deviation
     for i in range(200):
-        spikes.remember(4.0 + (i % 2))
-    assert len(spikes.recent) == guard.WINDOW
+        spikes.add(4.0 + (i % 2))
+    assert len(spikes.recent) == guard.LOSS_WINDOW
     assert spikes.limit() == pytest.approx(4.5 + 10 * 1.4826 * 0.5)
 
 
 @pytest.mark.parametrize("policy", ["ignore", "skip", "stop", "rewind"])
 def test_a_spike_is_handled_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
-    monkeypatch.setattr(guard, "FEWEST", 3)
+    monkeypatch.setattr(guard, "MIN_LOSSES", 3)
     original = Trainer.forward_backward
 
     def forward_backward(self: Trainer, micro: Any, *, train: bool) -> torch.Tensor:

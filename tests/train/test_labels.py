@@ -21,7 +21,7 @@ from arriero.data.config import DataConfig
 from arriero.data.indexed import IndexedWriter
 from arriero.data.instruct import InstructionSet
 from arriero.distributed.parallel.mesh import Ranks
-from arriero.train.loop import Continuation, train
+from arriero.train.loop import ResumePlan, train
 from arriero.train.recipe import Recipe, file_settings, parse
 from arriero.train.trainer import Trainer
 
@@ -99,7 +99,7 @@ def recipe_of(directory: Path, **changes: Any) -> Recipe:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_step_without_a_label_is_left_out_and_counted(tmp_path: Path, dtype: str) -> None:
     recipe = recipe_of(tmp_path, dtype=dtype, on_nonfinite="stop", on_spike="stop")
-    assert train(recipe, Ranks(), local_rank=0, device_kind="cpu", start=Continuation())
+    assert train(recipe, Ranks(), local_rank=0, device_kind="cpu", start=ResumePlan())
     out = Path(recipe.out)
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     left_out = [r["iteration"] for r in records if r["lm_loss"] == "NaN"]

@@ -48,7 +48,7 @@ def test_parameters_are_counted_as_their_shapes_say() -> None:
 )
 def test_state(changes: dict[str, int | str], processes: int, bytes_each: float) -> None:
     recipe = recipe_of(**changes)
-    share = memory.least_bytes(recipe, processes)["state"] / count_parameters(recipe.model_config())
+    share = memory.minimum_bytes(recipe, processes)["state"] / count_parameters(recipe.model_config())
     assert share == pytest.approx(bytes_each)
 
 

@@ -50,7 +50,7 @@ def torch_adamw(model: Llama, config: OptimConfig, **options: bool) -> torch.opt
 
 def take_step(optimizer: Optimizer, model: Llama, step: int, divisor: float = 1.0) -> None:
     give_gradients(model, step)
-    optimizer.take_gradients()
+    optimizer.collect_gradients()
     optimizer.step(lr=rate(step), divisor=divisor)
     optimizer.clear()
 
@@ -91,7 +91,7 @@ def test_clipping_is_torchs_clipping_but_for_the_last_bit() -> None:
     optimizer.start(None, updates=0)
     for step in range(1, STEPS + 1):
         give_gradients(ours, step)
-        optimizer.take_gradients()
+        optimizer.collect_gradients()
         norm = optimizer.gradient_norm().item()
         optimizer.step(lr=rate(step), divisor=(norm + 1e-6) / 0.5)
         give_gradients(theirs, step)

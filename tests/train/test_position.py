@@ -19,8 +19,8 @@ from arriero.common.errors import UserError
 from arriero.data.batch import Batch
 from arriero.data.batches import Batches
 from arriero.distributed.parallel.mesh import Ranks
-from arriero.train.loop import Continuation, train
-from arriero.train.position import Position, SkippedSamples, position_of
+from arriero.train.loop import ResumePlan, train
+from arriero.train.position import Position, SkippedSamples, position_from_state
 from arriero.train.recipe import Recipe, file_settings, parse
 from arriero.train.reporter import StepResult
 from arriero.train.trainer import Trainer
@@ -30,12 +30,12 @@ STATE = {"step": 6, "updates": 6, "loss_scale": {}}
 
 def test_left_out_samples_add_up() -> None:
     skipped = SkippedSamples()
-    assert skipped.leave_out(24, 40) == (24, 39)
+    assert skipped.skip_range(24, 40) == (24, 39)
     assert [skipped.place(consumed) for consumed in (0, 16, 24, 32)] == [0, 16, 40, 48]
-    assert skipped.leave_out(24, 48) == (40, 47)  # again from the same checkpoint
-    assert skipped.leave_out(72, 112) == (96, 111)
+    assert skipped.skip_range(24, 48) == (40, 47)  # again from the same checkpoint
+    assert skipped.skip_range(72, 112) == (96, 111)
     assert [skipped.place(consumed) for consumed in (16, 24, 64, 72)] == [16, 48, 88, 112]
-    assert skipped.leave_out(48, 120) == (72, 119)  # the newer checkpoints were damaged
+    assert skipped.skip_range(48, 120) == (72, 119)  # the newer checkpoints were damaged
     assert [skipped.place(consumed) for consumed in (40, 48, 56)] == [64, 120, 128]
 
 
@@ -50,17 +50,17 @@ def test_every_sample_is_read_once_or_left_out(legs: list[tuple[int, int, str]])
     position, read, left_out = Position(), [], set[int]()
     for batch, steps, end in legs:
         saved, before = position.to_state() | {"step": position.step}, len(read)
-        for place in position.places(position.step + steps, batch):
+        for place in position.step_starts(position.step + steps, batch):
             assert place == position.place
             read += range(place, place + batch)
             position.advance(batch, 16)
         if end == "run":
             continue
         stop, skipped = position.place, position.skipped
-        position = position_of(json.loads(json.dumps(saved)), recipe=pytest.fail, where="state.json", fix="")
+        position = position_from_state(json.loads(json.dumps(saved)), recipe=pytest.fail, where="state.json", fix="")
         if end == "rewind":
             position.skipped = skipped
-            first, last = skipped.leave_out(position.samples, stop)
+            first, last = skipped.skip_range(position.samples, stop)
             left_out |= set(range(first, last + 1))
         del read[before:]
     assert sorted([*read, *left_out]) == list(range(position.place))
@@ -126,7 +126,7 @@ def test_a_run_that_was_changed_before_goes_on_from_its_position(tmp_path: Path,
     recipe = replace(recipe, train=replace(recipe.train, steps=3))
     for steps, batch in ((3, 8), (6, 4), (7, 10)):
         changed = replace(recipe.train, steps=steps, global_batch=batch)
-        start = Continuation(tuple(committed(Path(recipe.out) / "checkpoints")[-1:]))
+        start = ResumePlan(tuple(committed(Path(recipe.out) / "checkpoints")[-1:]))
         train(replace(recipe, train=changed), Ranks(), local_rank=0, device_kind="cpu", start=start)
     rows = np.concatenate([one.tokens for one in read])
     batches = Batches(recipe.data, sequence_length=16, global_batch=8, seed=recipe.seed)
@@ -152,7 +152,7 @@ def test_older_checkpoints_are_understood_by_their_own_recipe(
     tmp_path: Path, state: dict[str, Any], expected: tuple[Any, ...]
 ) -> None:  # fmt: skip
     own: Callable[[], Recipe] = lambda: parse(Recipe, file_settings(toy.write_recipe(tmp_path)), prog="test")  # noqa: E731
-    found = position_of(STATE | state, recipe=own, where="state.json", fix="")
+    found = position_from_state(STATE | state, recipe=own, where="state.json", fix="")
     assert found.step == 6
     assert (found.samples, found.tokens, found.skipped.windows, found.ordered) == expected
 
@@ -169,7 +169,7 @@ def test_older_checkpoints_are_understood_by_their_own_recipe(
 def test_a_forged_position_is_refused_by_name(state: dict[str, Any]) -> None:
     whole = STATE | {"consumed_samples": 48, "consumed_tokens": 48 * 32} | state
     with pytest.raises(UserError, match=rf"x/state.json: .*{next(iter(state))}"):
-        position_of(whole, recipe=pytest.fail, where="x/state.json", fix="restore it")
+        position_from_state(whole, recipe=pytest.fail, where="x/state.json", fix="restore it")
 
 
 def test_megatrons_order_stays_when_the_run_becomes_longer(tmp_path: Path, read: list[Batch]) -> None:

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from arriero.distributed.parallel.config import ParallelConfig
-from arriero.distributed.parallel.pipeline import cut_stage
+from arriero.distributed.parallel.pipeline import prune_to_stage
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
-from arriero.train.precision import forward_in
+from arriero.train.precision import in_compute_dtype
 
 CONFIG = LlamaConfig(
     vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -34,7 +34,7 @@ def model(*, tied: bool) -> Llama:
 @pytest.mark.parametrize("tied", [False, True])
 def test_logits_are_those_of_a_model_that_is_cast_whole(*, tied: bool) -> None:
     ours, cast = model(tied=tied), model(tied=tied).to(torch.bfloat16)
-    logits = forward_in(ours, torch.bfloat16)(tokens())
+    logits = in_compute_dtype(ours, torch.bfloat16)(tokens())
     assert logits.dtype == torch.bfloat16
     assert torch.equal(logits, cast(tokens()))
     assert {p.dtype for p in ours.parameters()} == {torch.float32}
@@ -45,7 +45,7 @@ def test_logits_are_those_of_a_model_that_is_cast_whole(*, tied: bool) -> None:
 def test_gradients_are_those_of_a_model_that_is_cast_whole(*, tied: bool) -> None:
     """All but the embedding's to the bit: there bfloat16 gradients are added in float32 and not in bfloat16."""
     ours, cast = model(tied=tied), model(tied=tied).to(torch.bfloat16)
-    for called in (forward_in(ours, torch.bfloat16), cast):
+    for called in (in_compute_dtype(ours, torch.bfloat16), cast):
         F.cross_entropy(called(tokens()).flatten(0, 1).float(), tokens().flatten()).backward()
     for name, parameter in ours.named_parameters():
         other = cast.get_parameter(name).grad
@@ -62,7 +62,7 @@ def test_rows_that_are_looked_up_often_get_the_exact_sum_of_their_gradients() ->
     """Against float64: adding 120 gradients a row in bfloat16 loses what is small beside the sum."""
     ours, ids = model(tied=False), tokens()
     seen: list[torch.Tensor] = []
-    called = forward_in(ours, torch.bfloat16)
+    called = in_compute_dtype(ours, torch.bfloat16)
     ours.model.embed_tokens.register_forward_hook(lambda module, inputs, rows: rows.register_hook(seen.append) and None)
     F.cross_entropy(called(ids).flatten(0, 1).float(), ids.flatten()).backward()
     (rows,) = seen
@@ -79,10 +79,10 @@ def test_rows_that_are_looked_up_often_get_the_exact_sum_of_their_gradients() ->
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_stage_without_embedding_takes_the_stream(stage: int) -> None:
     part = model(tied=False)
-    cut_stage(part, stage, ParallelConfig(pipeline_parallel=2))
-    whole = forward_in(model(tied=False), torch.bfloat16)
+    prune_to_stage(part, stage, ParallelConfig(pipeline_parallel=2))
+    whole = in_compute_dtype(model(tied=False), torch.bfloat16)
     stream: list[torch.Tensor] = []
     whole.get_submodule("inner.model.layers.0").register_forward_hook(lambda module, inputs, out: stream.append(out))
     logits = whole(tokens())
-    out = forward_in(part, torch.bfloat16)(tokens() if stage == 0 else stream[0])
+    out = in_compute_dtype(part, torch.bfloat16)(tokens() if stage == 0 else stream[0])
     assert torch.equal(out, logits if stage else stream[0])

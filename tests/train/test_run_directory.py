@@ -197,7 +197,7 @@ def start(recipe: Recipe, *, profiled: bool) -> None:
             events.note("step", step=step, seconds=1.0, data=0.0)
         dog = Watchdog(Path(recipe.out), Ranks(), WatchConfig(seconds=0.0, times=0.0), reporter.say)
         dog._dump(1.0)
-        dog._told()
+        dog._stack_summary()
         dog.done()
         profile = Profile("1:1" if profiled else "", Path(recipe.out) / "profile", 0)
         with profile.step(1):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arriero.train.config import ScheduleConfig
-from arriero.train.schedule import learning_rate, moved_rate
+from arriero.train.schedule import describe_rate_change, learning_rate
 
 BASE = ScheduleConfig(lr=1.0, min_lr=0.1, warmup_steps=10)
 
@@ -73,15 +73,15 @@ def test_impossible_values_are_named() -> None:
 
 def test_a_longer_run_tells_how_its_rate_moves() -> None:
     config = ScheduleConfig(lr=3e-4, min_lr=3e-5)
-    line = moved_rate(config, 6, config, 9, done=6)
+    line = describe_rate_change(config, 6, config, 9, done=6)
     last, following = learning_rate(config, 5, 6), learning_rate(config, 6, 9)
     assert f"from {last:.3E} in step 6 to {following:.3E} in step 7" in line
     assert "--schedule.decay_steps 6 --allow-change schedule.decay_steps" in line
-    assert moved_rate(config, 6, replace(config, decay_steps=6), 9, done=6) == ""
-    later = moved_rate(replace(config, shape="wsd"), 100, replace(config, shape="wsd"), 200, done=50)
+    assert describe_rate_change(config, 6, replace(config, decay_steps=6), 9, done=6) == ""
+    later = describe_rate_change(replace(config, shape="wsd"), 100, replace(config, shape="wsd"), 200, done=50)
     assert "in step 91" in later or "in step 92" in later  # where the old one began to fall
     assert "--schedule.decay_steps 100" in later
-    changed = moved_rate(config, 9, replace(config, lr=1e-3, warmup_steps=2), 9, done=4)
+    changed = describe_rate_change(config, 9, replace(config, lr=1e-3, warmup_steps=2), 9, done=4)
     assert "--schedule.lr 0.0003 --schedule.warmup_steps 0" in changed
 
 
@@ -96,7 +96,7 @@ def test_a_line_is_due_just_where_the_curve_departs_and_its_advice_mends_it(
     then: ScheduleConfig, now: ScheduleConfig, before: int, steps: int, done: int
 ) -> None:  # fmt: skip
     done = min(done, before, steps)
-    line = moved_rate(then, before, now, steps, done=done)
+    line = describe_rate_change(then, before, now, steps, done=done)
     both = range(done, max(done + 1, min(before, steps)))
     assert bool(line) == any(learning_rate(then, i, before) != learning_rate(now, i, steps) for i in both)
     if line:
@@ -104,4 +104,4 @@ def test_a_line_is_due_just_where_the_curve_departs_and_its_advice_mends_it(
         kinds = {"shape": str, "lr": float, "min_lr": float, "wsd_decay_fraction": float}
         keys = [word.removeprefix("--schedule.") for word in words[::2]]
         mended = replace(now, **{k: kinds.get(k, int)(v) for k, v in zip(keys, words[1::2], strict=True)})
-        assert moved_rate(then, before, mended, steps, done=done) == ""
+        assert describe_rate_change(then, before, mended, steps, done=done) == ""

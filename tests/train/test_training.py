@@ -16,7 +16,7 @@ import toy
 from arriero.checkpoint.digest import state_sha256
 from arriero.common.errors import UserError
 from arriero.distributed.parallel.mesh import Ranks
-from arriero.train.loop import Continuation, train
+from arriero.train.loop import ResumePlan, train
 from arriero.train.precision import LossScale
 from arriero.train.recipe import Recipe, file_settings, parse
 from arriero.train.schedule import learning_rate
@@ -152,7 +152,7 @@ def test_a_nonfinite_step_is_printed_counted_and_harms_nothing(
         return loss
 
     monkeypatch.setattr(Trainer, "forward_backward", poisoned)
-    arguments = {"local_rank": 0, "device_kind": "cpu", "start": Continuation()}
+    arguments = {"local_rank": 0, "device_kind": "cpu", "start": ResumePlan()}
     if policy == "stop":
         with pytest.raises(UserError, match="step 2"):
             train(recipe, Ranks(), **arguments)

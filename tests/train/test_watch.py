@@ -28,7 +28,7 @@ def test_the_limit_follows_the_median_but_never_below_its_floor(tmp_path: Path) 
 def test_a_slow_step_within_its_limit_leaves_nothing(tmp_path: Path) -> None:
     said: list[str] = []
     dog = Watchdog(tmp_path, Ranks(), WatchConfig(seconds=3.0), said.append)
-    dog.begin(1)
+    dog.start_step(1)
     while not (tmp_path / "stacks/rank-00000.txt").exists():  # armed at half of the limit
         time.sleep(0.05)
     dog.done()
@@ -42,8 +42,9 @@ def test_a_process_that_holds_the_interpreters_lock_is_seen_too(tmp_path: Path) 
         "import ctypes, sys, time; from pathlib import Path; from arriero.train import watch; "
         "from arriero.distributed.parallel.mesh import Ranks\n"
         "def held(): ctypes.PyDLL(None).sleep(200)\n"
-        "watch.HELD = 1.0; dog = watch.Watchdog(Path(sys.argv[1]), Ranks(), watch.WatchConfig(seconds=2.0), print)\n"
-        "dog.begin(1); time.sleep(1.5); held()"
+        "watch.FAULTHANDLER_MARGIN = 1.0\n"
+        "dog = watch.Watchdog(Path(sys.argv[1]), Ranks(), watch.WatchConfig(seconds=2.0), print)\n"
+        "dog.start_step(1); time.sleep(1.5); held()"
     )
     file = tmp_path / "stacks/rank-00000.txt"
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) as child:

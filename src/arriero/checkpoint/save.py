@@ -180,7 +180,7 @@ class Saver:
             problem += free_space(directory) if error.errno in DISK_FULL else ""
         except Exception as error:
             problem = f"{directory}: {type(error).__name__}: {error}"
-        return next((p for p in self.ranks.texts(problem, self._group) if p), "")
+        return next((p for p in self.ranks.gather_texts(problem, self._group) if p), "")
 
     def _delete_expired(self, newest: Path) -> str:
         """Deletes what the policy does not keep; what counts as kept is read back from the disk first, by all processes
@@ -191,9 +191,9 @@ class Saver:
                 messages = self._delete(newest)
             except OSError as error:
                 messages = [f"{error.filename}: cannot be deleted: {error.strerror}"]
-            self.ranks.texts("", self._group)  # nothing more to be read
+            self.ranks.gather_texts("", self._group)  # nothing more to be read
         else:
-            while name := self.ranks.texts("", self._group)[0]:
+            while name := self.ranks.gather_texts("", self._group)[0]:
                 self._read_back(self.root / name, newest)
         return "; ".join(messages)
 
@@ -204,7 +204,7 @@ class Saver:
         def is_intact(path: Path) -> bool:
             if self._intact.get(path) == (here := file_stats(path)):
                 return True
-            self.ranks.texts(path.name, self._group)
+            self.ranks.gather_texts(path.name, self._group)
             wrong[path] = self._read_back(path, newest)
             if not wrong[path]:
                 self._intact[path] = here
@@ -227,7 +227,7 @@ class Saver:
         """What is wrong with a checkpoint, the same on every process: each reads a share, of the newest its own."""
         mine = data_file(path, self.ranks.rank) if path == newest else None
         found = verify(path, share=self.ranks.rank, of=self.ranks.world, only=mine)
-        return next((line for text in self.ranks.texts("\n".join(found), self._group) if (line := text)), "")
+        return next((line for text in self.ranks.gather_texts("\n".join(found), self._group) if (line := text)), "")
 
 
 def file_stats(path: Path) -> list[tuple[str, int, int, int]]:

@@ -1,5 +1,7 @@
-"""Checks that a checkpoint is what was committed. The marker holds the SHA-256 of the manifest, the manifest those of the
-small files, and their indices those of every block of the data; what differs is reported, with the tensor's name.
+"""Checks that a checkpoint is what was committed.
+
+The marker holds the SHA-256 of the manifest, the manifest those of the small files, and their indices those of every
+block of the data. What differs is reported, with the tensor's name.
 """
 
 from __future__ import annotations
@@ -244,7 +246,7 @@ def newest_intact_checkpoint(
         mine = "\n".join(
             (shape_problems(path, model) if model else []) or verify(path, share=ranks.rank, of=ranks.world)
         )
-        wrong = list(dict.fromkeys(line for text in ranks.texts(mine) for line in text.splitlines()))
+        wrong = list(dict.fromkeys(line for text in ranks.gather_texts(mine) for line in text.splitlines()))
         if not wrong:
             return path
         listed = [*wrong[:4], f"and {len(wrong) - 4} more"] if len(wrong) > 5 else wrong

@@ -21,13 +21,13 @@ from arriero.checkpoint.formats.foreign_config import ConfigHints
 from arriero.checkpoint.formats.huggingface import bytes_as, plan_safetensors, write_beside
 from arriero.checkpoint.formats.megatron_args import beyond_megatron, saved_arguments, start_flags
 from arriero.checkpoint.formats.megatron_write import RankFormat, plan_ranks
-from arriero.checkpoint.formats.progress import Progress
 from arriero.checkpoint.formats.sharding_plan import ParallelDegrees, check_degrees, padded_vocab_size
 from arriero.checkpoint.open_model import Opened, open_model
 from arriero.checkpoint.tensors.transfer import transfer
 from arriero.checkpoint.tensors.values import fingerprint
 from arriero.common.errors import EXIT_OK, CheckFailed, UserError, join_problems
 from arriero.common.files import new_directory
+from arriero.common.progress import ProgressBar
 from arriero.common.ranges import flag, range_problems
 from arriero.common.text import escape, escape_message
 from arriero.model.config import LlamaConfig
@@ -96,7 +96,7 @@ def run(args: ConvertArgs) -> int:
         degrees, padded_vocab=padded_vocab_size(config.vocab_size, args.make_vocab_size_divisible_by, args.tp)
     )
     with (
-        Progress("converting", sum(t.nbytes for t in weights.values())) as progress,
+        ProgressBar("converting", sum(t.nbytes for t in weights.values())) as progress,
         new_directory(args.destination, need_bytes=bytes_as(weights, dtype)) as partial,
     ):
         if args.to == "hf":

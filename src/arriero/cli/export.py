@@ -11,7 +11,6 @@ from annotated_types import Interval
 from tyro.conf import Positional
 
 from arriero.checkpoint.formats.huggingface import open_huggingface, write_huggingface
-from arriero.checkpoint.formats.progress import Progress
 from arriero.checkpoint.open_model import build, open_model
 from arriero.checkpoint.tensors.stream import ViewReader, torch_dtype
 from arriero.checkpoint.tensors.transfer import read_fingerprints
@@ -50,7 +49,7 @@ def run(args: ExportArgs) -> int:
     opened = open_model(args.source)
     tokenizer = args.tokenizer or opened.tokenizer
     dtype = torch_dtype(NAMES[args.dtype]) if args.dtype != "keep" else None
-    with Progress("writing", sum(t.nbytes for t in opened.reader.tensors.values())) as progress:
+    with ProgressBar("writing", sum(t.nbytes for t in opened.reader.tensors.values())) as progress:
         fingerprints = write_huggingface(
             args.destination, opened.reader, config=opened.config, tokenizer_dir=tokenizer,
             generation=opened.generation, dtype=dtype, max_shard_bytes=args.max_shard_gb * 1e9,

@@ -41,7 +41,7 @@ VERBS = {
     "doctor": Verb(
         "arriero.cli.doctor", "DoctorArgs", "what this machine has, what is missing, and the line that fixes it"
     ),
-    "prepare": Verb("arriero.data.prepare", "PrepareArgs", "text, JSON or parquet -> token files", "files"),
+    "prepare": Verb("arriero.cli.prepare", "PrepareArgs", "text, JSON or parquet -> token files", "files"),
     "inspect": Verb("arriero.cli.inspect.command", "InspectArgs", "what a path is, and whether it is whole"),
     "pretrain": Verb("arriero.cli.pretrain", "", "train a recipe, on one process or many", "files"),
     "bench": Verb("arriero.cli.bench.command", "", "a recipe's speed here, the matmul peak, the best settings"),

@@ -14,7 +14,7 @@ from arriero.common.errors import EXIT_OK, UserError
 from arriero.common.ranges import path_problem
 from arriero.common.text import escape
 from arriero.distributed.launch.config import LaunchConfig
-from arriero.train.config import Start
+from arriero.train.config import RunOptions
 from arriero.train.recipe import (
     Recipe,
     Setting,
@@ -38,7 +38,7 @@ def run(words: list[str]) -> int:
     return pretrain(recipe, start)
 
 
-def read_command(words: list[str]) -> tuple[Recipe, Start]:
+def read_command(words: list[str]) -> tuple[Recipe, RunOptions]:
     """The recipe and how it is started, from the words after `pretrain`."""
     named, words = (words[0], words[1:]) if words and not words[0].startswith("-") else ("", words)
     given = command_line_settings(words)
@@ -70,7 +70,7 @@ def read_command(words: list[str]) -> tuple[Recipe, Start]:
     settings += [s for s in given if s.key not in start_keys]
     if resume and not any(s.key == "out" for s in given):
         settings += _continued(Path(resume), settings)
-    start = Start(
+    start = RunOptions(
         resume=resume, verify_layout=_flag("verify-layout", words_of.get("verify_layout")),
         launch=launch, allow_change=tuple(w.replace("-", "_") for w in words_of.get("allow_change", [])),
         stop_after=" ".join(words_of.get("stop_after", [])),
@@ -119,7 +119,7 @@ def print_help() -> None:
 
     @dataclass(frozen=True)
     class Pretrain:
-        start: Annotated[Start, tyro.conf.arg(name="")] = field(default_factory=Start)
+        start: Annotated[RunOptions, tyro.conf.arg(name="")] = field(default_factory=RunOptions)
         recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
 
     print("usage: arriero pretrain [RECIPE] [--key.sub value ...]\n")

@@ -18,6 +18,7 @@ from arriero.common.errors import UserError, closest_match
 from arriero.common.text import escape
 from arriero.common.untrusted import read_text
 from arriero.data import chat
+from arriero.data.prefix import INSTRUCTION_FIELDS
 from arriero.data.records import CONTENT, WEIGHTS, BadRecordError, Record, filled, optional, refuse_content
 
 
@@ -191,6 +192,12 @@ class Format:
     masked: bool
     columns: tuple[str, ...] | None
     documents: Callable[[Record], list[Document]]
+
+    @property
+    def outputs(self) -> list[str]:
+        """What the written data sets are called after `OUT_`."""
+        names = [f"packed_{field}" for field in INSTRUCTION_FIELDS] if self.masked else self.names
+        return [f"{name}_document" for name in names]
 
 
 FORMATS = ("text", "alpaca", "alpaca-sft", "chat")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from arriero.common.errors import EXIT_OK, UserError
+from arriero.common.errors import UserError
 from arriero.common.text import escape
 from arriero.common.version import __version__
 from arriero.data.indexed import IndexedDataset, IndexedWriter, idx_path
 from arriero.data.manifest import RECORDS, manifest_path, read_manifest, verify, write_manifest
+from arriero.data.output import check_output, writing_output
 
 _STEP = 1 << 22  # tokens copied at a time
 
@@ -53,8 +55,21 @@ def _copy(source: IndexedDataset, writer: IndexedWriter) -> None:
         writer.end_document()
 
 
-def merge(prefixes: list[str], out: str, *, overwrite: bool) -> int:
-    """Joins the sets that `prepare --out PREFIX` wrote into one. Raises UserError."""
+def merge(prefixes: Sequence[str], out: str, *, overwrite: bool) -> dict[str, Any]:
+    """Joins the sets that `prepare --out PREFIX` wrote into one.
+
+    Returns:
+        The manifest's entry of each written data set.
+
+    Raises:
+        UserError: the sets are unfinished, damaged or of different kinds; OUT exists, or is being written.
+    """
+    check_output(out, ())
+    with writing_output(out):
+        return _merge(list(prefixes), out, overwrite=overwrite)
+
+
+def _merge(prefixes: list[str], out: str, *, overwrite: bool) -> dict[str, Any]:
     if len(prefixes) < 2:
         raise UserError("--merge needs two or more prefixes", "give what --out was for each of them")
     manifests = _open_all(prefixes)
@@ -81,9 +96,7 @@ def merge(prefixes: list[str], out: str, *, overwrite: bool) -> int:
         for writer in writers:
             writer.abort()
         raise
-    for name, entry in outputs.items():
-        print(f"merged     {out}_{name}: {entry['documents']:,} documents, {entry['tokens']:,} tokens")
-    return EXIT_OK
+    return outputs
 
 
 def _joined(manifests: list[dict[str, Any]], prefixes: list[str], outputs: dict[str, Any]) -> dict[str, Any]:

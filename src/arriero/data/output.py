@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from arriero.common.errors import UserError
-from arriero.common.files import make_directory, os_error_text
+from arriero.common.files import make_directory, open_regular, os_error_text
 from arriero.common.ranges import path_problem
 from arriero.common.text import escape
 
@@ -39,13 +40,13 @@ def check_output(out: str, names: Iterable[str]) -> None:
     for path in paths:
         try:
             mode = os.lstat(path).st_mode
-        except OSError:  # nothing there, or no way there, which `make_place` reports
+        except OSError:  # nothing there, or no way there, which `make_output_directory` reports
             continue
         if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
             raise UserError(f"{escape(path)}: is no file, and a file is to be written there", _FIX)
 
 
-def make_place(out: str) -> None:
+def make_output_directory(out: str) -> None:
     """Makes the directory of an --out. Raises UserError when it cannot be made."""
     make_directory(Path(out).parent, _FIX)
 
@@ -62,14 +63,31 @@ def create(path: Path) -> BinaryIO:
 
 
 @contextlib.contextmanager
-def written(out: str) -> Iterator[None]:
-    """Turns what the system refuses while OUT is written into a UserError."""
+def writing_output(out: str) -> Iterator[None]:
+    """Makes the directory of OUT and holds OUT.lock, so that no other process writes the same names meanwhile.
+
+    The lock ends with its process.
+
+    Raises:
+        UserError: another process holds it; or for every OSError inside the block, with the file's name.
+    """
+    make_output_directory(out)
+    path = Path(f"{out}.lock")
     try:
-        yield
-    except (BrokenPipeError, UserError):
+        with open(open_regular(path, os.O_RDWR | os.O_CREAT), "wb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                fix = "wait for it, or choose another --out"
+                raise UserError(f"another process is preparing {escape(out)}", fix) from error
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+    except BrokenPipeError:
         raise
     except OSError as error:
-        place = escape(error.filename if error.filename is not None else out)
+        name = escape(error.filename if error.filename is not None else out)
         raise UserError(
-            f"{place}: {os_error_text(error)}", "mend that, or choose another --out; nothing was written"
+            f"{name}: {os_error_text(error)}", "mend that, or choose another --out; nothing was written"
         ) from error

@@ -22,7 +22,7 @@ from arriero.data.json_stream import Bad, brief
 from arriero.data.tokenizer import Tokenizer
 from arriero.data.tokenizer_check import TooSlowError
 
-CHUNK_CHARACTERS = 1 << 19  # of text in one unit of work: long enough to hide the hand-over, short enough for memory
+CHUNK_CHARACTERS = 1 << 19  # of text in one chunk: long enough to hide the hand-over, short enough for memory
 CHUNK_RECORDS = 1024
 
 
@@ -45,8 +45,8 @@ Item = tuple[Place, dict[str, Any] | Bad]
 
 
 @dataclass
-class Result:
-    """What became of one unit of work.
+class EncodedChunk:
+    """What became of one chunk of work.
 
     Attributes:
         columns: for every output file, the tokens of its documents back to back and their sizes.
@@ -58,28 +58,28 @@ class Result:
     rejected: list[Rejected] = field(default_factory=list)
     documents: int = 0
     text_bytes: int = 0
-    largest: int = -1
+    largest_id: int = -1
 
 
-def units(items: Iterable[Item]) -> Iterator[list[Item]]:
-    """Groups records into units of work; the grouping follows from the input alone."""
-    unit: list[Item] = []
+def chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """Groups records into chunks of work; the grouping follows from the input alone."""
+    chunk: list[Item] = []
     size = 0
     for item in items:
-        unit.append(item)
+        chunk.append(item)
         record = item[1]
         if not isinstance(record, Bad):
             size += sum(len(v) for v in record.values() if isinstance(v, str))
-        if size >= CHUNK_CHARACTERS or len(unit) >= CHUNK_RECORDS:
-            yield unit
-            unit, size = [], 0
-    if unit:
-        yield unit
+        if size >= CHUNK_CHARACTERS or len(chunk) >= CHUNK_RECORDS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 @dataclass(frozen=True)
-class Work:
-    """Turns a unit of records into arrays. Safe to call from several threads."""
+class Encoder:
+    """Turns a chunk of records into arrays. Safe to call from several threads."""
 
     tokenizer: Tokenizer
     format: Format
@@ -87,12 +87,12 @@ class Work:
     eos: int | None
     files: Sequence[Path] = ()
 
-    def __call__(self, unit: list[Item]) -> Result:
-        """Formats, checks and tokenises one unit."""
+    def __call__(self, chunk: list[Item]) -> EncodedChunk:
+        """Formats, checks and tokenises one chunk."""
         good: list[list[Document]] = []
         places: list[Place] = []
         rejected: list[Rejected] = []
-        for place, record in unit:
+        for place, record in chunk:
             if isinstance(record, Bad):
                 rejected.append(Rejected(place, record.reason, record.raw))
                 continue
@@ -107,12 +107,12 @@ class Work:
                 good.append(documents)
                 places.append(place)
         good, columns = self._tokenise(good, places, rejected)
-        result = Result(columns, rejected, documents=len(good))
+        result = EncodedChunk(columns, rejected, documents=len(good))
         for n in range(len(self.format.names)):
             chosen = [documents[n] for documents in good]
             result.text_bytes += sum(len(part.text.encode()) for document in chosen for part in document)
         ids = result.columns[:1] if self.format.masked else result.columns
-        result.largest = max((int(flat.max()) for flat, _ in ids if len(flat)), default=-1)
+        result.largest_id = max((int(flat.max()) for flat, _ in ids if len(flat)), default=-1)
         return result
 
     def _tokenise(
@@ -197,13 +197,15 @@ def _check_unicode(text: str) -> None:
         raise BadRecordError(f"lone surrogate U+{code:04X}") from error
 
 
-def in_order(work: Callable[[list[Item]], Result], todo: Iterable[list[Item]], *, workers: int) -> Iterator[Result]:
-    """Results of the units in their order; at most `workers` + 2 units are in memory."""
+def map_in_order(
+    encode: Callable[[list[Item]], EncodedChunk], todo: Iterable[list[Item]], *, workers: int
+) -> Iterator[EncodedChunk]:
+    """Results of the chunks in their order; at most `workers` + 2 chunks are in memory."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenise")
-    waiting: deque[Future[Result]] = deque()
+    waiting: deque[Future[EncodedChunk]] = deque()
     try:
-        for unit in todo:
-            waiting.append(pool.submit(work, unit))
+        for chunk in todo:
+            waiting.append(pool.submit(encode, chunk))
             if len(waiting) > workers + 1:
                 yield waiting.popleft().result()
         while waiting:

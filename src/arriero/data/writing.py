@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import signal
+import os
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from arriero.common.text import escape
 from arriero.common.version import __version__
-from arriero.data.formats import BadRecordError, Format
+from arriero.data.formats import BadRecordError
 from arriero.data.indexed import IndexedWriter, best_dtype
 from arriero.data.manifest import manifest_path, sha256_file, write_manifest
-from arriero.data.pipeline import Item, Place, Result, Work, in_order, units
-from arriero.data.prefix import INSTRUCTION_FIELDS
-from arriero.data.progress import Progress
-from arriero.data.quarantine import Quarantine, Tally, judge
+from arriero.data.pipeline import Encoder, Item, Place, chunks, map_in_order
+from arriero.data.prepare_config import PrepareJob
 from arriero.data.readers import Bad, read_records
+from arriero.data.rejected import Counts, RejectedFile
 from arriero.data.tokenizer import Tokenizer
-
-
-def output_names(form: Format) -> list[str]:
-    """What the written data sets are called after `OUT_`."""
-    if form.masked:
-        return [f"packed_{name}_document" for name in INSTRUCTION_FIELDS]
-    return [f"{name}_document" for name in form.names]
 
 
 class SourceHashes:
@@ -53,72 +44,98 @@ class SourceHashes:
 
 
 @dataclass(frozen=True)
-class Job:
-    """One checked run of `prepare`.
-
-    Attributes:
-        request: everything that decides the output apart from the sources; a later run is compared with it.
-        options: the command line as given, for the manifest.
-    """
+class PreparedData:
+    """What `prepare` wrote, or found to be there already."""
 
     out: str
-    kind: str
-    files: list[Path]
-    form: Format
-    tokenizer: Tokenizer
-    bos: int | None
-    eos: int | None
-    per: str
-    workers: int
-    strict: bool
-    max_bad: float
-    log_interval: int
-    request: dict[str, Any]
-    options: dict[str, Any]
+    """What all names begin with."""
+    manifest: dict[str, Any]
+    """The content of OUT.manifest.json: sources, counts of records, and documents and tokens of each data set."""
+    reused: bool = False
+    """Whether an earlier run had written it."""
+    seconds: float = 0.0
+    """Time taken."""
+    first_rejected: str = ""
+    """File, line and reason of the first record that could not be used; empty if all could."""
+
+    @property
+    def prefixes(self) -> list[str]:
+        """The written data sets, each as a recipe names it in `data.prefix`."""
+        return [f"{self.out}_{name}" for name in self.manifest["outputs"]]
 
 
-def write(job: Job, hashes: SourceHashes) -> None:
-    """Tokenises and writes; on any error, SIGTERM and Ctrl-C included, nothing of it is left. Raises UserError."""
+class InputProgress:
+    """The fraction of all input bytes that has been read."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self._sizes = [path.stat().st_size for path in files]
+        self._before = self._current = 0
+        self._fraction: Callable[[], float] = lambda: 0.0
+
+    def start_file(self, n: int) -> None:
+        """File `n` is read from now on."""
+        self._before, self._current = sum(self._sizes[:n]), self._sizes[n]
+        self._fraction = lambda: 0.0
+
+    def track(self, fraction: Callable[[], float]) -> None:
+        """Sets the function that returns the fraction of the current file that has been read."""
+        self._fraction = fraction
+
+    def fraction(self) -> float:
+        """From 0 to 1."""
+        return (self._before + self._current * min(1.0, self._fraction())) / max(1, sum(self._sizes))
+
+
+OnProgress = Callable[[float, int, int, float], None]
+"""Takes the fraction of the input that has been read, documents, bytes of text, and seconds since the start."""
+
+
+def write(job: PrepareJob, tokenizer: Tokenizer, hashes: SourceHashes, on_progress: OnProgress) -> PreparedData:
+    """Tokenises and writes; on any exception, KeyboardInterrupt included, nothing of it is left. Raises UserError."""
     began = time.monotonic()
-    dtype = np.dtype(np.int32) if job.form.masked else best_dtype(job.tokenizer.vocab_size)
-    names = output_names(job.form)
-    writers = [IndexedWriter(f"{job.out}_{name}", dtype) for name in names]
-    quarantine, tally = Quarantine(job.out, job.files, strict=job.strict), Tally()
+    config, form = job.config, job.format
+    dtype = np.dtype(np.int32) if form.masked else best_dtype(tokenizer.vocab_size)
+    writers = {name: IndexedWriter(f"{config.out}_{name}", dtype) for name in form.outputs}
+    rejected, counts, progress = RejectedFile(config.out, job.files), Counts(), InputProgress(job.files)
     try:
-        with _sigterm_raises(), Progress(job.files, job.log_interval) as progress:
-            work = Work(job.tokenizer, job.form, job.bos, job.eos, job.files)
-            for result in in_order(work, units(_records(job, progress)), workers=job.workers):
-                _take(result, writers, tally)
-                quarantine.add(result.rejected, tally)
-                progress.show(tally.documents, tally.text_bytes)
-            judge(tally, job.max_bad)
-            outputs = {name: writer.finish() for name, writer in zip(names, writers, strict=True)}
-            manifest = _manifest(job, hashes.wait(), tally, outputs)
+        encode = Encoder(tokenizer, form, job.bos, job.eos, job.files)
+        workers = config.workers or len(os.sched_getaffinity(0))
+        for chunk in map_in_order(encode, chunks(_records(job, progress)), workers=workers):
+            for writer, (flat, sizes) in zip(writers.values(), chunk.columns, strict=True):
+                writer.add_documents(flat, sizes)
+            counts.add(chunk)
+            rejected.add(chunk.rejected, counts, strict=config.strict)
+            seconds = max(time.monotonic() - began, 1e-9)
+            on_progress(progress.fraction(), counts.documents, counts.text_bytes, seconds)
+        counts.check(config.max_bad)
+        outputs = {name: writer.finish() for name, writer in writers.items()}
+        manifest = _manifest(job, tokenizer, hashes.wait(), counts, outputs)
         # From here to the new manifest the set counts as unfinished.
-        manifest_path(job.out).unlink(missing_ok=True)
-        for writer in writers:
+        manifest_path(config.out).unlink(missing_ok=True)
+        for writer in writers.values():
             writer.publish()
-        quarantine.publish()
-        write_manifest(job.out, manifest)
+        rejected.publish()
+        write_manifest(config.out, manifest)
     except BaseException:
-        for writer in writers:
+        for writer in writers.values():
             writer.abort()
-        quarantine.abort()
+        rejected.abort()
         raise
-    _report(job.out, outputs, tally, time.monotonic() - began)
+    first = counts.first_rejected[0] if counts.first_rejected else ""
+    return PreparedData(config.out, manifest, seconds=time.monotonic() - began, first_rejected=first)
 
 
-def sample_texts(files: list[Path], kind: str, form: Format, *, per: str, characters: int = 300_000) -> list[str]:
+def sample_texts(job: PrepareJob, characters: int = 300_000) -> list[str]:
     """Some of the user's text, as the format makes it: from the start of up to eight files spread over all of them."""
     texts: list[str] = []
-    chosen = files[:: max(1, len(files) // 8)][:8]
+    chosen = job.files[:: max(1, len(job.files) // 8)][:8]
     for path in chosen:
         left = characters // len(chosen)
-        for _, record in read_records(path, kind, columns=form.columns, per=per):
+        for _, record in read_records(path, job.kind, columns=job.format.columns, per=job.config.per):
             if isinstance(record, Bad):
                 continue
             with contextlib.suppress(BadRecordError):
-                found = [part.text[:left] for document in form.documents(record) for part in document]
+                found = [part.text[:left] for document in job.format.documents(record) for part in document]
                 texts += [text for text in found if text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)]
                 left -= sum(map(len, found))
             if left <= 0:
@@ -126,41 +143,17 @@ def sample_texts(files: list[Path], kind: str, form: Format, *, per: str, charac
     return texts
 
 
-def _records(job: Job, progress: Progress) -> Iterator[Item]:
+def _records(job: PrepareJob, progress: InputProgress) -> Iterator[Item]:
     for n, path in enumerate(job.files):
-        progress.enter(n)
-        for number, record in read_records(path, job.kind, columns=job.form.columns, per=job.per, meter=progress.meter):
+        progress.start_file(n)
+        columns, per = job.format.columns, job.config.per
+        for number, record in read_records(path, job.kind, columns=columns, per=per, meter=progress.track):
             yield Place(n, number), record
 
 
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Turns SIGTERM into an exception, so that it cleans up as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _terminate(*_: object) -> None:
-    raise SystemExit(128 + signal.SIGTERM)
-
-
-def _take(result: Result, writers: list[IndexedWriter], tally: Tally) -> None:
-    for writer, (flat, sizes) in zip(writers, result.columns, strict=True):
-        writer.add_documents(flat, sizes)
-    tally.records += result.documents + len(result.rejected)
-    tally.documents += result.documents
-    tally.text_bytes += result.text_bytes
-    tally.largest = max(tally.largest, result.largest)
-
-
-def _manifest(job: Job, hashes: list[str], tally: Tally, outputs: dict[str, Any]) -> dict[str, Any]:
-    tokenizer = job.tokenizer
+def _manifest(
+    job: PrepareJob, tokenizer: Tokenizer, hashes: list[str], counts: Counts, outputs: dict[str, Any]
+) -> dict[str, Any]:
     return {
         "arriero": __version__,
         "tokenizer": {
@@ -173,29 +166,18 @@ def _manifest(job: Job, hashes: list[str], tally: Tally, outputs: dict[str, Any]
             "engine": tokenizer.engine,
         },
         "request": job.request,
-        "options": job.options,
+        "options": asdict(job.config) | {"tokenizer": str(job.config.tokenizer)},
         "sources": [
             {"path": str(path), "bytes": path.stat().st_size, "sha256": digest}
             for path, digest in zip(job.files, hashes, strict=True)
         ],
-        "records": {"in": tally.records, "out": tally.documents, "quarantined": tally.rejected, "empty": tally.empty},
-        "text_bytes": tally.text_bytes,
-        "largest_id": tally.largest,
+        "records": {
+            "in": counts.records,
+            "out": counts.documents,
+            "quarantined": counts.rejected,
+            "empty": counts.empty,
+        },
+        "text_bytes": counts.text_bytes,
+        "largest_id": counts.largest_id,
         "outputs": outputs,
     }
-
-
-def _report(out: str, outputs: dict[str, Any], tally: Tally, seconds: float) -> None:
-    for name, entry in outputs.items():
-        print(
-            f"wrote      {escape(out)}_{name}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, "
-            f"{entry['dtype']}"
-        )
-    print(
-        f"records    {tally.records:,} in = {tally.documents:,} out + {tally.rejected:,} quarantined "
-        f"({tally.empty:,} empty)"
-    )
-    if tally.rejected:
-        print(f"           see {escape(out)}.quarantine.jsonl; first: {tally.first_bad[0]}")
-    megabytes = tally.text_bytes / 1e6
-    print(f"speed      {megabytes:.1f} MB of text in {seconds:.1f} s, {megabytes / max(seconds, 1e-9):.1f} MB/s")

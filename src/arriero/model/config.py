@@ -16,11 +16,11 @@ from annotated_types import Interval
 from arriero.common.errors import UserError, join_problems
 from arriero.common.ranges import field_ranges, range_problems, value_problem, wanted
 from arriero.common.untrusted import read_json, require_inside, schema_problem
-from arriero.model.config_keys import ROPE_KEYS, family, other_keys, rope_settings
+from arriero.model.config_keys import ROPE_KEYS, check_model_type, check_other_keys, rope_settings
 
 FIX = "restore the file from where the model came from"
 
-MOST_LAYERS = 1000
+MAX_LAYERS = 1000
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _OPTIONAL = {
@@ -30,7 +30,7 @@ _OPTIONAL = {
     "rope_parameters": dict, "original_max_position_embeddings": int,
 }  # fmt: skip
 """What else is read from config.json, null allowed."""
-READ = frozenset({*_SIZES, *_OPTIONAL})
+READ_KEYS = frozenset({*_SIZES, *_OPTIONAL})
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class LlamaConfig:
     vocab_size: Annotated[int, Interval(ge=1, lt=2**31)] = 32000
     hidden_size: Annotated[int, Interval(ge=1, le=2**20)] = 4096
     intermediate_size: Annotated[int, Interval(ge=1, le=2**24)] = 11008
-    num_hidden_layers: Annotated[int, Interval(ge=1, le=MOST_LAYERS)] = 32
+    num_hidden_layers: Annotated[int, Interval(ge=1, le=MAX_LAYERS)] = 32
     num_attention_heads: Annotated[int, Interval(ge=1, le=65_536)] = 32
     num_key_value_heads: Annotated[int, Interval(ge=1, le=65_536)] = 32
     head_dim: Annotated[int, Interval(ge=1, le=65_536)] = 128
@@ -103,7 +103,7 @@ class LlamaConfig:
     @classmethod
     def from_dict(cls, raw: dict[str, Any], *, where: str = "config") -> LlamaConfig:
         """Builds the shape from the decoded `config.json`; `where` names the source in errors."""
-        problems, notices = family(raw, where)
+        problems, notices = check_model_type(raw, where)
         ranges = field_ranges(cls)
         for key, form in (*dict.fromkeys(_SIZES, int).items(), *_OPTIONAL.items()):
             problems += _key_problems(raw, key, form, ranges.get(key), where)
@@ -116,7 +116,7 @@ class LlamaConfig:
                 fix = "give head_dim, or a hidden_size that divides"
                 problems.append(UserError(f"{where}: hidden_size {hidden} does not divide into {heads} heads", fix))
         rope, kind, wrong_rope, more = rope_settings(raw, where)
-        wrong_keys, ignored = other_keys(raw, READ, where=where, head_dim=max(1, head_dim))
+        wrong_keys, ignored = check_other_keys(raw, READ_KEYS, where=where, head_dim=max(1, head_dim))
         problems += [*wrong_rope, *wrong_keys]
         for key in ("rope_theta", *ROPE_KEYS[kind]):
             whole = key == "original_max_position_embeddings"

@@ -13,7 +13,7 @@ from typing import Any
 from arriero.common.errors import UserError, closest_match
 from arriero.common.text import escape
 
-NEUTRAL = frozenset({
+NO_EFFECT = frozenset({
     "model_type", "hidden_act", "hidden_activation", "architectures",
     "transformers_version", "torch_dtype", "dtype", "name_or_path", "use_cache", "return_dict", "output_attentions",
     "output_hidden_states", "chunk_size_feed_forward", "id2label", "label2id", "num_labels", "problem_type",
@@ -39,86 +39,86 @@ ROPE_KEYS: dict[str, tuple[str, ...]] = {
 """The rotary types that are computed here, and the keys that each needs beside rope_theta."""
 
 
-def _off(value: Any) -> bool:
+def _is_unset(value: Any) -> bool:
     return value in (None, False, 0, "", [], {})
 
 
-def _one(value: Any) -> bool:
+def _is_one(value: Any) -> bool:
     return value is None or value == 1
 
 
-def _all(*allowed: Any) -> Callable[[Any], bool]:
+def _holds_only(*allowed: Any) -> Callable[[Any], bool]:
     return lambda value: value is None or (isinstance(value, list) and all(one in allowed for one in value))
 
 
 CHANGES_MATH: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "partial_rotary_factor": (_one, "only a part of each head is rotated"),
-    "rotary_pct": (_one, "only a part of each head is rotated"),
-    "rope_traditional": (_off, "neighbouring pairs are rotated, not halves"),
-    "rope_interleave": (_off, "neighbouring pairs are rotated, not halves"),
-    "rope_interleaved": (_off, "neighbouring pairs are rotated, not halves"),
-    "no_rope_layers": (_all(1, True), "some layers have no rotary embedding"),
-    "no_rope_layer_interval": (_off, "some layers have no rotary embedding"),
-    "nope_layer_interval": (_off, "some layers have no rotary embedding"),
-    "alibi": (_off, "positions are biases, not rotations"),
-    "use_alibi": (_off, "positions are biases, not rotations"),
-    "layer_types": (_all("full_attention", "attention"), "some layers have another kind of attention"),
-    "attention_chunk_size": (_off, "attention is cut into chunks"),
-    "layers_block_type": (_all("attention"), "some layers have another kind of attention"),
-    "attn_logit_softcapping": (_off, "attention scores are capped"),
-    "final_logit_softcapping": (_off, "logits are capped"),
-    "logit_softcap": (_off, "logits are capped"),
-    "final_logits_soft_cap": (_off, "logits are capped"),
-    "attn_soft_cap": (_off, "attention scores are capped"),
-    "clip_qkv": (_off, "queries, keys and values are clipped"),
-    "use_qk_norm": (_off, "queries and keys are normalised"),
-    "qk_norm": (_off, "queries and keys are normalised"),
-    "qk_layernorm": (_off, "queries and keys are normalised"),
-    "use_qk_layernorm": (_off, "queries and keys are normalised"),
-    "attn_temperature_tuning": (_off, "attention is scaled by position"),
-    "embedding_multiplier": (_one, "embeddings are scaled"),
-    "residual_multiplier": (_one, "residuals are scaled"),
-    "logits_scaling": (_one, "logits are scaled"),
-    "logit_scale": (_one, "logits are scaled"),
-    "lm_head_multiplier": (_one, "logits are scaled"),
-    "output_multiplier_scale": (_one, "logits are scaled"),
-    "key_multiplier": (_one, "keys are scaled"),
-    "attention_in_multiplier": (_one, "attention is scaled"),
-    "attention_out_multiplier": (_one, "attention is scaled"),
-    "mlp_multipliers": (_all(1, 1.0), "the feed-forward is scaled"),
-    "scale_emb": (_one, "embeddings are scaled"),
-    "scale_embeddings": (_off, "embeddings are scaled"),
-    "scale_embedding": (_off, "embeddings are scaled"),
-    "embedding_scale": (_one, "embeddings are scaled"),
-    "scale_depth": (_off, "residuals are scaled"),
-    "mup_width_scale": (_one, "logits are scaled"),
-    "use_mup": (_off, "multipliers of muP apply"),
-    "use_post_norm": (_off, "the norms stand behind the blocks"),
-    "use_parallel_residual": (_off, "attention and feed-forward run side by side"),
-    "parallel_attn": (_off, "attention and feed-forward run side by side"),
-    "attention_sink": (_off, "attention has sinks"),
-    "add_cross_attention": (_off, "there is cross attention"),
-    "is_encoder_decoder": (_off, "there is an encoder"),
-    "pruned_heads": (_off, "heads were pruned"),
-    "per_layer_config": (_off, "layers differ in shape"),
-    "block_configs": (_off, "layers differ in shape"),
-    "num_experts": (lambda v: _off(v) or v == 1, "the feed-forward is a mixture of experts"),
-    "num_local_experts": (lambda v: _off(v) or v == 1, "the feed-forward is a mixture of experts"),
-    "n_routed_experts": (lambda v: _off(v) or v == 1, "the feed-forward is a mixture of experts"),
-    "moe_num_experts": (lambda v: _off(v) or v == 1, "the feed-forward is a mixture of experts"),
-    "quantization_config": (_off, "the weights are quantized"),
-    "quantization": (_off, "the weights are quantized"),
-    "compression_config": (_off, "the weights are quantized"),
-    "vision_config": (_off, "there is an image encoder"),
-    "audio_config": (_off, "there is an audio encoder"),
-    "text_config": (_off, "the language model is a part of another model"),
+    "partial_rotary_factor": (_is_one, "only a part of each head is rotated"),
+    "rotary_pct": (_is_one, "only a part of each head is rotated"),
+    "rope_traditional": (_is_unset, "neighbouring pairs are rotated, not halves"),
+    "rope_interleave": (_is_unset, "neighbouring pairs are rotated, not halves"),
+    "rope_interleaved": (_is_unset, "neighbouring pairs are rotated, not halves"),
+    "no_rope_layers": (_holds_only(1, True), "some layers have no rotary embedding"),
+    "no_rope_layer_interval": (_is_unset, "some layers have no rotary embedding"),
+    "nope_layer_interval": (_is_unset, "some layers have no rotary embedding"),
+    "alibi": (_is_unset, "positions are biases, not rotations"),
+    "use_alibi": (_is_unset, "positions are biases, not rotations"),
+    "layer_types": (_holds_only("full_attention", "attention"), "some layers have another kind of attention"),
+    "attention_chunk_size": (_is_unset, "attention is cut into chunks"),
+    "layers_block_type": (_holds_only("attention"), "some layers have another kind of attention"),
+    "attn_logit_softcapping": (_is_unset, "attention scores are capped"),
+    "final_logit_softcapping": (_is_unset, "logits are capped"),
+    "logit_softcap": (_is_unset, "logits are capped"),
+    "final_logits_soft_cap": (_is_unset, "logits are capped"),
+    "attn_soft_cap": (_is_unset, "attention scores are capped"),
+    "clip_qkv": (_is_unset, "queries, keys and values are clipped"),
+    "use_qk_norm": (_is_unset, "queries and keys are normalised"),
+    "qk_norm": (_is_unset, "queries and keys are normalised"),
+    "qk_layernorm": (_is_unset, "queries and keys are normalised"),
+    "use_qk_layernorm": (_is_unset, "queries and keys are normalised"),
+    "attn_temperature_tuning": (_is_unset, "attention is scaled by position"),
+    "embedding_multiplier": (_is_one, "embeddings are scaled"),
+    "residual_multiplier": (_is_one, "residuals are scaled"),
+    "logits_scaling": (_is_one, "logits are scaled"),
+    "logit_scale": (_is_one, "logits are scaled"),
+    "lm_head_multiplier": (_is_one, "logits are scaled"),
+    "output_multiplier_scale": (_is_one, "logits are scaled"),
+    "key_multiplier": (_is_one, "keys are scaled"),
+    "attention_in_multiplier": (_is_one, "attention is scaled"),
+    "attention_out_multiplier": (_is_one, "attention is scaled"),
+    "mlp_multipliers": (_holds_only(1, 1.0), "the feed-forward is scaled"),
+    "scale_emb": (_is_one, "embeddings are scaled"),
+    "scale_embeddings": (_is_unset, "embeddings are scaled"),
+    "scale_embedding": (_is_unset, "embeddings are scaled"),
+    "embedding_scale": (_is_one, "embeddings are scaled"),
+    "scale_depth": (_is_unset, "residuals are scaled"),
+    "mup_width_scale": (_is_one, "logits are scaled"),
+    "use_mup": (_is_unset, "multipliers of muP apply"),
+    "use_post_norm": (_is_unset, "the norms stand behind the blocks"),
+    "use_parallel_residual": (_is_unset, "attention and feed-forward run side by side"),
+    "parallel_attn": (_is_unset, "attention and feed-forward run side by side"),
+    "attention_sink": (_is_unset, "attention has sinks"),
+    "add_cross_attention": (_is_unset, "there is cross attention"),
+    "is_encoder_decoder": (_is_unset, "there is an encoder"),
+    "pruned_heads": (_is_unset, "heads were pruned"),
+    "per_layer_config": (_is_unset, "layers differ in shape"),
+    "block_configs": (_is_unset, "layers differ in shape"),
+    "num_experts": (lambda v: _is_unset(v) or v == 1, "the feed-forward is a mixture of experts"),
+    "num_local_experts": (lambda v: _is_unset(v) or v == 1, "the feed-forward is a mixture of experts"),
+    "n_routed_experts": (lambda v: _is_unset(v) or v == 1, "the feed-forward is a mixture of experts"),
+    "moe_num_experts": (lambda v: _is_unset(v) or v == 1, "the feed-forward is a mixture of experts"),
+    "quantization_config": (_is_unset, "the weights are quantized"),
+    "quantization": (_is_unset, "the weights are quantized"),
+    "compression_config": (_is_unset, "the weights are quantized"),
+    "vision_config": (_is_unset, "there is an image encoder"),
+    "audio_config": (_is_unset, "there is an audio encoder"),
+    "text_config": (_is_unset, "the language model is a part of another model"),
 }
 """Keys with which the same weights are another model: (whether a value changes nothing, what it changes)."""
 
 ACTIVATIONS = ("silu", "swish")  # one function under two names
 
 
-def other_keys(
+def check_other_keys(
     raw: Mapping[str, Any], read: frozenset[str], *, where: str, head_dim: float
 ) -> tuple[list[UserError], list[str]]:
     """What a `config.json` holds beyond the keys that are read.
@@ -134,21 +134,21 @@ def other_keys(
     """
     problems, ignored = [], []
     for key, value in raw.items():
-        if key in read or key in NEUTRAL or key.startswith("_"):
+        if key in read or key in NO_EFFECT or key.startswith("_"):
             continue
         if key in CHANGES_MATH:
             changes_nothing, effect = CHANGES_MATH[key]
             if not changes_nothing(value):
-                problems.append(_refused(where, key, value, effect))
+                problems.append(_incompatible(where, key, value, effect))
         elif key in ("attention_multiplier", "query_pre_attn_scalar"):
             usual = head_dim**-0.5 if key == "attention_multiplier" else head_dim
             if value is not None and not (_number(value) and math.isclose(value, usual, rel_tol=1e-6)):
-                problems.append(_refused(where, key, value, "attention scores have another scale"))
+                problems.append(_incompatible(where, key, value, "attention scores have another scale"))
         elif key in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"):
-            if not _off(value):
+            if not _is_unset(value):
                 ignored.append(f"{key} {escape(value, 40)} (training here is without dropout)")
         elif key == "sliding_window":
-            if not _off(value) and raw.get("use_sliding_window") is not False:
+            if not _is_unset(value) and raw.get("use_sliding_window") is not False:
                 ignored.append(f"{key} {escape(value, 40)} (LLaMA attends to all positions)")
         elif value is not None:
             ignored.append(escape(key, 60))
@@ -157,7 +157,7 @@ def other_keys(
     return problems, notices
 
 
-def family(raw: Mapping[str, Any], where: str) -> tuple[list[UserError], list[str]]:
+def check_model_type(raw: Mapping[str, Any], where: str) -> tuple[list[UserError], list[str]]:
     """Whether the file is a LLaMA's, by model_type, architectures and activation: problems and notices."""
     problems, notices = [], []
     fix = "arriero trains llama models only"
@@ -205,12 +205,14 @@ def rope_settings(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any], s
     for key in [key for key in given if key not in known]:
         changes_nothing, effect = CHANGES_MATH.get(key, (None, ""))
         if isinstance(given[key], dict):
-            problems.append(_refused(where, f"{place}.{key}", given[key], "layers have rotary embeddings of their own"))
+            problems.append(
+                _incompatible(where, f"{place}.{key}", given[key], "layers have rotary embeddings of their own")
+            )
         elif changes_nothing is None:
             text = f"{place}.{key} (of no effect with type {kind})"
             notices.append(f"{escape(where)}: not taken into account: {escape(text)}")
         elif not changes_nothing(given[key]):
-            problems.append(_refused(where, f"{place}.{key}", given[key], effect))
+            problems.append(_incompatible(where, f"{place}.{key}", given[key], effect))
     if missing := [key for key in ROPE_KEYS[kind] if key not in given]:
         problem = f"{where}: {place} of type {kind} lacks {', '.join(missing)}"
         problems.append(UserError(problem, "add it to config.json"))
@@ -233,7 +235,7 @@ def _contradictions(raw: Mapping[str, Any], given: Mapping[str, Any], place: str
     return found
 
 
-def _refused(where: str, key: str, value: Any, effect: str) -> UserError:
+def _incompatible(where: str, key: str, value: Any, effect: str) -> UserError:
     fix = f"this is no plain LLaMA ({effect})"
     if "quantized" in effect:
         fix = "save the model dequantized, for example by transformers' model.dequantize()"

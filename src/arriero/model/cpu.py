@@ -19,22 +19,26 @@ from torch.autograd.function import once_differentiable
 
 from arriero.common import device
 
-BF16, SINGLE = torch.bfloat16, torch.float32
-ROWS = 128  # queries of a block of scores: their keys end with the block, so half of the scores are never computed
-KEPT = 8  # attention's weights are kept for backward up to this many times head_dim tokens: 4 times the output's memory
+BF16, FP32 = torch.bfloat16, torch.float32
+QUERY_BLOCK = (
+    128  # queries of a block of scores: their keys end with the block, so half of the scores are never computed
+)
+KEEP_WEIGHTS_UP_TO = (
+    8  # attention's weights are kept for backward up to this many times head_dim tokens: 4 times the output's memory
+)
 
 
-def takes(*tensors: Tensor) -> bool:
+def supports(*tensors: Tensor) -> bool:
     """Whether these are plain tensors of one dtype, of the CPU, that its operators are made for."""
     dtype = tensors[0].dtype
-    return dtype in (BF16, SINGLE) and all(
+    return dtype in (BF16, FP32) and all(
         type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.dtype == dtype for x in tensors
     )
 
 
-def trains(*tensors: Tensor) -> bool:
+def supports_training(*tensors: Tensor) -> bool:
     """Whether the operators take these tensors, and autograd will ask for a gradient of one."""
-    return takes(*tensors) and torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return supports(*tensors) and torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 # Attention. torch's flash kernel for the CPU takes three times as long: it does not run on the matrix units' library.
@@ -43,11 +47,11 @@ def trains(*tensors: Tensor) -> bool:
 def causal_attention(q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor) -> Tensor | None:
     """Causal attention by batched matmuls, a block of queries at a time."""
     _, L, _, K = q_BLHK.shape
-    if torch.compiler.is_compiling() or not takes(q_BLHK, k_BLGK, v_BLGK) or k_BLGK.shape[1] != L:
+    if torch.compiler.is_compiling() or not supports(q_BLHK, k_BLGK, v_BLGK) or k_BLGK.shape[1] != L:
         return None
-    if q_BLHK.dtype == SINGLE and L > KEPT * K:
+    if q_BLHK.dtype == FP32 and L > KEEP_WEIGHTS_UP_TO * K:
         return None  # what is computed twice costs more there than torch's kernel
-    out: Tensor = _Attention.apply(q_BLHK, k_BLGK, v_BLGK, trains(q_BLHK, k_BLGK, v_BLGK))
+    out: Tensor = _Attention.apply(q_BLHK, k_BLGK, v_BLGK, supports_training(q_BLHK, k_BLGK, v_BLGK))
     return out
 
 
@@ -55,7 +59,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, trained: bool) -> Tensor:
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q_BLHK, k_BLGK, v_BLGK))
-        keep = trained and q.shape[2] <= KEPT * q.shape[3]
+        keep = trained and q.shape[2] <= KEEP_WEIGHTS_UP_TO * q.shape[3]
         out, weights = torch.ops.arriero.causal_attention(q, k, v, keep)
         ctx.save_for_backward(q, k, v, weights)
         return out
@@ -67,11 +71,11 @@ class _Attention(torch.autograd.Function):
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
-    return [(start, min(start + ROWS, length)) for start in range(0, length, ROWS)]
+    return [(start, min(start + QUERY_BLOCK, length)) for start in range(0, length, QUERY_BLOCK)]
 
 
 @functools.lru_cache(maxsize=8)
-def _hidden(rows: int, dtype: torch.dtype) -> Tensor:
+def _causal_bias(rows: int, dtype: torch.dtype) -> Tensor:
     """What is added to the scores on the diagonal: nothing may look ahead."""
     return torch.full((rows, rows), -math.inf, dtype=dtype).triu(1)
 
@@ -82,7 +86,7 @@ def _by_head(x_BLHK: Tensor, groups: int) -> Tensor:
     return x_BLHK.view(B, L, groups, H // groups, K).permute(0, 2, 3, 1, 4).reshape(B * groups, -1, K)
 
 
-def _into(out_BLHK: Tensor, block: Tensor, groups: int) -> None:
+def _write_by_position(out_BLHK: Tensor, block: Tensor, groups: int) -> None:
     """The reverse of _by_head, for a block of positions."""
     B, L, H, K = out_BLHK.shape
     out_BLHK.view(B, L, groups, H // groups, K).copy_(block.view(B, groups, H // groups, L, K).permute(0, 3, 1, 2, 4))
@@ -93,7 +97,7 @@ def _weights(q: Tensor, k: Tensor, start: int) -> Tensor:
     shape = (len(k), q.shape[1], k.shape[1])
     scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
     rows = k.shape[1] - start
-    scores.view(shape[0], -1, rows, shape[2])[..., start:].add_(_hidden(rows, q.dtype))
+    scores.view(shape[0], -1, rows, shape[2])[..., start:].add_(_causal_bias(rows, q.dtype))
     return torch.softmax(scores, -1, out=scores)
 
 
@@ -103,12 +107,12 @@ def _attention(q_BHLK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, keep: bool) -> tu
     q, k, v = q_BHLK.view(B * G, H // G, L, K), k_BGLK.view(B * G, L, K), v_BGLK.view(B * G, L, K)
     out = q.new_empty(B, L, H, K)
     kept = q.new_empty(B * H * sum((b - a) * b for a, b in _blocks(L)) if keep else 0)
-    room = iter(kept.split([B * H * (b - a) * b for a, b in _blocks(L)])) if keep else None
+    kept_blocks = iter(kept.split([B * H * (b - a) * b for a, b in _blocks(L)])) if keep else None
     for a, b in _blocks(L):
         weights = _weights(q[:, :, a:b].reshape(B * G, -1, K), k[:, :b], a)
-        _into(out[:, a:b], torch.bmm(weights, v[:, :b]), G)
-        if room is not None:
-            next(room).copy_(weights.view(-1))
+        _write_by_position(out[:, a:b], torch.bmm(weights, v[:, :b]), G)
+        if kept_blocks is not None:
+            next(kept_blocks).copy_(weights.view(-1))
     return out, kept
 
 
@@ -137,7 +141,7 @@ def _attention_backward(
         grad_scores = torch.bmm(grad, v[:, :b].transpose(1, 2))
         grad_scores = torch._softmax_backward_data(grad_scores, weights, -1, q.dtype)
         into_q = torch.baddbmm(q.new_empty(1), grad_scores, k[:, :b], beta=0, alpha=scale)
-        _into(grad_q[:, a:b], into_q, G)
+        _write_by_position(grad_q[:, a:b], into_q, G)
         grad_k[:, :b].baddbmm_(grad_scores.transpose(1, 2), rows, alpha=scale)
     grad_k, grad_v = (x.view(B, G, L, K).transpose(1, 2) for x in (grad_k, grad_v))
     return grad_q, grad_k, grad_v
@@ -156,7 +160,7 @@ _library.impl("causal_attention", _attention_meta, "Meta")
 
 def product(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x weight^T + bias by the faster library; on any device."""
-    if x_NI.dtype == SINGLE and x_NI.device.type == "cpu" and device.prefers_onednn():
+    if x_NI.dtype == FP32 and x_NI.device.type == "cpu" and device.prefers_onednn():
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x_NI, weight_OI, bias_O, "none", [], "")
         return out
     return F.linear(x_NI, weight_OI, bias_O)
@@ -165,14 +169,14 @@ def product(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Te
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor | None:
     """[.., I] -> [.., O] in float32 by oneDNN, where that is the faster library."""
     given = (x, weight_OI) if bias_O is None else (x, weight_OI, bias_O)
-    if x.dtype != SINGLE or torch.compiler.is_compiling() or not takes(*given) or not device.prefers_onednn():
+    if x.dtype != FP32 or torch.compiler.is_compiling() or not supports(*given) or not device.prefers_onednn():
         return None
-    x = _Kept.apply(x, weight_OI)
+    x = _SaveInputs.apply(x, weight_OI)
     out: Tensor = _Linear.apply(x, weight_OI, bias_O, x.grad_fn)
     return out
 
 
-class _Kept(torch.autograd.Function):
+class _SaveInputs(torch.autograd.Function):
     """x itself, which is kept with the weight for the product that follows.
 
     Apart from the product, since a Function keeps its tensors only once it has run: activation checkpointing, which
@@ -216,7 +220,7 @@ class _Linear(torch.autograd.Function):
 def swiglu_linear(gate_BLF: Tensor, up_BLF: Tensor, weight_DF: Tensor, bias_D: Tensor | None) -> Tensor | None:
     """(SiLU(gate) * up) weight^T + bias: [B, L, D]."""
     given = (gate_BLF, up_BLF, weight_DF) if bias_D is None else (gate_BLF, up_BLF, weight_DF, bias_D)
-    if torch.compiler.is_compiling() or not trains(*given):
+    if torch.compiler.is_compiling() or not supports_training(*given):
         return None
     out: Tensor = _SwigluLinear.apply(gate_BLF, up_BLF, weight_DF, bias_D)
     return out
@@ -249,7 +253,7 @@ class _SwigluLinear(torch.autograd.Function):
 
 def rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor | None:
     """Root-mean-square norm, its statistics in float32."""
-    if torch.compiler.is_compiling() or not trains(x_BLD, weight_D):
+    if torch.compiler.is_compiling() or not supports_training(x_BLD, weight_D):
         return None
     out: Tensor = _Norm.apply(x_BLD, weight_D, eps)
     return out
@@ -258,7 +262,7 @@ def rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor | None:
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=SINGLE)
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=FP32)
         scale = size.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight_D, scale)
         return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight_D)
@@ -278,7 +282,7 @@ class _Norm(torch.autograd.Function):
 
 def apply_rope(x_BLHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
     """Rotary positions; the result lies in memory as attention reads it, head by head."""
-    if torch.compiler.is_compiling() or not trains(x_BLHK) or cos.dtype != x_BLHK.dtype:
+    if torch.compiler.is_compiling() or not supports_training(x_BLHK) or cos.dtype != x_BLHK.dtype:
         return None
     out: Tensor = _Rope.apply(x_BLHK, cos, sin)
     return out

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from arriero.common.device import logits_at_once, softmax_at_once
 from arriero.model.cpu import product
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """The label of a token that carries no loss."""
 
 
-class VocabularyCut(NamedTuple):
+class VocabularyShard(NamedTuple):
     """How this process's part of the vocabulary lies in the whole.
 
     Attributes:
@@ -38,16 +38,16 @@ class VocabularyCut(NamedTuple):
     gather: Callable[[Tensor], Tensor]
 
 
-def summed_loss(head: nn.Linear, x_BLD: Tensor, labels_BL: Tensor, scale: float = 1.0, **how: Any) -> Tensor:
+def summed_loss(head: nn.Linear, x_BLD: Tensor, labels_BL: Tensor, scale: float = 1.0, **options: Any) -> Tensor:
     """scale x cross-entropy summed over valid tokens, nats, [1], in float32 at least; see `linear_cross_entropy`."""
-    return linear_cross_entropy(x_BLD.flatten(0, 1), head.weight, labels_BL.flatten(), scale=scale, **how)
+    return linear_cross_entropy(x_BLD.flatten(0, 1), head.weight, labels_BL.flatten(), scale=scale, **options)
 
 
 def loss_and_gradient(
-    logits_NV: Tensor, labels_N: Tensor, scale: Tensor, cut: VocabularyCut | None, train: bool
+    logits_NV: Tensor, labels_N: Tensor, scale: Tensor, cut: VocabularyShard | None, train: bool
 ) -> Tensor:
     """scale x the summed loss, [], in `scale`'s dtype; in training the logits are overwritten by its gradient."""
-    valid = labels_N != IGNORED
+    valid = labels_N != IGNORE_INDEX
     labels = labels_N - (cut.first if cut else 0)
     held = valid if cut is None else valid & (labels >= 0) & (labels < logits_NV.shape[1])
     labels = torch.where(held, labels, 0)[:, None]
@@ -69,7 +69,7 @@ def loss_and_gradient(
 
 
 def linear_cross_entropy(
-    x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, scale: float = 1.0, cut: VocabularyCut | None = None,
+    x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, scale: float = 1.0, cut: VocabularyShard | None = None,
     chunk: Callable[..., Tensor] = loss_and_gradient,
 ) -> Tensor:  # fmt: skip
     """scale x sum over valid tokens of -log softmax(x weight^T)[label], [1], in float32 at least.
@@ -79,45 +79,45 @@ def linear_cross_entropy(
     Args:
         x_ND: hidden states.
         weight_VD: the head, or this process's rows of it.
-        labels_N: int64; IGNORED carries no loss.
+        labels_N: int64; IGNORE_INDEX carries no loss.
         scale: of the loss, such as 1 / valid tokens.
         cut: for a part of the vocabulary. The loss is then the whole one on every process, and the gradient of x is
             this process's summand of it.
         chunk: `loss_and_gradient`, or itself compiled.
     """
     train = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
-    out: Tensor = _LinearCrossEntropy.apply(x_ND, weight_VD, labels_N, _How(scale, cut, train, chunk))
+    out: Tensor = _LinearCrossEntropy.apply(x_ND, weight_VD, labels_N, _LossOptions(scale, cut, train, chunk))
     return out
 
 
-class _How(NamedTuple):
+class _LossOptions(NamedTuple):
     scale: float
-    cut: VocabularyCut | None
+    cut: VocabularyShard | None
     train: bool
     chunk: Callable[..., Tensor]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, how: _How) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, options: _LossOptions) -> Tensor:
         device, V = x_ND.device, len(weight_VD)
         wide = torch.float64 if x_ND.dtype == torch.float64 else torch.float32
         total = torch.zeros(1, dtype=wide, device=device)
-        scale = torch.full((), how.scale, dtype=wide, device=device)  # a number would be compiled in
+        scale = torch.full((), options.scale, dtype=wide, device=device)  # a number would be compiled in
         parts: list[Tensor] = []
         weight_grad: Tensor | None = None
-        rows = even(len(x_ND), logits_at_once(device.type) // V)
+        rows = even_chunk(len(x_ND), logits_at_once(device.type) // V)
         for x, labels in zip(x_ND.split(rows), labels_N.split(rows), strict=True):
             logits = product(x, weight_VD)
-            few = even(len(x), softmax_at_once(device.type) // V)
+            few = even_chunk(len(x), softmax_at_once(device.type) // V)
             for some, of in zip(logits.split(few), labels.split(few), strict=True):
-                total += how.chunk(some, of, scale, how.cut, how.train)
-            if how.train:
+                total += options.chunk(some, of, scale, options.cut, options.train)
+            if options.train:
                 parts.append(product(logits, weight_VD.t()))
                 more = product(logits.t(), x.t())
                 weight_grad = more if weight_grad is None else weight_grad.to(wide).add_(more)
             del logits
-        if how.train:
+        if options.train:
             assert weight_grad is not None
             ctx.save_for_backward(parts[0] if len(parts) == 1 else torch.cat(parts), weight_grad.to(weight_VD.dtype))
         return total
@@ -130,6 +130,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return x_grad, weight_grad, None, None
 
 
-def even(count: int, most: int) -> int:
+def even_chunk(count: int, most: int) -> int:
     """How many of `count` to take at a time, at most `most`, so that the last part is no smaller than need be."""
     return -(-count // -(-count // max(1, most)))

@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 FULL_MASK, LEFT_UP_CAUSAL = 0, 2  # sparse_mode: the whole mask is given; causal from the top left corner
-COMPRESSED = 2048  # rows of the mask that the causal modes ask for, whatever L is
+COMPRESSED_MASK_SIZE = 2048  # rows of the mask that the causal modes ask for, whatever L is
 UNBOUNDED = 2**31 - 1  # tokens that a query may look back or ahead
 
-_triangles: dict[torch.device, Tensor] = {}
-_hidden: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # a batch's mask -> its inverse: one for all layers
+_causal_masks: dict[torch.device, Tensor] = {}
+_inverted_masks: WeakTensorKeyDictionary = (
+    WeakTensorKeyDictionary()
+)  # a batch's mask -> its inverse: one for all layers
 
 
 def causal_attention(
@@ -34,7 +36,7 @@ def causal_attention(
     if q_BLHK.shape[-1] > 768 or torch.is_inference_mode_enabled():
         return None
     if mask is None:
-        hidden, mode, ahead = _triangle(q_BLHK), LEFT_UP_CAUSAL, 0
+        hidden, mode, ahead = _causal_mask(q_BLHK), LEFT_UP_CAUSAL, 0
     else:
         hidden, mode, ahead = _inverse(mask), FULL_MASK, UNBOUNDED
     return _fusion_attention(vendor, q_BLHK, k_BLGK, v_BLGK, hidden=hidden, sparse_mode=mode, ahead=ahead)
@@ -52,20 +54,20 @@ def _fusion_attention(
     return out
 
 
-def _triangle(q: Tensor) -> Tensor:
+def _causal_mask(q: Tensor) -> Tensor:
     """The compressed causal mask, True above the diagonal; kept for each device, never for a fake tensor's."""
-    if type(q) is Tensor and q.device in _triangles:
-        return _triangles[q.device]
-    made = torch.ones(COMPRESSED, COMPRESSED, dtype=torch.bool, device=q.device).triu(1)
+    if type(q) is Tensor and q.device in _causal_masks:
+        return _causal_masks[q.device]
+    made = torch.ones(COMPRESSED_MASK_SIZE, COMPRESSED_MASK_SIZE, dtype=torch.bool, device=q.device).triu(1)
     if type(made) is Tensor:
-        _triangles[q.device] = made
+        _causal_masks[q.device] = made
     return made
 
 
 def _inverse(mask: Tensor) -> Tensor:
-    if mask not in _hidden:
-        _hidden[mask] = ~mask
-    inverse: Tensor = _hidden[mask]
+    if mask not in _inverted_masks:
+        _inverted_masks[mask] = ~mask
+    inverse: Tensor = _inverted_masks[mask]
     return inverse
 
 

@@ -170,7 +170,7 @@ class WatchConfig:
 
 
 @dataclass(frozen=True)
-class Start:
+class RunOptions:
     """How this start of the run differs from another start of the same run."""
 
     resume: str = ""

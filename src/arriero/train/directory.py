@@ -34,7 +34,7 @@ def out_problems(out: Path, checkpoints: Sequence[Path]) -> list[UserError]:
     return []
 
 
-def record_problems(recipe: Recipe) -> list[UserError]:
+def recipe_text_problems(recipe: Recipe) -> list[UserError]:
     """Why the recipe could not be read back from the run and its checkpoints."""
     found = []
     for key, value in flat(recipe).items():
@@ -56,7 +56,7 @@ def _is_text(value: str) -> bool:
     return True
 
 
-def room(out: Path, recipe: Recipe) -> tuple[list[str], list[UserError]]:
+def disk_space_problems(out: Path, recipe: Recipe) -> tuple[list[str], list[UserError]]:
     """Lines that warn of a disk without room for the run's checkpoints; what is wrong if it can never hold one."""
     policy, steps = recipe.checkpoint, recipe.train.steps
     size, there = checkpoint_bytes(recipe.model_config(), recipe.train.dtype), disk_usage(out)
@@ -93,7 +93,7 @@ def prepare_run_directory(recipe: Recipe) -> None:
     make_directory(out, fix)
     make_directory(out / "checkpoints", fix, follow=False)
     try:
-        keep_file(out / "recipe.toml", to_toml(recipe).encode())
+        write_if_changed(out / "recipe.toml", to_toml(recipe).encode())
         files: dict[str, bytes] = {}
         if recipe.tokenizer:
             with tempfile.TemporaryDirectory(prefix="arriero-tokenizer-") as made:
@@ -106,13 +106,13 @@ def prepare_run_directory(recipe: Recipe) -> None:
         for name, data in files.items():
             for folder in (out / "tokenizer", (out / "tokenizer" / name).parent):
                 make_directory(folder, fix, follow=False)
-            keep_file(out / "tokenizer" / name, data)
+            write_if_changed(out / "tokenizer" / name, data)
     except OSError as error:
         where = escape(error.filename2 or error.filename or out)
         raise UserError(f"{where}: cannot be written ({os_error_text(error)})", fix) from None
 
 
-def keep_file(path: Path, data: bytes) -> None:
+def write_if_changed(path: Path, data: bytes) -> None:
     """Makes a file have this content; one that has it already is left alone, so that a full disk does not matter then.
 
     Raises:

@@ -15,7 +15,7 @@ STEPS_BETWEEN = 100
 
 
 @contextmanager
-def collected_between_steps() -> Iterator[Callable[[int], None]]:
+def manual_gc() -> Iterator[Callable[[int], None]]:
     """Within it nothing is collected but by the call that it gives: `collect(step)`, after every step.
 
     What is there already is never looked at again. At the end all is as it was before.

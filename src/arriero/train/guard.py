@@ -14,13 +14,13 @@ from arriero.common.errors import CheckFailed
 from arriero.common.text import format_ranks
 from arriero.distributed.parallel.mesh import DIMENSIONS, Ranks
 
-WINDOW, FEWEST = 100, 20
+LOSS_WINDOW, MIN_LOSSES = 100, 20
 """Losses that a spike is judged by: the last so many, and none before there are so few."""
-MOST_REWINDS = 10
+MAX_REWINDS = 10
 
 
 @dataclass
-class Spikes:
+class SpikeDetector:
     """Whether a loss stands out: above the running median by more than `factor` robust standard deviations
     (1.4826 times the median absolute deviation, at least a hundredth of the median)."""
 
@@ -30,19 +30,19 @@ class Spikes:
 
     def limit(self) -> float:
         """The largest loss that does not stand out; infinite while too few are known."""
-        if len(self.recent) < FEWEST:
+        if len(self.recent) < MIN_LOSSES:
             return math.inf
         middle = statistics.median(self.recent)
         deviation = 1.4826 * statistics.median(abs(loss - middle) for loss in self.recent)
         return middle + self.factor * max(deviation, 0.01 * abs(middle))
 
-    def remember(self, loss: float) -> None:
+    def add(self, loss: float) -> None:
         """Takes note of a loss that was accepted."""
-        self.recent = [*self.recent[1 - WINDOW :], loss]
+        self.recent = [*self.recent[1 - LOSS_WINDOW :], loss]
 
 
 @dataclass(frozen=True)
-class Replicated:
+class ReplicatedTensor:
     """One tensor of this process, and the mesh dimensions over which every process holds the same."""
 
     name: str
@@ -50,7 +50,7 @@ class Replicated:
     over: tuple[str, ...]
 
 
-def check_replicas(state: Iterable[Replicated], ranks: Ranks, step: int) -> None:
+def check_replicas(state: Iterable[ReplicatedTensor], ranks: Ranks, step: int) -> None:
     """Compares what several processes hold alike: a sum over the bits of each tensor, which one flipped bit changes.
 
     Raises:
@@ -72,28 +72,28 @@ def check_replicas(state: Iterable[Replicated], ranks: Ranks, step: int) -> None
             continue
         gathered = [torch.empty_like(sums) for _ in range(ranks.sizes[name])]
         dist.all_gather(gathered, sums, group=group)
-        said = _who([one.tolist() for one in gathered], [one.name for one in mine], dist.get_process_group_ranks(group))
-    lines = list(dict.fromkeys(line for line in ranks.texts(said) if line)) if ranks.mesh is not None else []
+        said = _describe_outliers(
+            [one.tolist() for one in gathered], [one.name for one in mine], dist.get_process_group_ranks(group)
+        )
+    lines = list(dict.fromkeys(line for line in ranks.gather_texts(said) if line)) if ranks.mesh is not None else []
     if lines:
         raise CheckFailed(f"after step {step} copies of one state differ: {'; '.join(lines)}; the run has stopped")
 
 
-def _who(rows: list[list[int]], names: list[str], members: list[int]) -> str:
+def _describe_outliers(rows: list[list[int]], names: list[str], members: list[int]) -> str:
     """Which members differ from most, and in which tensor; all of them where there is no majority."""
     kinds: dict[tuple[int, ...], list[int]] = {}
     for member, row in zip(members, rows, strict=True):
         kinds.setdefault(tuple(row), []).append(member)
     by_size = sorted(kinds.items(), key=lambda item: -len(item[1]))
     common, most = by_size[0]
-    told = []
+    outliers = []
     for sums, found in by_size[1:]:
         wrong = [name for name, a, b in zip(names, sums, common, strict=True) if a != b]
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        told.append(
-            f"{format_ranks(found)} {'and' if len(found) == len(most) else 'from'} {format_ranks(most)} "
-            f"in {wrong[0]}{more}"
-        )
-    return "; ".join(told)
+        relation = "and" if len(found) == len(most) else "from"
+        outliers.append(f"{format_ranks(found)} {relation} {format_ranks(most)} in {wrong[0]}{more}")
+    return "; ".join(outliers)
 
 
 def bit_sums(tensors: list[Tensor]) -> Tensor:

@@ -17,16 +17,16 @@ from arriero.distributed.launch.worker import seconds_since_start
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.observe.events import Events, goodput_line
 from arriero.observe.profile import Profile
-from arriero.train.garbage import collected_between_steps
+from arriero.train.garbage import manual_gc
 from arriero.train.recipe import Recipe
 from arriero.train.reporter import Reporter, StepResult
-from arriero.train.schedule import moved_rate
+from arriero.train.schedule import describe_rate_change
 from arriero.train.trainer import Trainer, recipe_of
-from arriero.train.watch import Comparison, Watchdog
+from arriero.train.watch import StragglerDetector, Watchdog
 
 
 @dataclass(frozen=True)
-class Continuation:
+class ResumePlan:
     """Where a start of a run begins, and when it ends early."""
 
     checkpoints: tuple[Path, ...] = ()
@@ -37,7 +37,7 @@ class Continuation:
     """Seconds after which to save and stop; 0 for never."""
 
 
-def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, start: Continuation) -> bool:
+def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, start: ResumePlan) -> bool:
     """Runs a recipe to its last step, from the start or from a checkpoint; returns whether it got there.
 
     A signal or `start.stop_after` ends it after the present step, with a checkpoint.
@@ -55,22 +55,22 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, st
     profile = Profile(recipe.log.profile, out / "profile", ranks.rank)
     events = Events(out, first=ranks.first, since_start=seconds_since_start(), trouble=reporter.trouble)
     watchdog = Watchdog(out, ranks, recipe.watch, reporter.say)
-    begin(trainer, start, reporter)
-    comparison = Comparison(ranks, recipe.watch, trainer.device)
+    initialize(trainer, start, reporter)
+    comparison = StragglerDetector(ranks, recipe.watch, trainer.device)
     events.note("ready", step=trainer.done)
     saved: list[SaveResult] = []
     stopping = False
-    with collected_between_steps() as collect:
+    with manual_gc() as collect:
         while trainer.done < settings.steps and not stopping:
             collect(trainer.done)  # here, where every step passes, one that is left out too
-            watchdog.begin(trainer.done + 1)
+            watchdog.start_step(trainer.done + 1)
             with profile.step(trainer.done + 1):
                 result = trainer.step(lambda: stop_wanted() or timed_out(start))
             watchdog.done()
             reporter.step(result)
             events.note("step", step=result.step, seconds=result.seconds, data=result.phases.get("data_wait", 0.0))
             reporter.slowest(result.step, comparison.step(result.phases.get("data_wait", 0.0)), recipe.watch.slow)
-            if result.skipped and refuse(trainer, result, reporter, events, start):
+            if result.skipped and handle_bad_step(trainer, result, reporter, events, start):
                 continue
             last = trainer.done == settings.steps
             if settings.check_replicas_every and trainer.done % settings.check_replicas_every == 0:
@@ -102,18 +102,18 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, st
 def validate(trainer: Trainer, reporter: Reporter) -> None:
     """Validates, and reports it."""
     loss = trainer.validate()
-    if trainer.validated:
+    if trainer.validation_batches:
         reporter.validation(trainer.done, loss)
     else:
         reporter.say(f" no validation after step {trainer.done}: no label of its batches carries a loss")
 
 
-def timed_out(start: Continuation) -> bool:
+def timed_out(start: ResumePlan) -> bool:
     """Whether the time that `--stop-after` gives is over."""
     return bool(start.stop_after) and seconds_since_start() > start.stop_after
 
 
-def begin(trainer: Trainer, start: Continuation, reporter: Reporter) -> None:
+def initialize(trainer: Trainer, start: ResumePlan, reporter: Reporter) -> None:
     """Loads the first checkpoint that is whole, or draws the weights, and tells which."""
     checkpoint = None
     if start.checkpoints:
@@ -133,22 +133,24 @@ def begin(trainer: Trainer, start: Continuation, reporter: Reporter) -> None:
             reporter.say(f" the run is complete: {told}; give a larger --train.steps to go on")
         if trainer.position.samples != trainer.done * trainer.recipe.train.global_batch:
             reporter.say(f" goes on with sample {trainer.position.place}, {trainer.recipe.train.global_batch} a step")
-        if trainer.ranks.first and (line := moved_from(checkpoint, trainer)):
+        if trainer.ranks.first and (line := schedule_change(checkpoint, trainer)):
             reporter.say(f" NOTICE: {line}")
         if line := trainer.order_notice():
             reporter.say(f" NOTICE: {line}")
-    trainer.saver.allocate_buffers(trainer.shards_to_save())
+    trainer.saver.allocate_buffers(trainer.tensors_to_save())
     trainer.ranks.barrier()  # so that a signal finds all processes in one phase
     set_phase(Phase.TRAINING)
 
 
-def moved_from(checkpoint: Path, trainer: Trainer) -> str:
+def schedule_change(checkpoint: Path, trainer: Trainer) -> str:
     """How the learning rate departs from the curve of the run that wrote the checkpoint; empty if it does not."""
     then, now = recipe_of(checkpoint), trainer.recipe
-    return moved_rate(then.schedule, then.train.steps, now.schedule, now.train.steps, done=trainer.done)
+    return describe_rate_change(then.schedule, then.train.steps, now.schedule, now.train.steps, done=trainer.done)
 
 
-def refuse(trainer: Trainer, result: StepResult, reporter: Reporter, events: Events, start: Continuation) -> bool:
+def handle_bad_step(
+    trainer: Trainer, result: StepResult, reporter: Reporter, events: Events, start: ResumePlan
+) -> bool:
     """After a step whose update was left out: does what the recipe says; whether the run went back.
 
     Raises:

@@ -8,14 +8,14 @@ from arriero.model.config import count_parameters
 from arriero.train.recipe import Recipe
 
 MICRO_BATCH_BYTES = 2000  # of Python's and torch's objects around its tensors
-SMALLER = {
+WHAT_TO_REDUCE = {
     "state": "the model", "activations": "train.micro_batch", "batches": "train.global_batch", "order": "train.steps"
 }  # fmt: skip
-FAR = 1.2
+REFUSE_ABOVE = 1.2
 """Beyond this many times the machine's whole memory a run is refused."""
 
 
-def least_bytes(recipe: Recipe, processes: int) -> dict[str, float]:
+def minimum_bytes(recipe: Recipe, processes: int) -> dict[str, float]:
     """What one process must hold at least, in bytes, by what it is for; real runs need more.
 
     state: parameters, gradients and two moments in float32 (float64 in a proof), cut over tensor- and pipeline-parallel
@@ -49,7 +49,7 @@ def memory_problems(recipe: Recipe, processes: int, here: int) -> tuple[list[Use
     """
     machine = machine_memory()
     train = recipe.train
-    parts = {name: here * share for name, share in least_bytes(recipe, processes).items()}
+    parts = {name: here * share for name, share in minimum_bytes(recipe, processes).items()}
     need = sum(parts.values())
     told = (
         f"{count_parameters(recipe.model_config()):,} parameters, train.micro_batch {train.micro_batch:,}, "
@@ -58,8 +58,8 @@ def memory_problems(recipe: Recipe, processes: int, here: int) -> tuple[list[Use
         + ", ".join(f"{_gigabytes(count)} of {name}" for name, count in parts.items() if count)
         + ")"
     )
-    if machine and need > FAR * machine:
-        larger = SMALLER[max(parts, key=parts.__getitem__)]
+    if machine and need > REFUSE_ABOVE * machine:
+        larger = WHAT_TO_REDUCE[max(parts, key=parts.__getitem__)]
         fix = f"make {larger} smaller, or spread it over more machines (parallel.*, --nodes)"
         return [UserError(f"{told}, and this machine has {_gigabytes(machine)}", fix)], []
     if available_memory() and need > available_memory():

@@ -71,7 +71,7 @@ class Optimizer:
         """Where the update is computed."""
         return next(iter(self.masters.values())).device
 
-    def take_gradients(self) -> None:
+    def collect_gradients(self) -> None:
         """Takes the gradients that the model holds now; with `offload` they are fetched."""
         self.gradients = {}
         for name, parameter in self._parameters.items():
@@ -84,8 +84,8 @@ class Optimizer:
     def gradient_norm(self) -> Tensor:
         """The L2 norm of the whole gradient, a float64 scalar on every process, each element counted once."""
         counted = [(g, self.shards[n]) for n, g in self.gradients.items() if not self.shards[n].copy]
-        by_tensor = _sum_of_squares([g for g, s in counted if "tensor" in s.cut_over], self.device)
-        others = _sum_of_squares([g for g, s in counted if "tensor" not in s.cut_over], self.device)
+        by_tensor = _sum_of_squares([g for g, s in counted if "tensor" in s.sharded_over], self.device)
+        others = _sum_of_squares([g for g, s in counted if "tensor" not in s.sharded_over], self.device)
         # ZeRO cuts every parameter and the pipeline every model: these sums are over all of them.
         return self.ranks.sum(others + self.ranks.sum(by_tensor, "tensor"), "zero", "pipeline").sqrt()
 

@@ -35,7 +35,7 @@ class SkippedSamples:
         """The sample that is read next after so many consumed ones."""
         return consumed + sum(count for at, count in self.windows if at <= consumed)
 
-    def leave_out(self, first: int, end: int) -> tuple[int, int]:
+    def skip_range(self, first: int, end: int) -> tuple[int, int]:
         """Leaves out the samples that were read after `first` consumed ones, up to but not with sample `end` of the
         order; returns the numbers of the first and the last."""
         start = self.place(first)
@@ -68,7 +68,7 @@ class Position:
         """Takes note of a step over `batch` samples of `length` tokens."""
         self.step, self.samples, self.tokens = self.step + 1, self.samples + batch, self.tokens + batch * length
 
-    def places(self, steps: int, batch: int) -> range:
+    def step_starts(self, steps: int, batch: int) -> range:
         """For each step from here to the last of `steps`, the first sample of the order that it reads."""
         return range(self.place, self.place + max(0, steps - self.step) * batch, batch)
 
@@ -82,7 +82,7 @@ class Position:
         return state
 
 
-def position_of(state: dict[str, Any], *, recipe: Callable[[], Recipe], where: str, fix: str) -> Position:
+def position_from_state(state: dict[str, Any], *, recipe: Callable[[], Recipe], where: str, fix: str) -> Position:
     """The position that a checkpoint holds.
 
     Args:

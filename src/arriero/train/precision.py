@@ -1,7 +1,7 @@
-"""Compute precision: parameters in flight in the compute dtype, masters and gradient sums in float32.
+"""Mixed precision: parameters are cast to the compute dtype for a forward pass; masters and gradient sums are float32.
 
-Under ZeRO, FSDP casts. Without it, `forward_in` casts with autograd watching, once a forward pass, which computes the
-same: low-precision weights and activations, gradients cast up and added in float32.
+Under ZeRO, FSDP casts. Without it, `in_compute_dtype` casts under autograd, once a forward pass, with the same result:
+low-precision weights and activations, gradients cast up and added in float32.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def store_dtype(compute: torch.dtype) -> torch.dtype:
     return torch.float64 if compute == torch.float64 else torch.float32
 
 
-class InPrecision(nn.Module):
+class CastParameters(nn.Module):
     """A model called with its parameters cast, under autograd's eyes.
 
     Of the embedding only the rows that are looked up are cast, and their gradients are added in float32; a head that is
@@ -44,11 +44,11 @@ class InPrecision(nn.Module):
         return out
 
 
-def forward_in(model: Llama, compute: torch.dtype) -> nn.Module:
+def in_compute_dtype(model: Llama, compute: torch.dtype) -> nn.Module:
     """The module to call for the model's forward pass with its parameters in `compute`."""
     if is_fsdp(model) or compute == store_dtype(compute):
         return model
-    return InPrecision(model, compute)
+    return CastParameters(model, compute)
 
 
 @dataclass

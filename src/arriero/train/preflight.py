@@ -14,12 +14,12 @@ from arriero.common.device import float8_casts
 from arriero.common.errors import UserError, join_problems
 from arriero.data.check import batch_notices, check_data_against, size_notices
 from arriero.data.tokenizer import load_tokenizer
-from arriero.train.directory import out_problems, record_problems, room
+from arriero.train.directory import disk_space_problems, out_problems, recipe_text_problems
 from arriero.train.memory import memory_problems
 from arriero.train.recipe import (
     Recipe,
 )  # fmt: skip
-from arriero.train.resume import check_changes, readable
+from arriero.train.resume import check_changes, first_readable
 from arriero.train.trainer import open_batches
 
 
@@ -88,7 +88,7 @@ def check(
     Raises:
         UserError: what is wrong, each with its fix.
     """
-    problems = record_problems(recipe) or recipe.problems(processes)
+    problems = recipe_text_problems(recipe) or recipe.problems(processes)
     problems += machine_problems(recipe, kind)
     changed: list[str] = []
     scarce: list[str] = []
@@ -99,11 +99,11 @@ def check(
         wrong, notices = _check_inputs(recipe)
         problems += wrong
     if not problems and checkpoints:
-        changed, problems = check_changes(recipe, readable(checkpoints), allowed)
-    if recipe.out and not joining and not record_problems(recipe):
+        changed, problems = check_changes(recipe, first_readable(checkpoints), allowed)
+    if recipe.out and not joining and not recipe_text_problems(recipe):
         problems += out_problems(Path(recipe.out), checkpoints)
         if not problems:
-            warnings, problems = room(Path(recipe.out), recipe)
+            warnings, problems = disk_space_problems(Path(recipe.out), recipe)
             changed += warnings
     if problems:
         raise join_problems(problems)

@@ -32,7 +32,7 @@ from arriero.observe.metrics import MetricsWriter, RankMetrics, StepMetrics, Val
 from arriero.observe.step_time import BETWEEN, IN_STEP
 from arriero.observe.throughput import peak_flops, throughput
 from arriero.train.config import LogConfig, TrainConfig
-from arriero.train.watch import Slowest
+from arriero.train.watch import SlowestRank
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Reporter:
             self.say(megatron_line(metrics, datetime.now()) if self.log.style == "megatron" else arriero_line(metrics))
             self._skipped = self._nan = 0
 
-    def slowest(self, step: int, found: Slowest | None, factor: float) -> None:
+    def slowest(self, step: int, found: SlowestRank | None, factor: float) -> None:
         """Takes note of the process that is slower than the others; a line where it is so by more than `factor`."""
         if found is None:
             return

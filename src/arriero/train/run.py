@@ -29,10 +29,10 @@ from arriero.distributed.launch.launcher import (  # fmt: skip
 from arriero.distributed.launch.secret import Secret
 from arriero.distributed.launch.worker import leave_last
 from arriero.distributed.parallel.mesh import Ranks
-from arriero.train.config import Start
+from arriero.train.config import RunOptions
 from arriero.train.directory import prepare_run_directory
 from arriero.train.facts import file_sample, run_facts
-from arriero.train.loop import Continuation, train
+from arriero.train.loop import ResumePlan, train
 from arriero.train.preflight import check, compile_machine_problems
 from arriero.train.recipe import (
     Recipe,
@@ -46,14 +46,14 @@ class Job:
 
     recipe: Recipe
     device_kind: str
-    start: Continuation
+    start: ResumePlan
     facts: dict[str, str]
     """What all processes must agree on; see agreement.py."""
     earlier: float = -1.0
     """Saves up to this number are not of this job: a restart does not go on from them."""
 
 
-def pretrain(recipe: Recipe, start: Start) -> int:
+def pretrain(recipe: Recipe, start: RunOptions) -> int:
     """Checks a recipe, starts its processes unless they are there, and trains. Returns the exit code.
 
     Raises:
@@ -69,7 +69,7 @@ def pretrain(recipe: Recipe, start: Start) -> int:
     joining = launch.node_rank > 0 or Place.from_environment().rank > 0
     local = 1 if started_by_another() else here
     changed = check(recipe, world, paths, kind=kind, joining=joining, allowed=start.allow_change, here=local)
-    continuation = Continuation(tuple(paths), tuple(changed), duration(start.stop_after))
+    continuation = ResumePlan(tuple(paths), tuple(changed), duration(start.stop_after))
     earlier = -1.0
     if paths == [Path(start.resume)]:  # one checkpoint, by its name: what was saved after it is another course
         earlier = max(map(save_number, committed(Path(recipe.out) / "checkpoints")), default=-1.0)

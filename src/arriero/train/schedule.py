@@ -29,7 +29,7 @@ def learning_rate(config: ScheduleConfig, step: int, steps: int) -> float:
     return config.min_lr + (config.lr - config.min_lr) * left
 
 
-def moved_rate(then: ScheduleConfig, before: int, now: ScheduleConfig, steps: int, *, done: int) -> str:
+def describe_rate_change(then: ScheduleConfig, before: int, now: ScheduleConfig, steps: int, *, done: int) -> str:
     """One line on how the learning rate of a resumed run departs from the curve that the run had; empty if it does not.
 
     Args:

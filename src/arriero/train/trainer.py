@@ -28,19 +28,19 @@ from arriero.common.errors import UserError
 from arriero.common.version import __version__
 from arriero.data.batches import Batches
 from arriero.data.prefetch import Prefetch
-from arriero.distributed.parallel.apply import build_parts, load_weights
+from arriero.distributed.parallel.apply import build_model_parts, load_weights
 from arriero.distributed.parallel.mesh import BATCH, Ranks
 from arriero.distributed.parallel.microbatch import MicroBatch, micro_batch
 from arriero.distributed.parallel.pipeline import Pipeline, sum_tied_gradients
 from arriero.distributed.parallel.shards import local, shards
-from arriero.distributed.parallel.zero import cut_again, sum_gradients_now, watch_collectives
+from arriero.distributed.parallel.zero import reshard, set_gradient_sync, time_collectives
 from arriero.model.init import InitialWeights
 from arriero.observe.step_time import StepClock
 from arriero.train.facts import input_digests
-from arriero.train.guard import MOST_REWINDS, Replicated, Spikes, check_replicas
+from arriero.train.guard import MAX_REWINDS, ReplicatedTensor, SpikeDetector, check_replicas
 from arriero.train.optim import MOMENTS, Optimizer
-from arriero.train.position import Position, position_of
-from arriero.train.precision import LossScale, forward_in, store_dtype
+from arriero.train.position import Position, position_from_state
+from arriero.train.precision import LossScale, in_compute_dtype, store_dtype
 from arriero.train.recipe import Recipe, file_settings, parse, to_toml
 from arriero.train.reporter import StepResult
 from arriero.train.schedule import learning_rate
@@ -85,11 +85,11 @@ class Trainer:
         self.config = recipe.model_config()
         self.compute = getattr(torch, recipe.train.dtype)
         train = recipe.train
-        self.parts = build_parts(
+        self.parts = build_model_parts(
             self.config, recipe.parallel, recipe.recompute, ranks, length=train.sequence_length, device=self.device,
             store=store_dtype(self.compute), compute=self.compute, float8=train.float8, compiled=train.compile,
         )  # fmt: skip
-        forwards = [forward_in(part, self.compute) for part in self.parts]
+        forwards = [in_compute_dtype(part, self.compute) for part in self.parts]
         self.forward = forwards[0]
         self.pipeline = None
         if recipe.parallel.pipeline_parallel > 1:
@@ -103,33 +103,33 @@ class Trainer:
             self.pipeline.watch(self.clock.timed)
         if device_kind == "cpu":  # elsewhere they run beside the computation, and their own time says little
             for part in self.parts:
-                watch_collectives(part, partial(self.clock.inside, "communication"))
+                time_collectives(part, partial(self.clock.inside, "communication"))
         self.optimizer = Optimizer(self.parts, recipe.optim, ranks)
         self.fp16 = self.compute == torch.float16
         scale = train.initial_loss_scale if self.fp16 else 1.0
         self.scale = LossScale(scale, train.loss_scale_window, train.loss_scale_hysteresis)
-        self.position = self._beginning()
+        self.position = self._initial_position()
         """What was read so far: steps, samples, tokens."""
         self.updates = 0
         """Steps whose update was not skipped."""
         self.batches = self._open("train")
-        self.spikes = Spikes(train.spike_factor)
+        self.spikes = SpikeDetector(train.spike_factor)
         self.rewinds = 0
         self.saver = Saver(Path(recipe.out) / "checkpoints", recipe.checkpoint, ranks)
         self.attended = 0.0
         """Sum of squared document lengths over their sum, of the last batch: how far attention reached."""
-        self.validated = 0
+        self.validation_batches = 0
         """Batches of the last validation that had a label."""
         self.labels = 1
         """Labels of the last global batch that carry a loss."""
-        self._feed: Prefetch[list[MicroBatch]] | None = None
+        self._prefetch: Prefetch[list[MicroBatch]] | None = None
 
     @property
     def done(self) -> int:
         """Steps completed."""
         return self.position.step
 
-    def _beginning(self) -> Position:
+    def _initial_position(self) -> Position:
         train = self.recipe.train
         return Position(ordered=train.steps * train.global_batch if self.recipe.data.order == "megatron" else 0)
 
@@ -146,7 +146,7 @@ class Trainer:
         held = self.optimizer.shards.items()
         moments = {m: {path: reader.read(f"{m}.{s.name}", s.index) for path, s in held} for m in MOMENTS}
         where = str(checkpoint / STATE)
-        self._go_to(position_of(state, recipe=lambda: recipe_of(checkpoint), where=where, fix=DAMAGED))
+        self._set_position(position_from_state(state, recipe=lambda: recipe_of(checkpoint), where=where, fix=DAMAGED))
         self.updates = state["updates"]
         self.optimizer.start(moments, self.updates)
         self.scale = LossScale(**state["loss_scale"])
@@ -159,9 +159,9 @@ class Trainer:
     def _validation(self) -> Batches:
         return self._open("valid")
 
-    def _go_to(self, position: Position) -> None:
+    def _set_position(self, position: Position) -> None:
         """The next step is the one after `position`."""
-        planned = self._beginning().ordered
+        planned = self._initial_position().ordered
         self.position = replace(position, ordered=(position.ordered or planned) if planned else 0)
         if self.position.ordered != planned:  # the run began with another length: its order stays
             self.batches = self._open("train")
@@ -187,19 +187,19 @@ class Trainer:
         """
         end, skipped = self.position.place, self.position.skipped
         self.rewinds += 1
-        if self.rewinds > MOST_REWINDS:
-            raise UserError(f"rewound {MOST_REWINDS} times: it is not the data", "lower the rate, or look at the model")
+        if self.rewinds > MAX_REWINDS:
+            raise UserError(f"rewound {MAX_REWINDS} times: it is not the data", "lower the rate, or look at the model")
         verified = partial(newest_intact_checkpoint, say=say, model=self.config)
         checkpoint = verified(checkpoints, self.ranks) if checkpoints else None
-        if self._feed is not None:
-            self._feed.close()
-            self._feed = None
+        if self._prefetch is not None:
+            self._prefetch.close()
+            self._prefetch = None
         if checkpoint is None:
-            self.position, self.updates = self._beginning(), 0
+            self.position, self.updates = self._initial_position(), 0
             self.spikes.recent = []
         self.start(checkpoint)
         self.position.skipped = skipped
-        first, last = skipped.leave_out(self.position.samples, end)
+        first, last = skipped.skip_range(self.position.samples, end)
         say(f" REWOUND to step {self.done} ({checkpoint or 'the start'}); samples {first} to {last} are left out now")
 
     @cached_property
@@ -207,7 +207,7 @@ class Trainer:
         """Digests of data and tokenizer, for the checkpoints: they are read once, by the process that writes them."""
         return input_digests(self.recipe) if self.ranks.first else {}
 
-    def shards_to_save(self) -> dict[str, TensorShard]:
+    def tensors_to_save(self) -> dict[str, TensorShard]:
         """The weights and moments that this process writes, by global name."""
         found: dict[str, TensorShard] = {}
         moments = self.optimizer.moments()
@@ -237,7 +237,7 @@ class Trainer:
             "versions": {"arriero": __version__, "torch": torch.__version__}, "processes": self.ranks.world,
             **{key: value for key, value in kept.items() if value},
         }  # fmt: skip
-        self.saver.save(self.done, self.shards_to_save(), state=state, texts=texts)
+        self.saver.save(self.done, self.tensors_to_save(), state=state, texts=texts)
         if wait:
             self.saver.wait()
         return step_directory(self.saver.root, self.done)
@@ -257,15 +257,15 @@ class Trainer:
 
     def next_batch(self) -> list[MicroBatch]:
         """The micro-batches of the coming step, made ahead on another thread."""
-        if self._feed is None:
-            places = self.position.places(self.recipe.train.steps, self.recipe.train.global_batch)
-            self._feed = Prefetch(partial(self.micro_batches, self.batches), places)
-        return next(self._feed)
+        if self._prefetch is None:
+            step_starts = self.position.step_starts(self.recipe.train.steps, self.recipe.train.global_batch)
+            self._prefetch = Prefetch(partial(self.micro_batches, self.batches), step_starts)
+        return next(self._prefetch)
 
     def close(self) -> None:
         """Ends the thread that makes batches, which would keep this trainer and its memory alive."""
-        if self._feed is not None:
-            self._feed.close()
+        if self._prefetch is not None:
+            self._prefetch.close()
 
     def forward_backward(self, micro: list[MicroBatch], *, train: bool) -> torch.Tensor:
         """The mean loss over the global batch, a float64 scalar on the device; with `train`, its gradient is left in
@@ -300,7 +300,7 @@ class Trainer:
             loss = self.forward(m.tokens, m.positions, m.mask, labels=m.labels)
             self.clock.mark("forward")
             if train:
-                sum_gradients_now(self.parts[0], self.recipe.parallel.zero_stage, last=i == len(micro) - 1)
+                set_gradient_sync(self.parts[0], self.recipe.parallel.zero_stage, last=i == len(micro) - 1)
                 loss.backward()
                 self.clock.mark("backward")
             total += loss.detach().sum()
@@ -317,10 +317,10 @@ class Trainer:
         mean = self.forward_backward(micro, train=True)
         scale = self.scale.scale
         if self.labels:
-            self.optimizer.take_gradients()
+            self.optimizer.collect_gradients()
             # The one wait for the device in a step: whether it is accepted hangs on these two.
             loss, norm = torch.stack((mean, self.optimizer.gradient_norm().to(mean.device) / scale)).tolist()
-            finite, accepted, stopping = self._judge(loss, norm, stop=stop())
+            finite, accepted, stopping = self._agree_on_step(loss, norm, stop=stop())
         else:
             loss, norm, finite, accepted = math.nan, 0.0, True, False
             (stopping,) = self.ranks.any(stop())
@@ -343,7 +343,7 @@ class Trainer:
             seconds=self.clock.since_begin(), phases=self.clock.take(), attended=self.attended,
         )  # fmt: skip
 
-    def _judge(self, loss: float, norm: float, *, stop: bool) -> tuple[bool, bool, bool]:
+    def _agree_on_step(self, loss: float, norm: float, *, stop: bool) -> tuple[bool, bool, bool]:
         """Whether all processes found loss and gradient finite, whether all of them accept the step, and whether any
         was asked to stop.
 
@@ -353,17 +353,17 @@ class Trainer:
         spike = finite and self.recipe.train.on_spike != "ignore" and loss > self.spikes.limit()
         nonfinite, spikes, stopping = self.ranks.any(not finite, spike, stop)
         if not nonfinite and not spikes and self.recipe.train.on_spike != "ignore":
-            self.spikes.remember(loss)
+            self.spikes.add(loss)
         return not nonfinite, not nonfinite and not spikes, stopping
 
     def check_replicas(self) -> None:
         """Compares what several processes hold alike, weights and moments. Raises CheckFailed on all processes."""
         moments, state = self.optimizer.moments(), []
         for path, (shard, parameter) in shards(self.parts, self.ranks).items():
-            over = tuple(n for n, size in self.ranks.sizes.items() if size > 1 and n not in shard.cut_over)
+            over = tuple(n for n, size in self.ranks.sizes.items() if size > 1 and n not in shard.sharded_over)
             if over and 0 not in shard.local_shape:
-                state.append(Replicated(shard.name, local(parameter), over))
-                state += [Replicated(f"{moment}.{shard.name}", of[path], over) for moment, of in moments.items()]
+                state.append(ReplicatedTensor(shard.name, local(parameter), over))
+                state += [ReplicatedTensor(f"{moment}.{shard.name}", of[path], over) for moment, of in moments.items()]
         check_replicas(state, self.ranks, self.done)
 
     @torch.no_grad()
@@ -377,11 +377,11 @@ class Trainer:
 
     def _validate(self) -> float:
         batches, train = self._validation, self.recipe.train
-        places, losses = range(0, train.eval_batches * train.global_batch, train.global_batch), []
-        for place in places:
+        step_starts, losses = range(0, train.eval_batches * train.global_batch, train.global_batch), []
+        for place in step_starts:
             loss = self.forward_backward(self.micro_batches(batches, place), train=False)
             losses += [loss.item()] if self.labels else []
         for part in self.parts:
-            cut_again(part)
-        self.validated = len(losses)
+            reshard(part)
+        self.validation_batches = len(losses)
         return sum(losses) / len(losses) if losses else math.nan

@@ -24,11 +24,11 @@ from arriero.common.text import escape, format_ranks
 from arriero.distributed.parallel.mesh import DIMENSIONS, Ranks
 from arriero.train.config import WatchConfig
 
-FLOOR = 30.0
+MIN_RELATIVE_LIMIT = 30.0
 """Seconds below which `watch.times` never calls a step too long: short steps vary by more than a factor."""
-HELD = 10.0
+FAULTHANDLER_MARGIN = 10.0
 """Seconds beyond the limit after which faulthandler dumps, if the watchdog's thread could not."""
-GRACE = 2.0
+STACK_FILE_WAIT = 2.0
 """Seconds that the first process gives the others to write their stacks before it reads them."""
 
 
@@ -55,7 +55,7 @@ class Watchdog:
         if config.seconds or config.times:
             self._thread.start()
 
-    def begin(self, step: int) -> None:
+    def start_step(self, step: int) -> None:
         """A step begins."""
         self._step, self._began = step, time.monotonic()
 
@@ -79,7 +79,7 @@ class Watchdog:
         """Seconds that a step may take now; infinite for any."""
         limits = [self._config.seconds or float("inf")]
         if self._config.times and len(self._recent) >= 5:
-            limits.append(max(FLOOR, self._config.times * statistics.median(self._recent)))
+            limits.append(max(MIN_RELATIVE_LIMIT, self._config.times * statistics.median(self._recent)))
         return min(limits)
 
     def close(self) -> None:
@@ -102,19 +102,19 @@ class Watchdog:
                     f"step {self._step} takes longer than {limit:.1f} s: the interpreter is held up"
                 )
                 if self._file is not None:
-                    faulthandler.dump_traceback_later(limit - took + HELD, file=self._file)
+                    faulthandler.dump_traceback_later(limit - took + FAULTHANDLER_MARGIN, file=self._file)
 
     def _dump(self, seconds: float) -> None:
         faulthandler.cancel_dump_traceback_later()
         frame = sys._current_frames().get(self._main)
-        self._file = self._open(f"step {self._step} takes {seconds:.1f} s: {place(frame)}")
+        self._file = self._open(f"step {self._step} takes {seconds:.1f} s: {describe_frame(frame)}")
         if self._file is None:
             return
         faulthandler.dump_traceback(self._file, all_threads=True)
         self._dumped = True
         if self._rank == 0:
-            time.sleep(GRACE)
-            for line in self._told():
+            time.sleep(STACK_FILE_WAIT)
+            for line in self._stack_summary():
                 self._say(f" WATCHDOG: step {self._step} takes longer than {self.limit():.1f} s: {line}")
 
     def _open(self, head: str) -> IO[str] | None:
@@ -131,7 +131,7 @@ class Watchdog:
         except (OSError, UserError):
             return None
 
-    def _told(self) -> list[str]:
+    def _stack_summary(self) -> list[str]:
         """Which ranks are where, from the first lines of all files of this step; those that stand alone come first."""
         at: dict[str, list[int]] = {}
         for rank in range(self._world):
@@ -146,7 +146,7 @@ class Watchdog:
         return [f"{format_ranks(ranks)} {'' if where == 'wrote nothing' else 'in '}{where}" for where, ranks in places]
 
 
-def place(frame: FrameType | None) -> str:
+def describe_frame(frame: FrameType | None) -> str:
     """Where a thread stands: its innermost line, and the innermost one of arriero where that is another."""
     lines: list[str] = []
     while frame is not None:
@@ -159,7 +159,7 @@ def place(frame: FrameType | None) -> str:
     return ", called from ".join(lines)
 
 
-class OwnTime:
+class HostBusyTime:
     """What this process spent on its own work, and not on waiting for others: the host's time on a processor or in the
     queue for one. Linux counts both for each thread, and neither while a thread sleeps in a collective.
 
@@ -185,7 +185,7 @@ class OwnTime:
 
 
 @dataclass(frozen=True)
-class Slowest:
+class SlowestRank:
     """The process that needs most time of its own for a step."""
 
     rank: int
@@ -198,14 +198,14 @@ class Slowest:
         return self.seconds / max(self.median, 1e-9)
 
 
-class Comparison:
+class StragglerDetector:
     """Compares the processes' own time every few steps: one sum of a vector with a place for each process."""
 
     def __init__(self, ranks: Ranks, config: WatchConfig, device: torch.device) -> None:
         self._ranks, self._every, self._device = ranks, config.every, device
-        self._sum, self._steps, self._own = 0.0, 0, OwnTime()
+        self._sum, self._steps, self._own = 0.0, 0, HostBusyTime()
 
-    def step(self, data_seconds: float) -> Slowest | None:
+    def step(self, data_seconds: float) -> SlowestRank | None:
         """After each step, on every process; what was found, when it is due. Waiting for one's own data counts."""
         if not self._every or self._ranks.world == 1:
             return None
@@ -220,4 +220,4 @@ class Comparison:
         self._own.read()
         slowest = max(range(len(seconds)), key=seconds.__getitem__)
         others = seconds[:slowest] + seconds[slowest + 1 :]
-        return Slowest(slowest, seconds[slowest], statistics.median(others))
+        return SlowestRank(slowest, seconds[slowest], statistics.median(others))

@@ -63,7 +63,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any] | None:
             trainer.save()
     result["valid"] = trainer.validate()
     result["compilations"] = counters["stats"]["unique_graphs"]
-    result["pickles"] = ranks.texts(" ".join(PICKLES))
+    result["pickles"] = ranks.gather_texts(" ".join(PICKLES))
     if recipe.train.compile:
         torch._dynamo.reset()  # the next case compiles its own
     return result if ranks.first else None

@@ -164,7 +164,7 @@ def test_interrupted_equals_uninterrupted_to_the_bit(tmp_path: Path) -> None:
     while resumed.done < 4:
         resumed.step()
     wide = trainer_of(replace(recipe, train=replace(recipe.train, float8="none")))
-    assert list(wide.shards_to_save()) == list(full.shards_to_save())  # a checkpoint does not tell them apart
+    assert list(wide.tensors_to_save()) == list(full.tensors_to_save())  # a checkpoint does not tell them apart
     assert state_sha256(full.save()) == state_sha256(resumed.save())
 
 
@@ -250,7 +250,7 @@ def test_the_device_decides_whether_it_is_emulated(
     assert float8_units("cuda") is units
     assert not device.float8_units("cpu")
     monkeypatch.setattr(apply, "float8_units", lambda kind: float8_units("cuda"))
-    part = apply.build_parts(
+    part = apply.build_model_parts(
         CONFIG, ParallelConfig(), RecomputeConfig(), Ranks(), length=32, device=torch.device("cpu"),
         store=torch.float32, compute=torch.bfloat16, float8="rowwise",
     )[0]  # fmt: skip

@@ -13,7 +13,7 @@ import toy
 from arriero.distributed.parallel.config import RecomputeConfig
 from arriero.distributed.parallel.recompute import apply_recompute
 from arriero.model.llama import Llama
-from arriero.train.precision import forward_in
+from arriero.train.precision import in_compute_dtype
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_gradients_are_the_same_to_the_bit(config: RecomputeConfig, dtype: torch
     apply_recompute(forgetful, config)
     tokens = torch.randint(0, 259, (2, 16))
     for model in (plain, forgetful):
-        forward_in(model, dtype)(tokens).float().square().sum().backward()
+        in_compute_dtype(model, dtype)(tokens).float().square().sum().backward()
     for (name, one), other in zip(plain.named_parameters(), forgetful.parameters(), strict=True):
         assert one.grad is not None
         assert torch.equal(one.grad, other.grad), name  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ from arriero.checkpoint.tensors.torch_file import TorchFile
 from arriero.common.errors import UserError, join_problems
 from arriero.common.text import escape
 from arriero.common.untrusted import read_text, require_inside
-from arriero.model.config import MOST_LAYERS, LlamaConfig, parameter_shapes
+from arriero.model.config import MAX_LAYERS, LlamaConfig, parameter_shapes
 
 TRACKER, DEEPSPEED_TRACKER = "latest_checkpointed_iteration.txt", "latest"
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(_\d{3,})?$")
@@ -190,7 +190,7 @@ def _count_layers(chunk: Mapping[str, TensorView], dialect: Dialect) -> int:
     pattern = re.escape(dialect.layer).replace(r"\{\}", r"([0-9]{1,9})(?![0-9])")
     numbers = {int(m[1]) for key in chunk if (m := re.match(pattern, key))}
     count = max(numbers, default=-1) + 1
-    if count > MOST_LAYERS:
+    if count > MAX_LAYERS:
         raise UserError(f"the checkpoint numbers a layer {count - 1}", FIX)
     return count
 

@@ -20,7 +20,7 @@ from arriero.checkpoint.tensors.torch_file import TorchFile
 from arriero.common.errors import UserError, join_problems
 from arriero.common.text import escape
 from arriero.common.untrusted import read_json, require_inside, schema_problem
-from arriero.model.config import MOST_LAYERS, LlamaConfig, RopeScaling, parameter_shapes
+from arriero.model.config import MAX_LAYERS, LlamaConfig, RopeScaling, parameter_shapes
 
 FIX = "fetch the whole directory again"
 _NAMES = {
@@ -102,7 +102,7 @@ def _config(path: Path, hints: ConfigHints, shards: list[dict[str, TensorView]])
     if refused := [key for key in other if re.match(r"quantization|lora|moe|vision|num_experts|use_qk_norm", key)]:
         raise UserError(f"{file}: holds {escape(refused[0], 60)}", "arriero reads dense LLaMA models only")
     hidden, layers, heads = params["dim"], params["n_layers"], params["n_heads"]
-    if min(hidden, layers, heads) < 1 or layers > MOST_LAYERS or hidden % heads:
+    if min(hidden, layers, heads) < 1 or layers > MAX_LAYERS or hidden % heads:
         raise UserError(f"{file}: {layers} layers of {heads} heads in {hidden}", FIX)
     try:
         ffn = sum(shard["model.layers.0.mlp.gate_proj.weight"].shape[0] for shard in shards)

@@ -20,7 +20,7 @@ from arriero.checkpoint.tensors.stream import ITEMSIZE, FileMatrix, Slice, Tenso
 from arriero.checkpoint.tensors.torch_file import TorchFile
 from arriero.common.errors import UserError
 from arriero.common.untrusted import read_bytes, require_file_name, require_inside
-from arriero.model.config import MOST_LAYERS
+from arriero.model.config import MAX_LAYERS
 
 FIX = "copy the whole directory again"
 
@@ -130,7 +130,7 @@ def _unstack(tensors: dict[str, TensorView]) -> dict[str, TensorView]:
             result[key] = tensor
             continue
         count, shape = tensor.shape[0], tensor.shape[1:]
-        if count > MOST_LAYERS:
+        if count > MAX_LAYERS:
             raise UserError(f"{key} stacks {count:,} layers", FIX)
         for n in range(count):
             name = key.replace("decoder.layers.", f"decoder.layers.{n}.")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from arriero.checkpoint.formats.huggingface import open_file
-from arriero.checkpoint.formats.progress import Progress
 from arriero.checkpoint.open_model import detect, open_model
 from arriero.checkpoint.tensors.stream import TensorView
 from arriero.checkpoint.tensors.transfer import read_fingerprints
@@ -47,7 +46,7 @@ def inspect(path: Path, *, json: bool, verify: bool) -> int:
             raise UserError(f"{path}: was left by a conversion that was killed, or one still runs", "convert again")
         tensors = _describe_file(path, facts) if path.is_file() else _describe(path, facts)
         if verify:
-            with Progress("reading", sum(t.nbytes for t in tensors.values())) as progress:
+            with ProgressBar("reading", sum(t.nbytes for t in tensors.values())) as progress:
                 fingerprints = read_fingerprints(tensors, advance=progress.advance)
             facts["fingerprint"] = fingerprint(tensors, None, fingerprints)
         facts["whole"] = True

@@ -95,7 +95,7 @@ class Meeting(RendezvousHandler):
         deadline = time.monotonic() + self.join_seconds
         while not self._join(deadline):
             pass
-        info = self._arrived(range(self.nodes))
+        info = self._wait_for_collective(range(self.nodes))
         processes = {k: self._who(k)["processes"] for k in info}
         if len(set(processes.values())) > 1:
             text = ", ".join(f"node {k}: {n}" for k, n in processes.items())
@@ -128,7 +128,7 @@ class Meeting(RendezvousHandler):
                 raise self._missing()
             time.sleep(0.1)
 
-    def _arrived(self, ranks: range) -> list[int]:
+    def _wait_for_collective(self, ranks: range) -> list[int]:
         return [k for k in ranks if self.store.check([f"{self.round}/node-{k}"])]
 
     def _who(self, node: int) -> dict[str, object]:
@@ -136,7 +136,7 @@ class Meeting(RendezvousHandler):
         return found
 
     def _missing(self) -> UserError:
-        here = self._arrived(range(self.nodes))
+        here = self._wait_for_collective(range(self.nodes))
         missing = ", ".join(f"node {k}" for k in range(self.nodes) if k not in here)
         hosts = ", ".join(f"node {k} ({self._who(k)['host']})" for k in here)
         return UserError(

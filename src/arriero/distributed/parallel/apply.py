@@ -18,7 +18,7 @@ from arriero.distributed.parallel.config import Float8Recipe, ParallelConfig, Re
 from arriero.distributed.parallel.context import apply_context_parallel
 from arriero.distributed.parallel.float8 import apply_float8
 from arriero.distributed.parallel.mesh import Ranks
-from arriero.distributed.parallel.pipeline import cut_stage, stages_of
+from arriero.distributed.parallel.pipeline import prune_to_stage, stages_of
 from arriero.distributed.parallel.recompute import apply_recompute
 from arriero.distributed.parallel.shards import is_dtensor, local, shards
 from arriero.distributed.parallel.zero import apply_zero
@@ -47,7 +47,7 @@ class CheckpointSource(WeightSource, Protocol):
         ...
 
 
-def build_parts(
+def build_model_parts(
     config: LlamaConfig, parallel: ParallelConfig, recompute: RecomputeConfig, ranks: Ranks, *, length: int,
     device: torch.device, store: torch.dtype, compute: torch.dtype, float8: Float8Recipe = "none",
     compiled: bool = False,
@@ -71,7 +71,7 @@ def build_parts(
         with torch.device("meta"):
             model = Llama(config).to(store)
         if parallel.pipeline_parallel > 1:
-            cut_stage(model, stage, parallel)
+            prune_to_stage(model, stage, parallel)
         apply_float8(model, float8, emulate=not float8_units(device.type))
         if ranks.context > 1:
             apply_context_parallel(model, parallel, ranks, length)
@@ -81,7 +81,7 @@ def build_parts(
             )
 
             apply_tensor_parallel(model, ranks.mesh["tensor"], sequence=parallel.sequence_parallel)
-            tie(model)
+            tie_embeddings(model)
         apply_recompute(model, recompute, stage)
         if compiled:
             apply_compile(model)
@@ -89,13 +89,13 @@ def build_parts(
             apply_zero(model, ranks.mesh["replica", "zero"], parallel.zero_stage, compute)
         elif ranks.mesh is not None and ranks.sizes["zero"] > 1:
             apply_zero(model, ranks.mesh["zero"], parallel.zero_stage, compute)
-        make_room(model, device)
-        tie(model)
+        materialize(model, device)
+        tie_embeddings(model)
         parts.append(model)
     return parts
 
 
-def make_room(model: Llama, device: torch.device) -> None:
+def materialize(model: Llama, device: torch.device) -> None:
     """Gives every parameter memory on `device`, with arbitrary values.
 
     It is `to_empty` without `empty_like` on the meta device, which imports the compiler's algebra: more than a second.
@@ -108,7 +108,7 @@ def make_room(model: Llama, device: torch.device) -> None:
             setattr(module, name, nn.Parameter(torch.empty(held.shape, dtype=held.dtype, device=device)))
 
 
-def tie(model: Llama) -> None:
+def tie_embeddings(model: Llama) -> None:
     """Makes the head the embedding again, where the config says so: laying out and `to_empty` part them."""
     if model.config.tie_word_embeddings and model.lm_head is not None and model.model.embed_tokens is not None:
         model.lm_head.weight = model.model.embed_tokens.weight

@@ -27,12 +27,12 @@ def apply_compile(model: Llama) -> None:
     for layer in model.model.layers.values():
         layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
     if model.model.embed_tokens is not None:
-        model.model.embed_tokens.register_forward_hook(_arrived)
+        model.model.embed_tokens.register_forward_hook(_wait_for_collective)
     if model.token_loss is summed_loss:
         model.token_loss = partial(summed_loss, chunk=torch.compile(loss_and_gradient, fullgraph=True, dynamic=False))
 
 
-def _arrived(module: nn.Module, inputs: object, out: Tensor) -> Tensor:
+def _wait_for_collective(module: nn.Module, inputs: object, out: Tensor) -> Tensor:
     """The tensor-parallel embedding hands on a sum that is still under way; a compiled layer would lose its gradient.
 
     The copy waits for it, and autograd sees that.

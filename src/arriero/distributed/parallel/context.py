@@ -34,12 +34,12 @@ all_gather = getattr(collectives, "all_gather_single_autograd", None) or collect
 def apply_context_parallel(model: Llama, config: ParallelConfig, ranks: Ranks, length: int) -> None:
     """Replaces each layer's attention by one over the whole sequence, in place."""
     assert ranks.context_group is not None
-    kind = GatheredAttention if config.context_method == "all-gather" else UlyssesAttention
+    kind = AllGatherAttention if config.context_method == "all-gather" else UlyssesAttention
     for layer in model.model.layers.values():
         layer.self_attn.attend = kind(config, ranks, length)  # type: ignore[union-attr]
 
 
-class GatheredAttention:
+class AllGatherAttention:
     """This process's queries against the keys and values of all."""
 
     def __init__(self, config: ParallelConfig, ranks: Ranks, length: int) -> None:

@@ -34,18 +34,18 @@ def apply_float8(model: Llama, recipe: Float8Recipe, *, emulate: bool) -> None:
     """
     if recipe == "none":
         return
-    with _quiet():
+    with _without_import_warnings():
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     config = replace(Float8LinearConfig.from_recipe_name(recipe), emulate=emulate)
-    convert_to_float8_training(model, config=config, module_filter_fn=_in_a_layer)
+    convert_to_float8_training(model, config=config, module_filter_fn=_is_in_decoder_layer)
 
 
-def _in_a_layer(module: nn.Module, path: str) -> bool:
+def _is_in_decoder_layer(module: nn.Module, path: str) -> bool:
     return path.startswith("model.layers.")
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _without_import_warnings() -> Iterator[None]:
     """Without torchao's warnings at import: they are of kernels that float8 training does not use."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -36,7 +36,7 @@ class Ranks:
     """Context-parallel degree, a part of `zero`."""
     context_group: ProcessGroup | None = None
     """The processes that share this one's sequences."""
-    ends_group: ProcessGroup | None = None
+    embedding_group: ProcessGroup | None = None
     """The first and last stage's processes of this one's column, which share a tied embedding; None elsewhere."""
 
     @classmethod
@@ -59,7 +59,7 @@ class Ranks:
                 device_type, (pipeline * data, context, tensor), mesh_dim_names=("outer", "context", "inner")
             )
             context_group = inner.get_group("context")
-        ends = _ends_group(sizes, coordinates) if pipeline > 1 else None
+        ends = _embedding_group(sizes, coordinates) if pipeline > 1 else None
         return cls(sizes, coordinates, mesh, context, context_group, ends)
 
     @property
@@ -120,7 +120,7 @@ class Ranks:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         return [bool(flag) for flag in flags.tolist()]
 
-    def texts(self, text: str, group: ProcessGroup | None = None, *, limit: int = 1024) -> list[str]:
+    def gather_texts(self, text: str, group: ProcessGroup | None = None, *, limit: int = 1024) -> list[str]:
         """What every process says, by rank, cut at `limit` bytes; `group` is one of all processes on the CPU."""
         import torch
         import torch.distributed as dist
@@ -141,7 +141,7 @@ class Ranks:
             dist.barrier()
 
 
-def _ends_group(sizes: dict[str, int], coordinates: dict[str, int]) -> ProcessGroup | None:
+def _embedding_group(sizes: dict[str, int], coordinates: dict[str, int]) -> ProcessGroup | None:
     """The group of first and last stage in this process's column; every process makes every group, as torch asks."""
     import torch.distributed as dist
 

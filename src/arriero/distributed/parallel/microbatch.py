@@ -11,7 +11,7 @@ from torch import Tensor
 from arriero.distributed.parallel.config import ParallelConfig
 from arriero.distributed.parallel.context import positions_of
 from arriero.distributed.parallel.mesh import Ranks
-from arriero.model.head import IGNORED
+from arriero.model.head import IGNORE_INDEX
 
 
 class MicroBatch(NamedTuple):
@@ -46,9 +46,9 @@ def micro_batch(
         place = torch.arange(tokens.shape[1], device=device).expand(len(tokens), -1)
     squares = tokens.size * tokens.shape[1] if documents is None else sum_of_squares(documents)
     if ranks.context == 1:
-        return MicroBatch(rows[0], rows[1], place, mask, int((labels != IGNORED).sum()), squares)
+        return MicroBatch(rows[0], rows[1], place, mask, int((labels != IGNORE_INDEX).sum()), squares)
     mine = positions_of(ranks.context_rank, config, tokens.shape[1])
-    valid = int((labels[:, mine.numpy()] != IGNORED).sum())
+    valid = int((labels[:, mine.numpy()] != IGNORE_INDEX).sum())
     mine = mine.to(device)
     place = mine.expand(len(tokens), -1) if place is None else place[:, mine]
     if mask is not None and config.context_method == "all-gather":

@@ -30,7 +30,7 @@ def stages_of(config: ParallelConfig, rank: int) -> list[int]:
     return list(range(rank, config.stages, config.pipeline_parallel))
 
 
-def cut_stage(model: Llama, stage: int, config: ParallelConfig) -> None:
+def prune_to_stage(model: Llama, stage: int, config: ParallelConfig) -> None:
     """Drops from the whole model what stage `stage` does not hold, in place."""
     own = stage_layers(config, model.config.num_hidden_layers)[stage]
     for name in list(model.model.layers):
@@ -162,5 +162,5 @@ def sum_tied_gradients(parts: list[Llama], config: LlamaConfig, ranks: Ranks) ->
         total = found[0] + found[1]
         for gradient in found:
             gradient.copy_(total)
-    elif found and ranks.ends_group is not None:
-        dist.all_reduce(found[0], group=ranks.ends_group)
+    elif found and ranks.embedding_group is not None:
+        dist.all_reduce(found[0], group=ranks.embedding_group)

@@ -41,10 +41,10 @@ def apply_recompute(model: Llama, config: RecomputeConfig, stage: int = 0) -> No
         layers = layers[:count]
     for layer in layers:
         layer.mlp.recomputed = True  # type: ignore[union-attr]
-        layer.forward = _forgetful(layer, config)
+        layer.forward = _checkpointed_forward(layer, config)
 
 
-class _Body(nn.Module):
+class _LayerForward(nn.Module):
     """A layer's own forward, to be called with other parameters than it holds."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -55,7 +55,7 @@ class _Body(nn.Module):
         return self.run(*inputs)
 
 
-def _forgetful(layer: nn.Module, config: RecomputeConfig) -> Callable[..., Any]:
+def _checkpointed_forward(layer: nn.Module, config: RecomputeConfig) -> Callable[..., Any]:
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # no dropout, no random state
     if config.mode == "selective":
         kept = {op for name in config.keep for op in OPERATORS[name]}
@@ -68,7 +68,7 @@ def _forgetful(layer: nn.Module, config: RecomputeConfig) -> Callable[..., Any]:
             return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
         options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
-    body = _Body(layer)
+    body = _LayerForward(layer)
 
     def forward(*inputs: Any) -> Any:
         # Within a functional_call (train/precision.py) the layer holds low-precision copies of its parameters; by the

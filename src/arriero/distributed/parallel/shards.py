@@ -28,7 +28,7 @@ class Shard:
     """Where the local part begins in the whole."""
     local_shape: tuple[int, ...]
     """The local part's shape; may hold no element."""
-    cut_over: tuple[str, ...]
+    sharded_over: tuple[str, ...]
     """Mesh dimensions over which the parameter is cut; over the others every rank holds the same."""
     copy: bool = False
     """Whether this is the head's copy of a tied embedding that another stage holds: neither written nor counted."""
@@ -40,7 +40,9 @@ class Shard:
 
     def written_by(self, ranks: Ranks) -> bool:
         """Whether this process is the one that writes the part: the first of those that hold the same."""
-        return not self.copy and all(ranks.coordinates[name] == 0 for name in DIMENSIONS if name not in self.cut_over)
+        return not self.copy and all(
+            ranks.coordinates[name] == 0 for name in DIMENSIONS if name not in self.sharded_over
+        )
 
 
 def is_dtensor(tensor: object) -> TypeGuard[DTensor]:

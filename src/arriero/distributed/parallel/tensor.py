@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.distributed.tensor.placement_types import Placement
 
-from arriero.model.head import VocabularyCut, linear_cross_entropy
+from arriero.model.head import VocabularyShard, linear_cross_entropy
 from arriero.model.llama import Llama
 
 
@@ -62,16 +62,16 @@ def apply_tensor_parallel(model: Llama, mesh: DeviceMesh, *, sequence: bool) -> 
     table = {path: style for path, style in plan(sequence=sequence).items() if absent.get(path, model) is not None}
     parallelize_module(model, mesh, table)
     if model.lm_head is not None:
-        model.token_loss = CutVocabularyLoss(mesh, model.config.vocab_size, Shard(1) if sequence else Replicate())
+        model.token_loss = VocabularyParallelLoss(mesh, model.config.vocab_size, Shard(1) if sequence else Replicate())
 
 
-class CutVocabularyLoss:
+class VocabularyParallelLoss:
     """The summed loss where each process holds some rows of the head."""
 
     def __init__(self, mesh: DeviceMesh, vocabulary: int, stream: Placement) -> None:
         self.mesh, self.stream = mesh, stream
         each = -(-vocabulary // mesh.size())  # as DTensor cuts: rounded up, the last may have less
-        self.cut = VocabularyCut(mesh.get_local_rank() * each, self._gather)
+        self.cut = VocabularyShard(mesh.get_local_rank() * each, self._gather)
 
     def _gather(self, value: Tensor) -> Tensor:
         out = [torch.empty_like(value) for _ in range(self.mesh.size())]

@@ -54,20 +54,20 @@ def is_fsdp(module: nn.Module) -> TypeGuard[FSDPModule]:
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
-def sum_gradients_now(model: Llama, stage: int, *, last: bool) -> None:
+def set_gradient_sync(model: Llama, stage: int, *, last: bool) -> None:
     """Tells FSDP whether this micro-batch's backward ends in a gradient sum; without FSDP it does nothing."""
     if is_fsdp(model):
         model.set_requires_gradient_sync(last or stage > 1)
 
 
-def cut_again(model: Llama) -> None:
+def reshard(model: Llama) -> None:
     """Frees parameters that a forward pass without backward has left whole; without FSDP it does nothing."""
     for module in model.modules():
         if is_fsdp(module):
             module.reshard()
 
 
-def watch_collectives(model: Llama, watch: Callable[..., Any]) -> None:
+def time_collectives(model: Llama, watch: Callable[..., Any]) -> None:
     """Has FSDP's all-gathers and reduce-scatters called as `watch(call, ...)`; without FSDP it does nothing.
 
     Hybrid sharding's all-reduce between copies has no such hook.
