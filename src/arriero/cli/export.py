@@ -16,6 +16,7 @@ from arriero.checkpoint.tensors.stream import ViewReader, torch_dtype
 from arriero.checkpoint.tensors.transfer import read_fingerprints
 from arriero.checkpoint.tensors.values import fingerprint
 from arriero.common.errors import EXIT_OK, CheckFailed, join_problems
+from arriero.common.progress import ProgressBar
 from arriero.common.ranges import flag, range_problems
 from arriero.common.text import escape
 from arriero.model.config import LlamaConfig

@@ -13,6 +13,7 @@ from arriero.checkpoint.tensors.stream import TensorView
 from arriero.checkpoint.tensors.transfer import read_fingerprints
 from arriero.checkpoint.tensors.values import fingerprint
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError
+from arriero.common.progress import ProgressBar
 from arriero.common.text import escape, escape_message
 from arriero.data.tokenizer_json import vocabulary_size
 
