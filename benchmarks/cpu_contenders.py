@@ -55,9 +55,9 @@ class Job:
 
 def arriero(job: Job, *, compiled: bool = False) -> None:
     """The trainer in a process as `arriero pretrain` makes it."""
-    from arriero.distributed.launch.worker import in_process_group
+    from arriero.distributed.launch.worker import run_in_process_group
 
-    in_process_group(partial(_arriero, compiled=compiled), job)
+    run_in_process_group(partial(_arriero, compiled=compiled), job)
 
 
 def _arriero(job: Job, *, compiled: bool) -> None:

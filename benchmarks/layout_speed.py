@@ -143,11 +143,12 @@ def main() -> None:
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
-        from arriero.distributed.launch.launcher import in_process_group, run_processes
+        from arriero.distributed.launch.launcher import run_processes
+        from arriero.distributed.launch.worker import run_in_process_group
 
         job = json.loads(args.job)
         if job["processes"] == 1:
-            in_process_group(run, job)
+            run_in_process_group(run, job)
         else:
             run_processes(run, job, job["processes"])
         return

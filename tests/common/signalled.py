@@ -20,7 +20,7 @@ import psutil
 
 import arriero.train.run
 from arriero.cli.main import dispatch
-from arriero.distributed.launch.store import die_with_parent
+from arriero.distributed.launch.store import set_parent_death_signal
 
 assert arriero.train.run
 INT, TERM, HUP, USR1 = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
@@ -83,7 +83,7 @@ def start(words: list[str], log: Path, ignored: tuple[int, ...]) -> int:
         return pid
     code = 1
     try:
-        die_with_parent()
+        set_parent_death_signal()
         os.setsid()
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)

@@ -14,7 +14,7 @@ import pytest
 
 from arriero.cli.main import dispatch
 from arriero.common.errors import UserError
-from arriero.common.output import OutputClosed, guarded_output, new_notes
+from arriero.common.output import OutputClosed, guarded_output, new_write_failures
 from toy import write_recipe
 
 
@@ -56,8 +56,8 @@ def test_another_stream_is_noted_once_on_the_other_one(monkeypatch: pytest.Monke
         with streams(monkeypatch, stream, said), guarded_output(required=False):
             for _ in range(3):
                 print("lost", flush=True)
-            assert [why in note for note in new_notes()] == [True]
-            assert new_notes() == []
+            assert [why in note for note in new_write_failures()] == [True]
+            assert new_write_failures() == []
         assert said.getvalue().count(why) == 1
 
 
@@ -65,7 +65,7 @@ def test_both_streams_fail_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     with streams(monkeypatch, full(), full()), guarded_output(required=False):
         print("lost", flush=True)
         print("lost", file=sys.stderr, flush=True)
-        assert len(new_notes()) == 2
+        assert len(new_write_failures()) == 2
 
 
 def test_any_character_can_be_printed(monkeypatch: pytest.MonkeyPatch) -> None:

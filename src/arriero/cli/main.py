@@ -18,7 +18,7 @@ from arriero.common.errors import (
     closest_match,
 )
 from arriero.common.output import OutputClosed, guarded_output
-from arriero.common.signals import Interrupted, interrupts
+from arriero.common.signals import Interrupted, interrupt_on_signals
 from arriero.common.text import escape, escape_message
 from arriero.common.version import __version__
 
@@ -72,7 +72,7 @@ def dispatch(words: list[str], *, last: bool = False) -> int:
     """
     verb = VERBS.get(words[0]) if words else None
     shows = not {"-h", "--help", "--verify-layout"}.isdisjoint(words)
-    with guarded_output(required=verb is None or verb.result == "output" or shows), interrupts(last=last):
+    with guarded_output(required=verb is None or verb.result == "output" or shows), interrupt_on_signals(last=last):
         try:
             return _printed(words)
         except CheckFailed as error:

@@ -85,13 +85,13 @@ _notes: list[str] = []
 
 
 def note(number: int, problem: str) -> None:
-    """Shows on the other stream that stream `number` (1 or 2) cannot be written, and keeps it for `new_notes`."""
+    """Shows on the other stream that stream `number` (1 or 2) cannot be written; kept for `new_write_failures`."""
     text = f"{_NAMES[number]} cannot be written ({problem}); the work goes on without it"
     _notes.append(text)
     print(f"arriero: {text}", file=sys.stderr if number == 1 else sys.stdout, flush=True)
 
 
-def new_notes() -> list[str]:
+def new_write_failures() -> list[str]:
     """What was noted in this process since the last call, one line for each stream: for the log of a run.
 
     A run may write nothing to standard error for hours, so it is asked here whether anybody reads it still.

@@ -26,13 +26,13 @@ from typing import Any
 from arriero.common.errors import EXIT_STOPPED
 from arriero.common.output import write_stderr
 
-SAME_PRESS = 1.0
+SIGINT_DEBOUNCE = 1.0
 """Seconds within which two SIGINT are one."""
-SETTLE = 1.0
+STARTUP_STOP_DELAY = 1.0
 """Seconds that a request to stop during the start waits, so that no process begins to train while another ends."""
-ENDS_IN = 5.0
+FORCED_EXIT_DELAY = 5.0
 """Seconds after which a process that is in a long call is ended although it has not cleaned up."""
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -109,7 +109,7 @@ def use_shared(shared: Shared, index: int | None = None) -> None:
         shared.pids[index], shared.phases[index] = os.getpid(), Phase.STARTING
 
 
-def stop_wanted() -> bool:
+def stop_requested() -> bool:
     """Whether a signal asked this process, or another one of this machine, to save and stop."""
     return _Mine.shared.asked > 0
 
@@ -138,7 +138,7 @@ def outcome(number: int, phase: Phase) -> Interrupted:
 
 
 @contextlib.contextmanager
-def interrupts(*, last: bool = False) -> Iterator[None]:
+def interrupt_on_signals(*, last: bool = False) -> Iterator[None]:
     """While a command runs, has the signals that ask it to end raise Interrupted, so that it cleans up.
 
     Args:
@@ -158,7 +158,7 @@ def interrupts(*, last: bool = False) -> Iterator[None]:
 
     use_shared(Shared(1), 0)
     usual = (signal.SIG_DFL, signal.default_int_handler)
-    before = {number: signal.signal(number, end) for number in ENDING if signal.getsignal(number) in usual}
+    before = {number: signal.signal(number, end) for number in STOP_SIGNALS if signal.getsignal(number) in usual}
     try:
         yield
     finally:
@@ -168,10 +168,10 @@ def interrupts(*, last: bool = False) -> Iterator[None]:
 
 def wanted() -> list[signal.Signals]:
     """The signals that a training run takes."""
-    return [n for n in ENDING if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    return [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
 
 
-class LoneListener:
+class SignalListener:
     """Takes the signals of a process that arriero's launcher has not started: the only one, or one under torchrun."""
 
     def __init__(self, *, speaks: bool) -> None:
@@ -204,13 +204,13 @@ class LoneListener:
                     self._say(stop_message(number))
                     continue
                 self._end_in_order(outcome(number, Phase.STARTING))
-            elif number == signal.SIGINT and time.monotonic() - shared.asked > SAME_PRESS:
+            elif number == signal.SIGINT and time.monotonic() - shared.asked > SIGINT_DEBOUNCE:
                 end = outcome(number, shared.phase)
                 self._say(str(end))
                 os._exit(end.code)
 
     def _still_starting(self) -> bool:
-        until = time.monotonic() + SETTLE
+        until = time.monotonic() + STARTUP_STOP_DELAY
         while _Mine.shared.phase == Phase.STARTING and time.monotonic() < until:
             time.sleep(0.05)
         return _Mine.shared.phase == Phase.STARTING
@@ -225,7 +225,7 @@ class LoneListener:
         if self.speaks:
             write_stderr(text)
 
-    def __enter__(self) -> LoneListener:
+    def __enter__(self) -> SignalListener:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -237,7 +237,7 @@ class LoneListener:
 
 
 def _end_later(end: Interrupted) -> None:
-    time.sleep(ENDS_IN)
+    time.sleep(FORCED_EXIT_DELAY)
     write_stderr(str(end))
     os._exit(end.code)
 

@@ -11,7 +11,7 @@ from arriero.checkpoint.save import SaveResult, raise_if_last_save_failed
 from arriero.checkpoint.verify import newest_intact_checkpoint
 from arriero.common.device import device_name, float8_units
 from arriero.common.errors import UserError
-from arriero.common.signals import Phase, set_phase, stop_wanted
+from arriero.common.signals import Phase, set_phase, stop_requested
 from arriero.common.text import escape
 from arriero.distributed.launch.worker import seconds_since_start
 from arriero.distributed.parallel.mesh import Ranks
@@ -65,7 +65,7 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, st
             collect(trainer.done)  # here, where every step passes, one that is left out too
             watchdog.start_step(trainer.done + 1)
             with profile.step(trainer.done + 1):
-                result = trainer.step(lambda: stop_wanted() or timed_out(start))
+                result = trainer.step(lambda: stop_requested() or timed_out(start))
             watchdog.done()
             reporter.step(result)
             events.note("step", step=result.step, seconds=result.seconds, data=result.phases.get("data_wait", 0.0))

@@ -21,7 +21,7 @@ import torch
 from arriero.checkpoint.save import SaveResult
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory, os_error_text, write_atomic
-from arriero.common.output import new_notes
+from arriero.common.output import new_write_failures
 from arriero.common.text import escape, escape_message
 from arriero.common.version import __version__
 from arriero.model.config import LlamaConfig
@@ -97,7 +97,7 @@ class Reporter:
         """Prints a line, and keeps it in log.txt; what a terminal would obey is shown instead (common/text.py)."""
         if self._text is not None:
             print(escape_message(text), flush=True)
-            for line in (text, *(f" NOTICE: {note}" for note in new_notes())):
+            for line in (text, *(f" NOTICE: {note}" for note in new_write_failures())):
                 self._text.write(escape_message(line).encode())
 
     def saved(self, results: list[SaveResult]) -> None:

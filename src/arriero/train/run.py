@@ -16,18 +16,17 @@ from arriero.checkpoint.lock import RunLock
 from arriero.common.device import device_count, device_type
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_STOPPED, UserError, join_problems
 from arriero.common.text import escape, escape_message
-from arriero.distributed.launch.config import LaunchConfig, take_place
-from arriero.distributed.launch.launcher import (  # fmt: skip
-    Place,
-    ProcessFailed,
-    in_process_group,
-    leave,
-    run_processes,
-    start_number,
-    started_by_another,
-)
+from arriero.distributed.launch.config import LaunchConfig, resolve_launch_env
+from arriero.distributed.launch.launcher import ProcessFailed, run_processes
 from arriero.distributed.launch.secret import Secret
-from arriero.distributed.launch.worker import leave_last
+from arriero.distributed.launch.worker import (
+    RankInfo,
+    exit_after_peers,
+    exit_worker,
+    is_launched_externally,
+    restart_count,
+    run_in_process_group,
+)
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.train.config import RunOptions
 from arriero.train.directory import prepare_run_directory
@@ -59,15 +58,15 @@ def pretrain(recipe: Recipe, start: RunOptions) -> int:
     Raises:
         UserError: what is wrong with the recipe, its inputs or this machine, all together.
     """
-    launch = take_place(start.launch, os.environ)
+    launch = resolve_launch_env(start.launch, os.environ)
     kind = device_type(recipe.device)
     here = process_count(recipe, launch, kind)
     world = here * max(1, launch.nodes)
     if start.verify_layout:
         return verify(recipe, world)
     paths = candidates(Path(start.resume)) if start.resume else []
-    joining = launch.node_rank > 0 or Place.from_environment().rank > 0
-    local = 1 if started_by_another() else here
+    joining = launch.node_rank > 0 or RankInfo.from_environment().rank > 0
+    local = 1 if is_launched_externally() else here
     changed = check(recipe, world, paths, kind=kind, joining=joining, allowed=start.allow_change, here=local)
     continuation = ResumePlan(tuple(paths), tuple(changed), duration(start.stop_after))
     earlier = -1.0
@@ -79,14 +78,14 @@ def pretrain(recipe: Recipe, start: RunOptions) -> int:
         "join_seconds": launch.join_timeout, "collective_seconds": launch.collective_timeout, "secret": secret,
     }  # fmt: skip
     if world == 1 and not launch.max_restarts:
-        complete = in_process_group(work, job, saves=True)
-    elif started_by_another():
+        complete = run_in_process_group(work, job, saves=True)
+    elif is_launched_externally():
         try:
-            complete = in_process_group(work, job, facts=facts, saves=True, **joining_in)
+            complete = run_in_process_group(work, job, facts=facts, saves=True, **joining_in)
             if not complete:
-                return leave_last(EXIT_STOPPED)
+                return exit_after_peers(EXIT_STOPPED)
         except BaseException as error:
-            leave(error)
+            exit_worker(error)
     else:
         try:
             complete = all(run_processes(work, job, here, launch=launch, facts=facts, saves=True, secret=secret))
@@ -102,8 +101,8 @@ def process_count(recipe: Recipe, launch: LaunchConfig, kind: str) -> int:
     Raises:
         UserError: more than there are devices.
     """
-    if started_by_another():
-        return Place.from_environment().world
+    if is_launched_externally():
+        return RankInfo.from_environment().world_size
     wanted, devices = launch.nproc_per_node, device_count(kind)
     if kind != "cpu" and wanted > devices:
         raise UserError(f"--nproc-per-node is {wanted}, and this machine has {devices} {kind} devices", "give fewer")
@@ -114,7 +113,7 @@ def process_count(recipe: Recipe, launch: LaunchConfig, kind: str) -> int:
 def verify(recipe: Recipe, processes: int) -> int:
     """The proof of `--verify-layout`, once the recipe's layout is possible at all."""
     problems = recipe.layout_problems(processes)
-    if started_by_another():
+    if is_launched_externally():
         fix = "leave torchrun or srun out: --nproc-per-node N gives the number of processes"
         problems.append(UserError("--verify-layout starts its own processes, on one machine", fix))
     if recipe.train.compile:
@@ -126,7 +125,7 @@ def verify(recipe: Recipe, processes: int) -> int:
 
 def present_checkpoints(job: Job) -> tuple[Path, ...]:
     """Where this start may begin: after a loss, from what the run itself has written."""
-    written = committed(Path(job.recipe.out) / "checkpoints") if start_number() > 0 else []
+    written = committed(Path(job.recipe.out) / "checkpoints") if restart_count() > 0 else []
     return tuple(p for p in reversed(written) if save_number(p) > job.earlier) or job.start.checkpoints
 
 
@@ -138,16 +137,16 @@ def facts(job: Job) -> dict[str, str]:
 
 def work(job: Job) -> bool:
     """What each process does; returns whether the run is complete."""
-    place, start = Place.from_environment(), replace(job.start, checkpoints=present_checkpoints(job))
+    info, start = RankInfo.from_environment(), replace(job.start, checkpoints=present_checkpoints(job))
     with contextlib.ExitStack() as held:
-        if place.rank == 0:
+        if info.rank == 0:
             lock = RunLock(Path(job.recipe.out))
             held.callback(lock.release)
             if lock.stale:
                 start = replace(start, notices=(f" the last job was cut off: {lock.stale}", *start.notices))
             prepare_run_directory(job.recipe)
         ranks = Ranks.build(job.recipe.parallel, job.device_kind)
-        return train(job.recipe, ranks, local_rank=place.local_rank, device_kind=job.device_kind, start=start)
+        return train(job.recipe, ranks, local_rank=info.local_rank, device_kind=job.device_kind, start=start)
 
 
 def duration(text: str) -> float:

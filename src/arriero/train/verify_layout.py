@@ -21,7 +21,8 @@ from arriero.checkpoint.load import CheckpointReader
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK
 from arriero.data.config import DataConfig
 from arriero.data.indexed import IndexedWriter
-from arriero.distributed.launch.launcher import in_process_group, run_processes
+from arriero.distributed.launch.launcher import run_processes
+from arriero.distributed.launch.worker import run_in_process_group
 from arriero.distributed.parallel.config import ParallelConfig, RecomputeConfig
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.train.recipe import Recipe
@@ -53,7 +54,7 @@ def verify_layout(recipe: Recipe, processes: int) -> int:
         print(f"one process, then {processes}: {describe(recipe.parallel, processes)}", flush=True)
         run_processes(measure, runs[0], 1)  # in a process of its own: a process that has computed must not be forked
         if processes == 1:
-            in_process_group(measure, runs[1])
+            run_in_process_group(measure, runs[1])
         else:
             run_processes(measure, runs[1], processes)
         worst = differences(*runs)

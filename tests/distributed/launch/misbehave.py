@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from arriero.common.errors import UserError
 from arriero.distributed.launch import launcher as launch
+from arriero.distributed.launch.config import LaunchConfig, resolve
 
 
 def work(way: str) -> None:
@@ -38,7 +39,7 @@ def work(way: str) -> None:
 if __name__ == "__main__":
     launch.STOPPED_AFTER = 2
     for way in sys.argv[1:]:
-        config = replace(launch.resolve(launch.LaunchConfig(), {}), collective_timeout=3 if way == "hang" else 60)
+        config = replace(resolve(LaunchConfig(), {}), collective_timeout=3 if way == "hang" else 60)
         began, said = time.monotonic(), None
         try:
             launch.run_processes(work, way, 3, launch=config)

@@ -65,7 +65,7 @@ def test_a_process_is_bound_and_takes_as_many_threads(tmp_path: Path) -> None:
     script = (
         "import os, pathlib, sys, torch; from arriero.distributed.launch import cpu_affinity as placement\n"
         "nodes = placement.numa_nodes(pathlib.Path(sys.argv[1])); placement.numa_nodes = lambda: nodes\n"
-        "placement.place_process(1, 2, bind=sys.argv[2] == 'bind')\n"
+        "placement.set_cpu_affinity(1, 2, bind=sys.argv[2] == 'bind')\n"
         "print(sorted(os.sched_getaffinity(0)), torch.get_num_threads())"
     )
     environment = {k: v for k, v in os.environ.items() if k not in ("ARRIERO_THREADS", "OMP_NUM_THREADS")}

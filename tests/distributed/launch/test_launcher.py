@@ -25,8 +25,8 @@ from arriero.cli.main import dispatch
 from arriero.common.errors import UserError
 from arriero.common.text import format_ranks
 from arriero.distributed.launch.agreement import differences
-from arriero.distributed.launch.config import LaunchConfig, resolve, take_place
-from arriero.distributed.launch.rendezvous import Meeting
+from arriero.distributed.launch.config import LaunchConfig, resolve, resolve_launch_env
+from arriero.distributed.launch.rendezvous import FixedRankRendezvous
 from toy import arriero, write_data, write_recipe
 
 HERE = Path(__file__).parent
@@ -105,7 +105,7 @@ def test_one_machine_needs_nothing() -> None:
 
 def test_flags_without_effect_under_torchrun_are_refused() -> None:
     with pytest.raises(UserError, match="--nodes, --max-restarts: no effect"):
-        take_place(LaunchConfig(nodes=2, max_restarts=1), {"RANK": "0", "WORLD_SIZE": "2"})
+        resolve_launch_env(LaunchConfig(nodes=2, max_restarts=1), {"RANK": "0", "WORLD_SIZE": "2"})
 
 
 @given(st.sets(st.integers(0, 30), min_size=1))
@@ -151,8 +151,10 @@ def test_a_batch_file_for_a_recipe_that_does_not_fit_is_refused(tmp_path: Path) 
         launch_slurm.run(["slrum"])
 
 
-def meeting(port: int, *, node_rank: int = 0, address: str = "127.0.0.1") -> Meeting:
-    return Meeting(nodes=3, node_rank=node_rank, address=address, port=port, processes=1, join_seconds=1.0, restarts=0)
+def meeting(port: int, *, node_rank: int = 0, address: str = "127.0.0.1") -> FixedRankRendezvous:
+    return FixedRankRendezvous(
+        nodes=3, node_rank=node_rank, address=address, port=port, processes=1, join_seconds=1.0, restarts=0
+    )
 
 
 def test_a_node_that_never_comes_is_named() -> None:
@@ -163,10 +165,10 @@ def test_a_node_that_never_comes_is_named() -> None:
 
 
 def test_nodes_that_start_different_numbers_of_processes_are_refused() -> None:
-    first = Meeting(
+    first = FixedRankRendezvous(
         nodes=2, node_rank=0, address="127.0.0.1", port=free_port(), processes=2, join_seconds=9.0, restarts=0
     )
-    second = Meeting(
+    second = FixedRankRendezvous(
         nodes=2, node_rank=1, address="127.0.0.1", port=first.port, processes=1, join_seconds=9.0, restarts=0
     )
     with ThreadPoolExecutor() as pool:

@@ -45,8 +45,8 @@ from arriero.distributed.launch.gate import (
     serve,
     try_gate,
 )
-from arriero.distributed.launch.objects import PICKLING, PickledObject, refuse_pickled_objects
-from arriero.distributed.launch.rendezvous import Meeting
+from arriero.distributed.launch.objects import PICKLE_FUNCTIONS, PickledObject, refuse_pickled_objects
+from arriero.distributed.launch.rendezvous import FixedRankRendezvous
 from arriero.distributed.launch.secret import Secret
 from arriero.distributed.parallel.config import ParallelConfig
 from arriero.distributed.parallel.pipeline import stage_shapes
@@ -287,7 +287,7 @@ def test_a_made_secret_that_is_a_link_or_anothers_is_not_believed(tmp_path: Path
 
 @pytest.fixture
 def refusing() -> Iterator[None]:
-    held = {name: getattr(distributed_c10d, name) for name in PICKLING}
+    held = {name: getattr(distributed_c10d, name) for name in PICKLE_FUNCTIONS}
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     refuse_pickled_objects()
     yield
@@ -339,15 +339,15 @@ def test_a_forged_node_does_not_join(monkeypatch: pytest.MonkeyPatch) -> None:
     with listen() as probe:
         port = port_of(probe)
     place = {"nodes": 2, "address": "127.0.0.1", "port": port, "processes": 1, "restarts": 0}
-    node_0 = Meeting(node_rank=0, join_seconds=20, secret=secret_of(KEY), **place)
+    node_0 = FixedRankRendezvous(node_rank=0, join_seconds=20, secret=secret_of(KEY), **place)
     try:
         with pytest.raises(UserError, match="node 0 has another secret"):
-            Meeting(node_rank=1, join_seconds=1, secret=secret_of(OTHER), **place)
+            FixedRankRendezvous(node_rank=1, join_seconds=1, secret=secret_of(OTHER), **place)
         with pytest.raises(RuntimeError):  # torch's own store, spoken to as it stood open before
             dist.TCPStore("127.0.0.1", port, wait_for_workers=False, timeout=timedelta(seconds=1))
         assert not node_0.store.check(["0/node-1"])
         with ThreadPoolExecutor() as pool:
-            both = [node_0, Meeting(node_rank=1, join_seconds=20, secret=secret_of(KEY), **place)]
+            both = [node_0, FixedRankRendezvous(node_rank=1, join_seconds=20, secret=secret_of(KEY), **place)]
             assert [a.result(60).world_size for a in [pool.submit(m.next_rendezvous) for m in both]] == [2, 2]
     finally:
         node_0.close()

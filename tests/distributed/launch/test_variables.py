@@ -15,9 +15,9 @@ from arriero.cli import launch_slurm
 from arriero.cli.main import dispatch
 from arriero.common.errors import UserError
 from arriero.distributed.launch import slurm
-from arriero.distributed.launch.config import LaunchConfig, resolve, take_place
-from arriero.distributed.launch.cpu_affinity import place_process
-from arriero.distributed.launch.worker import Place, start_number
+from arriero.distributed.launch.config import LaunchConfig, resolve, resolve_launch_env
+from arriero.distributed.launch.cpu_affinity import set_cpu_affinity
+from arriero.distributed.launch.worker import RankInfo, restart_count
 from toy import write_recipe
 
 STEP = {
@@ -37,7 +37,7 @@ HOSTILE = [
 
 def test_a_task_of_srun_knows_its_place() -> None:
     environment = dict(STEP)
-    take_place(LaunchConfig(), environment)
+    resolve_launch_env(LaunchConfig(), environment)
     assert {k: environment[k] for k in TORCHRUN if k != "MASTER_PORT"} == {
         k: v for k, v in TORCHRUN.items() if k != "MASTER_PORT"
     }
@@ -45,7 +45,7 @@ def test_a_task_of_srun_knows_its_place() -> None:
 
 
 def test_a_task_of_srun_that_starts_processes_is_a_node() -> None:
-    found = take_place(LaunchConfig(nproc_per_node=8), dict(STEP))
+    found = resolve_launch_env(LaunchConfig(nproc_per_node=8), dict(STEP))
     assert (found.nodes, found.node_rank, found.master_addr) == (4, 3, "gpu08")
 
 
@@ -57,13 +57,13 @@ def test_the_batch_file_itself_is_no_task() -> None:
 def test_a_missing_variable_of_srun_is_named(missing: str) -> None:
     environment = {k: v for k, v in STEP.items() if k != missing}
     with pytest.raises(UserError, match=f"{missing} is missing"):
-        take_place(LaunchConfig(), environment)
+        resolve_launch_env(LaunchConfig(), environment)
 
 
 @pytest.mark.parametrize("missing", [name for name in TORCHRUN if name != "LOCAL_WORLD_SIZE"])
 def test_a_missing_variable_of_torchrun_is_named(missing: str) -> None:
     with pytest.raises(UserError, match=f"{missing} is missing"):
-        take_place(LaunchConfig(), {k: v for k, v in TORCHRUN.items() if k != missing})
+        resolve_launch_env(LaunchConfig(), {k: v for k, v in TORCHRUN.items() if k != missing})
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_a_missing_variable_of_torchrun_is_named(missing: str) -> None:
 )
 def test_variables_of_srun_that_contradict_each_other(changes: dict[str, str], named: str) -> None:
     with pytest.raises(UserError, match=named):
-        take_place(LaunchConfig(), STEP | changes)
+        resolve_launch_env(LaunchConfig(), STEP | changes)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_variables_of_srun_that_contradict_each_other(changes: dict[str, str], n
 )
 def test_variables_of_torchrun_that_contradict_each_other(changes: dict[str, str], named: str) -> None:
     with pytest.raises(UserError, match=named):
-        take_place(LaunchConfig(), TORCHRUN | changes)
+        resolve_launch_env(LaunchConfig(), TORCHRUN | changes)
 
 
 TEXTS = st.one_of(
@@ -117,30 +117,30 @@ def test_any_value_is_taken_or_refused_by_name(
     usual: dict[str, str], changes: dict[str, str], config: LaunchConfig
 ) -> None:
     """No KeyError, IndexError or ValueError; a place that was accepted is one; the message can be printed."""
-    environment, refused, place = usual | changes, "", Place()
+    environment, refused, info = usual | changes, "", RankInfo()
     try:
-        take_place(config, environment)
-        place = Place.read(environment)
+        resolve_launch_env(config, environment)
+        info = RankInfo.read(environment)
     except UserError as error:
         refused = str(error)
     if refused:
         assert re.search(r"SLURM_|RANK|SIZE|MASTER_|NNODES|--n", refused)
         assert len(refused) < 1000
         assert refused.replace("\n", "").isprintable()
-    assert 0 <= place.rank < place.world
-    assert 0 <= place.local_rank < place.local_world <= place.world
+    assert 0 <= info.rank < info.world_size
+    assert 0 <= info.local_rank < info.local_world_size <= info.world_size
 
 
 def test_other_numbers_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for value in ("many", "0", "-3", "1e9"):
         monkeypatch.setenv("ARRIERO_THREADS", value)
         with pytest.raises(UserError, match="ARRIERO_THREADS"):
-            place_process(0, 1, bind=False)
+            set_cpu_affinity(0, 1, bind=False)
     for name in ("ARRIERO_ROUND", "TORCHELASTIC_RESTART_COUNT"):
         with monkeypatch.context() as one:
             one.setenv(name, "x")
             with pytest.raises(UserError, match=name):
-                start_number()
+                restart_count()
     with pytest.raises(UserError, match="NNODES is 'two'"):
         resolve(LaunchConfig(), {"NNODES": "two"})
 

@@ -16,8 +16,9 @@ import torch
 from torch._dynamo.utils import counters
 from torch.distributed import distributed_c10d
 
-from arriero.distributed.launch.launcher import in_process_group, run_processes
-from arriero.distributed.launch.objects import PICKLING
+from arriero.distributed.launch.launcher import run_processes
+from arriero.distributed.launch.objects import PICKLE_FUNCTIONS
+from arriero.distributed.launch.worker import run_in_process_group
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.train.recipe import Recipe, Setting, parse
 from arriero.train.trainer import Trainer
@@ -36,7 +37,7 @@ def count_pickles() -> None:
 
         return noted
 
-    for name in PICKLING:
+    for name in PICKLE_FUNCTIONS:
         setattr(distributed_c10d, name, counted(name, getattr(distributed_c10d, name)))
     sys.addaudithook(lambda event, given: PICKLES.append(str(given)) if event == "pickle.find_class" else None)
 
@@ -81,6 +82,6 @@ def run_job(job: dict[str, Any]) -> None:
 if __name__ == "__main__":
     job = json.loads(Path(sys.argv[1]).read_text())
     if job["processes"] == 1:
-        in_process_group(run_job, job)
+        run_in_process_group(run_job, job)
     else:
         run_processes(run_job, job, job["processes"])

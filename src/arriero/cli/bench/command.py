@@ -20,8 +20,9 @@ from arriero.common.device import describe, device_type, matmul_dtypes, take_dev
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError, join_problems
 from arriero.common.ranges import PathText, flag, range_problems
 from arriero.common.text import escape_message
-from arriero.distributed.launch.config import LaunchConfig, take_place
-from arriero.distributed.launch.launcher import Place, ProcessFailed, run_processes, started_by_another
+from arriero.distributed.launch.config import LaunchConfig, resolve_launch_env
+from arriero.distributed.launch.launcher import ProcessFailed, run_processes
+from arriero.distributed.launch.worker import RankInfo, is_launched_externally
 from arriero.train.memory import memory_problems
 from arriero.train.preflight import machine_problems
 from arriero.train.recipe import (
@@ -102,12 +103,12 @@ def bench(config: BenchConfig, launch: LaunchConfig, named: str, settings: list[
     """Measures a recipe, or the settings around it."""
     before = file_settings(find_bundled("", named, ".toml")) if named else []
     recipe = parse(Recipe, before + settings, prog="arriero bench")
-    launch = take_place(launch, os.environ)
+    launch = resolve_launch_env(launch, os.environ)
     kind = device_type(recipe.device)
     here = process_count(recipe, launch, kind)
     check(config, recipe, here * max(1, launch.nodes), kind, here)
     if config.sweep:
-        if started_by_another() or launch.nodes > 1:
+        if is_launched_externally() or launch.nodes > 1:
             raise UserError("--sweep starts its own processes, on one machine", "start it without torchrun or --nodes")
         check_target(config.write)
     with tempfile.TemporaryDirectory(prefix="arriero-bench-") as root:
@@ -137,7 +138,7 @@ def check(config: BenchConfig, recipe: Recipe, processes: int, kind: str, here: 
         problems += part.problems()
     problems += machine_problems(recipe, kind)
     if not problems and kind == "cpu" and not config.sweep:
-        problems += memory_problems(recipe, processes, 1 if started_by_another() else here)[0]
+        problems += memory_problems(recipe, processes, 1 if is_launched_externally() else here)[0]
     if config.memory_limit and kind != "cpu":
         problems.append(UserError("--memory-limit has no effect on an accelerator: its memory is the limit", "drop it"))
     if problems:
@@ -155,9 +156,9 @@ class PeakJob:
 def bench_peak(config: BenchConfig, launch: LaunchConfig, settings: list[Setting]) -> int:
     """Measures matmuls; with --nproc-per-node, in several processes at once, of which the first speaks."""
     recipe = parse(Recipe, settings, prog="arriero bench")
-    launch = take_place(launch, os.environ)
+    launch = resolve_launch_env(launch, os.environ)
     kind = device_type(recipe.device)
-    if started_by_another() or launch.nodes > 1:
+    if is_launched_externally() or launch.nodes > 1:
         raise UserError("--peak is about one machine", "start it without torchrun or --nodes")
     here = process_count(recipe, launch, kind) if launch.nproc_per_node else 1
     print(run_processes(measure_peak, PeakJob(kind, config.json), here, launch=launch)[0])
@@ -166,8 +167,8 @@ def bench_peak(config: BenchConfig, launch: LaunchConfig, settings: list[Setting
 
 def measure_peak(job: PeakJob) -> str:
     """What each process does; returns the text to print."""
-    place = Place.from_environment()
-    device = take_device(job.device_kind, place.local_rank)
+    info = RankInfo.from_environment()
+    device = take_device(job.device_kind, info.local_rank)
     peaks: list[Peak] = [matmul_peak(device, dtype) for dtype in matmul_dtypes(job.device_kind)]
     return as_json(peaks) if job.json else peak_table(describe(job.device_kind), peaks)
 

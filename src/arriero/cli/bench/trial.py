@@ -24,7 +24,8 @@ from arriero.common.device import describe, device_name, peak_memory, resident_m
 from arriero.common.errors import UserError
 from arriero.data.config import DataConfig
 from arriero.distributed.launch.config import LaunchConfig
-from arriero.distributed.launch.launcher import ProcessFailed, in_process_group, run_processes, started_by_another
+from arriero.distributed.launch.launcher import ProcessFailed, run_processes
+from arriero.distributed.launch.worker import is_launched_externally, run_in_process_group
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.distributed.parallel.shards import local
 from arriero.model.config import LlamaConfig
@@ -124,8 +125,8 @@ def run_trial(trial: Trial, processes: int, launch: LaunchConfig | None = None) 
     for name in (OUT_OF_MEMORY, "result.json"):
         (trial.root / name).unlink(missing_ok=True)
     try:
-        if started_by_another():
-            in_process_group(work, trial)
+        if is_launched_externally():
+            run_in_process_group(work, trial)
         else:
             run_processes(work, trial, processes, launch=launch)
     except ProcessFailed as error:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from arriero.checkpoint import disk
-from arriero.distributed.launch.worker import ROUND
+from arriero.distributed.launch.worker import ROUND_VARIABLE
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Fault:
 
     def __call__(self, path: Path, write_half: Callable[[], object] | None) -> None:
         """Ahead of each operation; only the first start of a job is hurt, so that a restart can be watched."""
-        if os.environ.get(ROUND, "0") != "0":
+        if os.environ.get(ROUND_VARIABLE, "0") != "0":
             return
         now = next(self._count)
         if int(os.environ.get("RANK", "0")) != self.rank or not (

@@ -13,8 +13,8 @@ from arriero.common.errors import UserError, join_problems
 from arriero.common.ranges import flag, range_problems
 from arriero.distributed.launch import slurm
 from arriero.distributed.launch.worker import (
-    Place,
-    shares_agent_store,
+    RankInfo,
+    uses_agent_store,
 )
 
 if TYPE_CHECKING:
@@ -69,9 +69,9 @@ def resolve(config: LaunchConfig, environment: Mapping[str, str]) -> LaunchConfi
         given = {"NNODES": str(tasks), "NODE_RANK": str(number_here)}
         told = {name: value for name, value in environment.items() if value}
         environment = {"MASTER_ADDR": address, "MASTER_PORT": str(port), **given, **told}
-    counted = config.nodes or number("NNODES", 0, slurm.MOST_NODES)
+    counted = config.nodes or number("NNODES", 0, slurm.MAX_NODES)
     nodes = counted or 1
-    rank = config.node_rank if config.node_rank >= 0 else number("NODE_RANK", -1, slurm.MOST_NODES)
+    rank = config.node_rank if config.node_rank >= 0 else number("NODE_RANK", -1, slurm.MAX_NODES)
     found = replace(
         config, nodes=nodes, node_rank=max(rank, 0) if nodes == 1 and not config.node_rank > 0 else rank,
         master_addr=config.master_addr or (environment.get("MASTER_ADDR", "") if nodes > 1 else "127.0.0.1"),
@@ -109,7 +109,7 @@ def launch_problems(config: LaunchConfig, *, counted: bool, given: LaunchConfig)
     return found + range_problems(config, flag)
 
 
-def take_place(config: LaunchConfig, environment: MutableMapping[str, str]) -> LaunchConfig:
+def resolve_launch_env(config: LaunchConfig, environment: MutableMapping[str, str]) -> LaunchConfig:
     """Finds out who starts the processes. Called once, first of all; a task of srun gets RANK and its kin here.
 
     Raises:
@@ -120,11 +120,11 @@ def take_place(config: LaunchConfig, environment: MutableMapping[str, str]) -> L
     if not ("RANK" in environment or "WORLD_SIZE" in environment):
         return resolve(config, environment)
     names = ["nproc_per_node", "nodes", "node_rank", "master_addr", "master_port", "max_restarts"]
-    names += ["secret_file"] if shares_agent_store(environment) else []  # torchrun's, which asks for none
+    names += ["secret_file"] if uses_agent_store(environment) else []  # torchrun's, which asks for none
     idle = [f for f in names if getattr(config, f) != getattr(LaunchConfig(), f)]
     if idle:
         flags = ", ".join("--" + f.replace("_", "-") for f in idle)
         fix = "leave them out, or start arriero without torchrun, once on each machine"
         raise UserError(f"{flags}: no effect, RANK says that the processes are started already", fix)
-    Place.read(environment)
+    RankInfo.read(environment)
     return config

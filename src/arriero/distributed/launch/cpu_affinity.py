@@ -15,7 +15,7 @@ from arriero.common.environment import environment_number
 NODES = Path("/sys/devices/system/node")
 
 
-def place_process(index: int, processes: int, *, bind: bool) -> None:
+def set_cpu_affinity(index: int, processes: int, *, bind: bool) -> None:
     """Gives this process its share of the cores that it may use, and as many threads.
 
     Args:

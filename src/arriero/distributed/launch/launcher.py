@@ -15,23 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from arriero.common.errors import EXIT_USAGE, UserError
-from arriero.distributed.launch.config import LaunchConfig, resolve, take_place
+from arriero.distributed.launch.config import LaunchConfig, resolve
 from arriero.distributed.launch.secret import Secret
 from arriero.distributed.launch.worker import (
-    ROUND,
-    Place,
-    in_process_group,
-    leave,
-    start_number,
-    started_by_another,
+    ROUND_VARIABLE,
+    exit_worker,
+    run_in_process_group,
 )
-from arriero.distributed.launch.worker_monitor import STOPPED_AFTER, Children
+from arriero.distributed.launch.worker_monitor import STOPPED_AFTER, WorkerMonitor
 
 if TYPE_CHECKING:
-    from arriero.distributed.launch.rendezvous import Meeting
-
-__all__ = ["LaunchConfig", "Place", "ProcessFailed", "in_process_group", "leave", "run_processes", "start_number",
-           "started_by_another", "take_place"]  # fmt: skip
+    from arriero.distributed.launch.rendezvous import FixedRankRendezvous
 
 T = TypeVar("T")
 
@@ -55,7 +49,7 @@ def run_processes(
         processes: how many on this machine.
         launch: resolved; by default one machine.
         facts: of `argument`, what all processes must agree on.
-        saves: whether `function` saves and returns when `signals.stop_wanted`; else a signal ends the processes.
+        saves: whether `function` saves and returns when `signals.stop_requested`; else a signal ends the processes.
         secret: what the machines share; by default what Secret.find finds for the working directory.
 
     Raises:
@@ -70,10 +64,10 @@ def run_processes(
     from torch.distributed.launcher.api import elastic_launch
 
     from arriero.distributed.launch.error_files import ErrorFiles
-    from arriero.distributed.launch.rendezvous import JobEnded, Meeting
+    from arriero.distributed.launch.rendezvous import FixedRankRendezvous, JobEnded
 
     launch = launch or resolve(LaunchConfig(), {})
-    meeting = Meeting(
+    meeting = FixedRankRendezvous(
         nodes=launch.nodes, node_rank=launch.node_rank, address=launch.master_addr, port=launch.master_port,
         processes=processes, join_seconds=launch.join_timeout, restarts=launch.max_restarts,
         secret=secret or Secret.find(launch.secret_file, os.environ, Path("arriero")),
@@ -83,15 +77,15 @@ def run_processes(
     config = ElasticConfig(
         min_nodes=launch.nodes, max_nodes=launch.nodes, nproc_per_node=processes, run_id="arriero",
         rdzv_backend=meeting.name, max_restarts=launch.max_restarts, monitor_interval=0.1, start_method="fork",
-        signals_to_handle="SIGQUIT",  # Children takes the others
+        signals_to_handle="SIGQUIT",  # WorkerMonitor takes the others
         logs_specs=error_files,
     )  # fmt: skip
-    children = Children(processes, launch.stop_timeout, saves=saves)
-    hush_agent()
+    children = WorkerMonitor(processes, launch.stop_timeout, saves=saves)
+    silence_elastic_logger()
 
     def begin() -> None:
         children.here()
-        os.environ[ROUND] = str(meeting.round)
+        os.environ[ROUND_VARIABLE] = str(meeting.round)
 
     try:
         try:
@@ -116,7 +110,7 @@ def run_processes(
         error_files.remove()
 
 
-def hush_agent() -> None:
+def silence_elastic_logger() -> None:
     """Silences the agent's own log, which says at length what is said in one line here; LOGLEVEL brings it back."""
     if "LOGLEVEL" not in os.environ:
         for name in list(logging.root.manager.loggerDict):
@@ -124,7 +118,7 @@ def hush_agent() -> None:
                 logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _failure(error: Any, children: Children, meeting: Meeting) -> Exception:
+def _failure(error: Any, children: WorkerMonitor, meeting: FixedRankRendezvous) -> Exception:
     """What failed first, in this node or in another, as an exception for the user."""
     rank, failure = error.get_first_failure()
     if failure.error_file_data.get("lost_touch") and (reason := meeting.reason(5.0)):
@@ -151,14 +145,14 @@ def _entry(
     begin: Callable[[], None],
 ) -> T:  # fmt: skip
     """What a started process runs; it is forked, so its arguments need not be pickled."""
-    from arriero.distributed.launch.store import die_with_parent
+    from arriero.distributed.launch.store import set_parent_death_signal
 
     begin()
-    die_with_parent()  # no orphan trains on when the agent is killed
+    set_parent_death_signal()  # no orphan trains on when the agent is killed
     try:
-        return in_process_group(
+        return run_in_process_group(
             function, argument, facts=facts, join_seconds=launch.join_timeout,
             collective_seconds=launch.collective_timeout, towards=launch.master_addr,
         )  # fmt: skip
     except BaseException as error:
-        leave(error)
+        exit_worker(error)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-PICKLING = ("_object_to_tensor", "_tensor_to_object", "_pickler", "_unpickler")
+PICKLE_FUNCTIONS = ("_object_to_tensor", "_tensor_to_object", "_pickler", "_unpickler")
 """What each of torch's calls that send or receive objects goes through, in torch.distributed.distributed_c10d."""
 
 
@@ -24,5 +24,5 @@ def refuse_pickled_objects() -> None:
     def refuse(*_: Any, **__: Any) -> NoReturn:
         raise PickledObject("a Python object was to be sent between processes, as a pickle: arriero refuses them")
 
-    for name in PICKLING:
+    for name in PICKLE_FUNCTIONS:
         setattr(distributed_c10d, name, refuse)

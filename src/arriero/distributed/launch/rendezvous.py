@@ -38,7 +38,7 @@ class JobEnded(Exception):  # noqa: N818 - a message from another node
 _names = itertools.count()
 
 
-class Meeting(RendezvousHandler):
+class FixedRankRendezvous(RendezvousHandler):
     """All nodes of a run, by their given ranks. Made once in each node's agent."""
 
     def __init__(

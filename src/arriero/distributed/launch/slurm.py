@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from arriero.common.environment import environment_number
 from arriero.common.errors import UserError
 from arriero.common.text import escape
-from arriero.distributed.launch.worker import MOST_PROCESSES
+from arriero.distributed.launch.worker import MAX_PROCESSES
 
 FIX = "srun sets the variables SLURM_*; where it has not started this, unset SLURM_STEP_NUM_TASKS"
 PORTS = range(10_000, 32_768)
-MOST_NODES = 100_000
+MAX_NODES = 100_000
 _NUMBERS = r"[0-9]{1,15}(?:-[0-9]{1,15})?"
 _PART = rf"(?:[A-Za-z0-9._:-]+|\[{_NUMBERS}(?:,{_NUMBERS})*\])+"
 _COUNT = r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?"
@@ -23,7 +23,7 @@ def expand_hosts(text: str) -> list[str]:
     """SLURM's host list: "a,n[01-03,7]-ib" -> a, n01-ib, n02-ib, n03-ib, n7-ib.
 
     Raises:
-        UserError: it is none, or names more than MOST_NODES hosts.
+        UserError: it is none, or names more than MAX_NODES hosts.
     """
     if not re.fullmatch(rf"{_PART}(?:,{_PART})*", text):
         raise UserError(f"SLURM_STEP_NODELIST is {escape(repr(text), 80)}, which is no host list", FIX)
@@ -32,8 +32,8 @@ def expand_hosts(text: str) -> list[str]:
         names = [""]
         for literal, inside in re.findall(r"([^\[]+)|\[([^\]]*)\]", part):
             spans = [_span(span) for span in inside.split(",")] if inside else []
-            if len(hosts) + len(names) * sum(len(numbers) for _, numbers in spans) > MOST_NODES:
-                raise UserError(f"SLURM_STEP_NODELIST names more than {MOST_NODES} hosts", FIX)
+            if len(hosts) + len(names) * sum(len(numbers) for _, numbers in spans) > MAX_NODES:
+                raise UserError(f"SLURM_STEP_NODELIST names more than {MAX_NODES} hosts", FIX)
             pieces = [literal] if literal else [str(n).zfill(width) for width, numbers in spans for n in numbers]
             names = [name + piece for name in names for piece in pieces]
         hosts += names
@@ -53,13 +53,13 @@ def expand_counts(text: str) -> list[int]:
     """SLURM's tasks per node: "2(x3),1" -> 2, 2, 2, 1.
 
     Raises:
-        UserError: it is none, or about more than MOST_NODES nodes.
+        UserError: it is none, or about more than MAX_NODES nodes.
     """
     if not re.fullmatch(rf"{_COUNT}(?:,{_COUNT})*", text):
         raise UserError(f"SLURM_STEP_TASKS_PER_NODE is {escape(repr(text), 80)}, which is no list of counts", FIX)
     groups = [(int(n), int(times or 1)) for n, times in re.findall(_COUNT, text)]
-    if sum(times for _, times in groups) > MOST_NODES:
-        raise UserError(f"SLURM_STEP_TASKS_PER_NODE is about more than {MOST_NODES} nodes", FIX)
+    if sum(times for _, times in groups) > MAX_NODES:
+        raise UserError(f"SLURM_STEP_TASKS_PER_NODE is about more than {MAX_NODES} nodes", FIX)
     return [n for n, times in groups for _ in range(times)]
 
 
@@ -69,12 +69,12 @@ def in_step(environment: Mapping[str, str]) -> bool:
     Raises:
         UserError: the number of tasks is none.
     """
-    return _number(environment, "SLURM_STEP_NUM_TASKS", 1, MOST_PROCESSES, default=1) > 1
+    return _number(environment, "SLURM_STEP_NUM_TASKS", 1, MAX_PROCESSES, default=1) > 1
 
 
 def place_in_step(environment: Mapping[str, str]) -> tuple[int, int]:
     """The number of this task of srun, and how many there are. Raises UserError where they do not fit."""
-    tasks = _number(environment, "SLURM_STEP_NUM_TASKS", 1, MOST_PROCESSES)
+    tasks = _number(environment, "SLURM_STEP_NUM_TASKS", 1, MAX_PROCESSES)
     return _number(environment, "SLURM_PROCID", 0, tasks - 1), tasks
 
 

@@ -50,7 +50,7 @@ class OpenStore:
             os.waitpid(self.host, 0)
 
 
-def die_with_parent() -> None:
+def set_parent_death_signal() -> None:
     """Has the kernel end this process when the one that forked it ends, however it ends."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
@@ -82,7 +82,7 @@ def open_store(
         door = _listen(LOOPBACK, 0)
         stand_in = partial(serve, forwarder.take, [door])
         if apart:
-            return _opened(door, fork_apart(stand_in), seconds, who)
+            return _opened(door, start_store_process(stand_in), seconds, who)
         here = door.getsockname()[1]
         os.register_at_fork(after_in_child=door.close)  # the workers do not listen
         threading.Thread(target=stand_in, daemon=True).start()
@@ -105,7 +105,7 @@ def open_store(
         while store:
             signal.pause()
 
-    hosting = fork_apart(host)
+    hosting = start_store_process(host)
     for gate in gates:
         gate.close()
     return _opened(door, hosting, seconds, who)
@@ -122,7 +122,7 @@ def _opened(door: socket.socket, host: int, seconds: float, who: str) -> OpenSto
         raise
 
 
-def fork_apart(work: Callable[[], None]) -> int:
+def start_store_process(work: Callable[[], None]) -> int:
     """Does `work` in a process of its own, which ends with this one; returns it.
 
     Not in this one: the store's thread asks the resolver for the name of each that connects, and a worker forked in
@@ -132,7 +132,7 @@ def fork_apart(work: Callable[[], None]) -> int:
     host = os.fork()
     if host == 0:
         try:
-            die_with_parent()
+            set_parent_death_signal()
             told = os.dup(2)
             for stream in (1, 2):  # torch logs what strangers send, and would wait where nobody reads it
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)

@@ -1,4 +1,4 @@
-"""One process of several: its place, the store and the group it joins, and how it leaves when something fails."""
+"""One process of several: its info, the store and the group it joins, and how it leaves when something fails."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from arriero.common.device import BACKENDS, process_group_backend, tune_allocator
 from arriero.common.environment import environment_number
 from arriero.common.errors import EXIT_USAGE, CheckFailed, UserError, as_user_error
-from arriero.common.signals import Interrupted, LoneListener
+from arriero.common.signals import Interrupted, SignalListener
 from arriero.common.text import escape_message, format_ranks
 from arriero.distributed.launch.agreement import Disagreement, agree
-from arriero.distributed.launch.cpu_affinity import place_process
+from arriero.distributed.launch.cpu_affinity import set_cpu_affinity
 from arriero.distributed.launch.objects import refuse_pickled_objects
 from arriero.distributed.launch.secret import Secret
 
@@ -34,32 +34,32 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 T = TypeVar("T")
-ROUND = "ARRIERO_ROUND"
+ROUND_VARIABLE = "ARRIERO_ROUND"
 """Environment of a process that arriero's own agent started: 0 at first, more after each restart of the job."""
-TELL_FIRST = 3.0
+PEER_ERROR_DELAY = 3.0
 """Seconds that a process which only lost touch with another waits, so that the one which failed is heard first."""
-MOST_PROCESSES = 1_000_000
-LOST_TOUCH = re.compile(
+MAX_PROCESSES = 1_000_000
+PEER_LOST_ERRORS = re.compile(
     rf"(?i){'|'.join(BACKENDS.values())}|timed out|connection (closed|reset|refused)|broken pipe|socket"
 )
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """Where a process stands among all, as torchrun tells it."""
 
     rank: int = 0
     local_rank: int = 0
-    world: int = 1
-    local_world: int = 1
+    world_size: int = 1
+    local_world_size: int = 1
 
     @property
-    def one_machine(self) -> bool:
+    def single_node(self) -> bool:
         """Whether all processes of the run are known to be on this machine."""
-        return self.local_world == self.world and "LOCAL_WORLD_SIZE" in os.environ
+        return self.local_world_size == self.world_size and "LOCAL_WORLD_SIZE" in os.environ
 
     @classmethod
-    def from_environment(cls) -> Place:
+    def from_environment(cls) -> RankInfo:
         """Reads RANK and its kin; a lone process without them.
 
         Raises:
@@ -68,42 +68,42 @@ class Place:
         return cls.read(os.environ)
 
     @classmethod
-    def read(cls, environment: Mapping[str, str]) -> Place:
+    def read(cls, environment: Mapping[str, str]) -> RankInfo:
         """Reads RANK and its kin from a mapping. Raises UserError, as `from_environment` does."""
         if "RANK" not in environment and "WORLD_SIZE" not in environment:
             return cls()
         fix = "torchrun sets RANK, WORLD_SIZE and their kin; where none has started the processes, unset them all"
         number = partial(environment_number, environment, fix=fix)
-        world = number("WORLD_SIZE", 1, MOST_PROCESSES)
+        world = number("WORLD_SIZE", 1, MAX_PROCESSES)
         local_world = number("LOCAL_WORLD_SIZE", 1, world, default=world)
         lone = 0 if world == 1 else None
-        place = cls(
+        info = cls(
             number("RANK", 0, world - 1), number("LOCAL_RANK", 0, local_world - 1, default=lone), world, local_world
         )
         if world > 1:
             number("MASTER_PORT", 1, 2**16 - 1)
             if not environment.get("MASTER_ADDR"):
                 raise UserError("MASTER_ADDR is missing in the environment", fix)
-        return place
+        return info
 
 
-def started_by_another() -> bool:
+def is_launched_externally() -> bool:
     """Whether torchrun or its like has started this process as one of several."""
     return "RANK" in os.environ or "WORLD_SIZE" in os.environ
 
 
-def leave(error: BaseException) -> NoReturn:
+def exit_worker(error: BaseException) -> NoReturn:
     """Ends this process of several with its error told: to the agent's file, or on stderr where there is no agent."""
-    place, agent = Place.from_environment(), ROUND in os.environ
+    info, agent = RankInfo.from_environment(), ROUND_VARIABLE in os.environ
     known = as_user_error(error) if isinstance(error, (UserError, OSError)) else None
     error, user = known or error, known is not None
     code = EXIT_USAGE if user else error.code if isinstance(error, Interrupted) else 1
     plain = user or isinstance(error, (CheckFailed, Interrupted))
     message = str(error) if plain else "".join(traceback.format_exception(error))
-    lost_touch = isinstance(error, RuntimeError) and bool(LOST_TOUCH.search(str(error)))
+    lost_touch = isinstance(error, RuntimeError) and bool(PEER_LOST_ERRORS.search(str(error)))
     if lost_touch:
-        message = silent_ranks(place) + message
-        time.sleep(TELL_FIRST)
+        message = unresponsive_ranks(info) + message
+        time.sleep(PEER_ERROR_DELAY)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError):  # a full disk: the launcher shows what it has, and the exit code
             handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -113,27 +113,27 @@ def leave(error: BaseException) -> NoReturn:
         end_job(message, user=True)  # the same error would come again: no restart
     restarts = [_elastic_number(name) for name in ("RESTART_COUNT", "MAX_RESTARTS")]
     if not agent or (restarts[0] < restarts[1] and not user and not lost_touch):  # the agent tells of the last failure
-        where = "" if isinstance(error, Disagreement) else f"process {place.rank} on {socket.gethostname()}: "
-        if where or place.rank == 0:
+        where = "" if isinstance(error, Disagreement) else f"process {info.rank} on {socket.gethostname()}: "
+        if where or info.rank == 0:
             print(escape_message(f"arriero: {where}{message}"), file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)  # not sys.exit: the others may hang in a collective at clean-up
 
 
-def leave_last(code: int) -> int:
+def exit_after_peers(code: int) -> int:
     """The exit code of this process after a run that was asked to stop, where torchrun or srun started it.
 
     They end all processes as soon as one leaves with an error code, and 75 counts as one: so rank 0 alone has it, and
     leaves when the others have gone.
     """
-    place = Place.from_environment()
-    if place.world == 1 or not _stores:
+    info = RankInfo.from_environment()
+    if info.world_size == 1 or not _stores:
         return code
-    if place.rank > 0:
+    if info.rank > 0:
         sys.stdout.flush()
-        _stores[1].set(f"gone/{place.rank}", "")
+        _stores[1].set(f"gone/{info.rank}", "")
         os._exit(0)
-    _stores[1].wait([f"gone/{r}" for r in range(1, place.world)], timedelta(seconds=60))
+    _stores[1].wait([f"gone/{r}" for r in range(1, info.world_size)], timedelta(seconds=60))
     time.sleep(0.5)
     return code
 
@@ -151,23 +151,23 @@ _stores: list[Store] = []
 """The job's store as it is, and with the prefix of this start: the last thing that a failing process can talk to."""
 
 
-def silent_ranks(place: Place) -> str:
+def unresponsive_ranks(info: RankInfo) -> str:
     """After a collective that did not end: which processes have not noticed, as the first line of the error."""
     if not _stores:
         return ""
     store = _stores[1]
     try:
         store.set_timeout(timedelta(seconds=2))
-        store.set(f"lost-touch/{place.rank}", "")
+        store.set(f"lost-touch/{info.rank}", "")
         first = store.add("lost-touch", 1) == 1
         time.sleep(1 if first else 2)  # the first looks, and is heard first
-        silent = [r for r in range(place.world) if first and not store.check([f"lost-touch/{r}"])]
+        silent = [r for r in range(info.world_size) if first and not store.check([f"lost-touch/{r}"])]
         return f"{format_ranks(silent)} did not answer\n" if silent else ""
     except RuntimeError:
         return "rank 0, which holds the store, did not answer\n"
 
 
-def in_process_group(
+def run_in_process_group(
     function: Callable[[Any], T], argument: Any, *, facts: Callable[[Any], dict[str, str]] | None = None,
     join_seconds: float = 30.0, collective_seconds: float = 600.0, saves: bool = False, secret: Secret | None = None,
     towards: str = "",
@@ -180,7 +180,7 @@ def in_process_group(
         facts: of `argument`, what all processes must agree on before they form the group.
         join_seconds: in which all must have come.
         collective_seconds: that one waits for the others in a collective.
-        saves: whether `function` saves and returns when `signals.stop_wanted`; else a signal ends it.
+        saves: whether `function` saves and returns when `signals.stop_requested`; else a signal ends it.
         secret: what the machines share, where neither arriero's nor torchrun's agent has started this process.
         towards: address of node 0, where MASTER_ADDR is that of the store on this machine's loopback.
 
@@ -188,43 +188,45 @@ def in_process_group(
         UserError: the processes do not find each other or do not agree.
         Interrupted: a signal has ended it before there was something to save.
     """
-    place = Place.from_environment()
+    info = RankInfo.from_environment()
     main = threading.current_thread() is threading.main_thread()
     secret = secret or Secret.find("", os.environ, Path("arriero"))
     run = partial(
-        _in_process_group, function, argument, facts=facts, join_seconds=join_seconds,
+        _run_in_process_group, function, argument, facts=facts, join_seconds=join_seconds,
         collective_seconds=collective_seconds, secret=secret, towards=towards,
     )  # fmt: skip
-    if saves and main and ROUND not in os.environ:  # arriero's launcher has its workers listen from their first moment
-        with LoneListener(speaks=place.rank == 0):
+    if (
+        saves and main and ROUND_VARIABLE not in os.environ
+    ):  # arriero's launcher has its workers listen from their first moment
+        with SignalListener(speaks=info.rank == 0):
             return run()
     return run()
 
 
-def _in_process_group(
+def _run_in_process_group(
     function: Callable[[Any], T], argument: Any, *, facts: Callable[[Any], dict[str, str]] | None, join_seconds: float,
     collective_seconds: float, secret: Secret, towards: str,
 ) -> T:  # fmt: skip
     import torch.distributed as dist
 
-    place = Place.from_environment()
+    info = RankInfo.from_environment()
     tune_allocator()
     kind = getattr(argument, "device_kind", "cpu")
-    place_process(place.local_rank, place.local_world, bind=kind == "cpu")
-    if place.world == 1:
+    set_cpu_affinity(info.local_rank, info.local_world_size, bind=kind == "cpu")
+    if info.world_size == 1:
         return function(argument)
     try:
-        store = open_job_store(place, join_seconds, secret)
+        store = open_job_store(info, join_seconds, secret)
         if facts is not None:
-            agree(store, place.rank, place.world, facts(argument), seconds=join_seconds)
+            agree(store, info.rank, info.world_size, facts(argument), seconds=join_seconds)
         refuse_pickled_objects()
-        use_interface_towards("127.0.0.1" if place.one_machine else towards or os.environ["MASTER_ADDR"])
+        bind_gloo_interface("127.0.0.1" if info.single_node else towards or os.environ["MASTER_ADDR"])
         dist.init_process_group(
-            process_group_backend(kind), store=store, rank=place.rank, world_size=place.world,
+            process_group_backend(kind), store=store, rank=info.rank, world_size=info.world_size,
             timeout=timedelta(seconds=collective_seconds),
         )  # fmt: skip
     finally:
-        if place.rank == 0 and ROUND not in os.environ:
+        if info.rank == 0 and ROUND_VARIABLE not in os.environ:
             secret.remove()  # all are in, or none will be
     result = function(argument)
     sys.stdout.flush()
@@ -232,12 +234,12 @@ def _in_process_group(
     return result
 
 
-def shares_agent_store(environment: Mapping[str, str]) -> bool:
+def uses_agent_store(environment: Mapping[str, str]) -> bool:
     """Whether the store is there already: arriero's launcher has opened it, or torchrun."""
     return environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def open_job_store(place: Place, seconds: float, secret: Secret) -> Store:
+def open_job_store(info: RankInfo, seconds: float, secret: Secret) -> Store:
     """The store through which the processes of this start find each other.
 
     Raises:
@@ -247,22 +249,22 @@ def open_job_store(place: Place, seconds: float, secret: Secret) -> Store:
 
     from arriero.distributed.launch.store import connect_store, open_store
 
-    address, port, who = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), f"rank {place.rank}"
-    if shares_agent_store(os.environ):
-        store: Store = connect_store(address, port, seconds, who=who, knock=ROUND not in os.environ)
-    elif place.one_machine and place.rank > 0:
+    address, port, who = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), f"rank {info.rank}"
+    if uses_agent_store(os.environ):
+        store: Store = connect_store(address, port, seconds, who=who, knock=ROUND_VARIABLE not in os.environ)
+    elif info.single_node and info.rank > 0:
         store = connect_store("127.0.0.1", port, seconds, who=who)
-    elif place.one_machine:
+    elif info.single_node:
         store = open_store(1, 0, address=address, port=0, seconds=seconds, secret=secret, local_port=port).store
     else:  # each process reaches node 0 by itself, as if it were a machine
         store = open_store(
-            place.world, place.rank, address=address, port=port, seconds=seconds, secret=secret, apart=True
+            info.world_size, info.rank, address=address, port=port, seconds=seconds, secret=secret, apart=True
         ).store
-    _stores[:] = [store, PrefixStore(f"start-{start_number()}", store)]
+    _stores[:] = [store, PrefixStore(f"start-{restart_count()}", store)]
     return _stores[1]
 
 
-def use_interface_towards(address: str) -> None:
+def bind_gloo_interface(address: str) -> None:
     """Binds gloo to the network interface that leads to node 0; by itself it takes whatever the host name means."""
     if "GLOO_SOCKET_IFNAME" in os.environ:
         return
@@ -289,9 +291,9 @@ def seconds_since_start() -> float:
     return time.monotonic() - _begun
 
 
-def start_number() -> int:
+def restart_count() -> int:
     """0 in the first start of a job, more after each restart that a loss made necessary."""
-    own = environment_number(os.environ, ROUND, 0, 10**9, fix=f"unset {ROUND}", default=-1)
+    own = environment_number(os.environ, ROUND_VARIABLE, 0, 10**9, fix=f"unset {ROUND_VARIABLE}", default=-1)
     return own if own >= 0 else _elastic_number("RESTART_COUNT")
 
 

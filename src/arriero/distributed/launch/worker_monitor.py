@@ -11,8 +11,8 @@ from typing import Any
 
 from arriero.common.output import write_stderr
 from arriero.common.signals import (
-    SAME_PRESS,
-    SETTLE,
+    SIGINT_DEBOUNCE,
+    STARTUP_STOP_DELAY,
     Interrupted,
     Phase,
     Shared,
@@ -31,7 +31,7 @@ STOPPED_AFTER = 10
 """Seconds that a stopped process (SIGSTOP) is waited for before it counts as failed."""
 
 
-class Children:
+class WorkerMonitor:
     """A thread and the signal handlers of the starting process: ends children that stand still, has them save and stop.
 
     common/signals.py tells what a signal means. SIGTERM does not end a stopped process: the others would wait for it
@@ -89,7 +89,7 @@ class Children:
         elif self._shared.ask(number):
             if self._shared.phase != Phase.STARTING:
                 self._announce()
-        elif number == signal.SIGINT and time.monotonic() - self._shared.asked > SAME_PRESS:
+        elif number == signal.SIGINT and time.monotonic() - self._shared.asked > SIGINT_DEBOUNCE:
             self._end(number)
 
     def _end(self, number: int) -> None:
@@ -138,7 +138,7 @@ class Children:
         waited = time.monotonic() - self._shared.asked
         if not self._announced and self._shared.phase != Phase.STARTING:
             self._announce()
-        elif not self._announced and waited > SETTLE:
+        elif not self._announced and waited > STARTUP_STOP_DELAY:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
         elif waited > self._stop_seconds:
             self._late = f"not saved within {self._stop_seconds:g} s; the newest checkpoint is the last one"
