@@ -153,7 +153,7 @@ def load(name: str, state: dict[str, torch.Tensor], files: dict[str, Path]) -> N
         from arriero.checkpoint.verify import newest_intact_checkpoint
         from arriero.distributed.parallel.mesh import Ranks
 
-        reader = CheckpointReader(newest_intact_checkpoint([files[name]], Ranks(), say=print))
+        reader = CheckpointReader(newest_intact_checkpoint([files[name]], Ranks(), log=print))
         for key, value in state.items():
             reader.read_into(key, [0] * value.dim(), value)
 

@@ -428,7 +428,7 @@ def test_a_checkpoint_is_not_resumed_from(good: Path, tmp_path: Path, name: str)
         shutil.copytree(good / CHECKPOINT, checkpoint)
         damage(checkpoint / name)
         with watched(tmp_path) as seen, pytest.raises(UserError, match="no checkpoint there is whole"):
-            newest_intact_checkpoint([checkpoint], Ranks(), say=said.append)
+            newest_intact_checkpoint([checkpoint], Ranks(), log=said.append)
         assert seen == []
 
 
@@ -445,7 +445,7 @@ def test_a_manifest_that_names_files_elsewhere_reads_none_of_them(good: Path, tm
     (checkpoint / MARKER).write_text(json.dumps({"manifest": file_digest(checkpoint / MANIFEST)}))
     said: list[str] = []
     with watched(tmp_path) as seen, pytest.raises(UserError):
-        newest_intact_checkpoint([checkpoint], Ranks(), say=said.append)
+        newest_intact_checkpoint([checkpoint], Ranks(), log=said.append)
     assert seen == []
     assert "outside its directory" in said[0]
     assert CheckpointReader(checkpoint).names()  # the weights themselves never were in doubt

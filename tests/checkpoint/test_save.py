@@ -17,7 +17,7 @@ from arriero.checkpoint.directory import step_directory
 from arriero.checkpoint.find import committed
 from arriero.checkpoint.load import CheckpointReader
 from arriero.checkpoint.save import raise_if_last_save_failed
-from arriero.checkpoint.verify import verify
+from arriero.checkpoint.verify import verify_checkpoint
 from arriero.cli.torture.fault import Fault
 from arriero.common.checkpoint_names import step_of
 from arriero.common.errors import UserError
@@ -35,7 +35,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_what_is_saved_is_read_back_and_verifies(tmp_path: Path) -> None:
     done = saving.save(saving.saver(tmp_path), 7)
     assert [(s.step, s.problem, s.notice) for s in done] == [(7, "", "")]
-    assert verify(done[0].path) == []
+    assert verify_checkpoint(done[0].path) == []
     assert same(read_all(done[0].path), saving.state(7))
 
 
@@ -78,7 +78,7 @@ def test_a_failed_save_is_tried_again(tmp_path: Path, monkeypatch: pytest.Monkey
     arm(monkeypatch, "EIO@4")
     done = saving.save(saving.saver(tmp_path, retries=1, asynchronous=asynchronous), 1)
     assert done[0].problem == ""
-    assert verify(done[0].path) == []
+    assert verify_checkpoint(done[0].path) == []
 
 
 def test_a_save_that_fails_for_good_is_told_and_leaves_nothing(
@@ -123,7 +123,7 @@ def test_every_operation_can_fail_and_none_leaves_a_checkpoint_that_is_not_whole
         disarm(monkeypatch)
         whole = committed(root)
         assert whole
-        assert all(verify(path) == [] for path in whole)
+        assert all(verify_checkpoint(path) == [] for path in whole)
         if done.problem:
             failed += 1
             assert step_of(whole[0]) == 1
@@ -196,7 +196,7 @@ def test_only_what_verifies_counts_as_kept(tmp_path: Path) -> None:
     assert "step-00000006 is damaged, and does not count as kept" in done.notice
     assert saving.save(again, 4)[0].notice == ""
     assert [step_of(p) for p in committed(tmp_path)] == [3, 4]
-    assert all(verify(path) == [] for path in committed(tmp_path))
+    assert all(verify_checkpoint(path) == [] for path in committed(tmp_path))
 
 
 def test_one_that_is_damaged_after_it_was_saved_does_not_count(tmp_path: Path) -> None:

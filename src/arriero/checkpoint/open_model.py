@@ -1,4 +1,4 @@
-"""Which kind of model a path is, and opening any of them under Hugging Face's names."""
+"""Detects what kind of model a path holds, and opens any kind under Hugging Face's names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from arriero.checkpoint.formats.foreign_config import ConfigHints
 from arriero.checkpoint.formats.huggingface import has_weights, open_with_config, validate_tensors
 from arriero.checkpoint.load import CheckpointReader
 from arriero.checkpoint.tensors.stream import ViewReader
-from arriero.checkpoint.verify import verify
+from arriero.checkpoint.verify import verify_checkpoint
 from arriero.common.errors import UserError
 from arriero.common.untrusted import read_json, require_inside, schema_problem
 from arriero.data.tokenizer import GENERATION, VOCABULARIES
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedModel:
     """A model that can be read."""
 
     kind: str
@@ -35,7 +35,7 @@ class Opened:
     tokenizer: Path | None = None
     """Directory of the tokenizer's files, where the source has one."""
     layout: str = "whole"
-    """How the source is cut, in words."""
+    """How the source is sharded, for messages."""
     generation: Path | None = None
     """generation_config.json, where the source has one."""
     assumed: list[str] = field(default_factory=list)
@@ -47,11 +47,11 @@ class Opened:
         return [*self.assumed, *self.config.notices]
 
 
-def detect(path: Path) -> str:
+def detect_kind(path: Path) -> str:
     """The kind of model that a path is.
 
     Raises:
-        UserError: nothing is there, or nothing that is known.
+        UserError: nothing is there, or nothing of a known kind.
     """
     if not path.exists():
         raise UserError(f"{path}: no such file or directory", "name a run, a checkpoint or a model directory")
@@ -70,19 +70,19 @@ def detect(path: Path) -> str:
     raise UserError(f"{path}: is no model that arriero knows", f"name {known}")
 
 
-def open_model(path: Path, kind: str | None = None, hints: ConfigHints | None = None) -> Opened:
+def open_model(path: Path, kind: str | None = None, hints: ConfigHints | None = None) -> OpenedModel:
     """Opens any model under Hugging Face's names.
 
     Args:
         path: a directory.
         kind: hf, run, megatron, ascendspeed (which share an opener), torch_dist or meta; None detects it.
-        hints: the shape and vocabulary, for checkpoints that do not tell.
+        hints: the shape and vocabulary, for checkpoints that lack them.
 
     Raises:
-        UserError: nothing there, or not a whole model; the error names the file.
+        UserError: nothing is there, or the model is not complete; the error names the file.
     """
     path, hints = Path(path), hints or ConfigHints()
-    kind = kind or detect(path)
+    kind = kind or detect_kind(path)
     opened = _open(path, kind, hints)
     places = [path, opened.path]
     if kind == "run":
@@ -93,27 +93,27 @@ def open_model(path: Path, kind: str | None = None, hints: ConfigHints | None = 
     return replace(opened, tokenizer=tokenizer, generation=generation)
 
 
-def _open(path: Path, kind: str, hints: ConfigHints) -> Opened:
+def _open(path: Path, kind: str, hints: ConfigHints) -> OpenedModel:
     """The model itself, by its kind's own opener."""
     if kind == "run":
         directory = find.find_checkpoint(path)
         config, where = LlamaConfig.from_json(directory), str(directory)
         reader = validate_tensors(CheckpointReader(directory).weights(), config, where=where)
-        if damage := verify(directory):
+        if damage := verify_checkpoint(directory):
             raise UserError(damage[0], "name an earlier checkpoint of the run: RUN/checkpoints/step-...")
-        return Opened("run", directory, reader, config, layout=directory.name)
+        return OpenedModel("run", directory, reader, config, layout=directory.name)
     if kind in ("megatron", "ascendspeed", "torch_dist"):
         ranks = torch_dist.open_torch_dist(path, hints) if kind == "torch_dist" else megatron.open_ranks(path, hints)
         layout = kind
         if kind != "torch_dist":
             kind = "ascendspeed" if ranks.dialect.inv_freq else "megatron"
-            layout = f"{ranks.dialect.name}, {ranks.degrees.words()}"
-        return Opened(kind, path, ranks.reader, ranks.config, layout=layout, assumed=ranks.notes)
+            layout = f"{ranks.dialect.name}, {ranks.degrees.describe()}"
+        return OpenedModel(kind, path, ranks.reader, ranks.config, layout=layout, assumed=ranks.notes)
     if kind == "meta":
         reader, config, count, notes = meta.open_meta(path, hints)
-        return Opened(kind, path, reader, config, layout=f"{count} model-parallel ranks", assumed=notes)
+        return OpenedModel(kind, path, reader, config, layout=f"{count} model-parallel ranks", assumed=notes)
     reader, config = open_with_config(path, None if hints.config is None else LlamaConfig.from_json(hints.config))
-    return Opened("hf", path, reader, config)
+    return OpenedModel("hf", path, reader, config)
 
 
 def holds_tokenizer(directory: Path) -> bool:
@@ -121,7 +121,7 @@ def holds_tokenizer(directory: Path) -> bool:
     return any((directory / name).is_file() for name in VOCABULARIES)
 
 
-def end_ids(opened: Opened, eos_id: int | None) -> frozenset[int]:
+def end_ids(opened: OpenedModel, eos_id: int | None) -> frozenset[int]:
     """Every token id that ends a text of this model.
 
     Args:
@@ -145,7 +145,7 @@ def end_ids(opened: Opened, eos_id: int | None) -> frozenset[int]:
 def load_model(
     path: Path, dtype: torch.dtype | None = None, device: torch.device | None = None
 ) -> tuple[Llama, Path | None]:
-    """Loads a model for inference, and says where its tokenizer lies.
+    """Loads a model for inference; also returns the directory of its tokenizer.
 
     Args:
         path: a Hugging Face directory, a run or a checkpoint.

@@ -21,7 +21,7 @@ from arriero.checkpoint.directory import TEMPORARY, commit, step_directory, writ
 from arriero.checkpoint.find import committed, save_number
 from arriero.checkpoint.retention import delete_checkpoint, expired, is_uncommitted, remove_uncommitted
 from arriero.checkpoint.shards import TensorShard, data_file, write_shards
-from arriero.checkpoint.verify import verify
+from arriero.checkpoint.verify import verify_checkpoint
 from arriero.common.checkpoint_names import STATE
 from arriero.common.device import host_room, synchronize
 from arriero.common.errors import UserError
@@ -226,7 +226,7 @@ class Saver:
     def _read_back(self, path: Path, newest: Path) -> str:
         """What is wrong with a checkpoint, the same on every process: each reads a share, of the newest its own."""
         mine = data_file(path, self.ranks.rank) if path == newest else None
-        found = verify(path, share=self.ranks.rank, of=self.ranks.world, only=mine)
+        found = verify_checkpoint(path, share=self.ranks.rank, of=self.ranks.world, only=mine)
         return next((line for text in self.ranks.gather_texts("\n".join(found), self._group) if (line := text)), "")
 
 

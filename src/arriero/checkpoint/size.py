@@ -14,7 +14,7 @@ def checkpoint_bytes(model: LlamaConfig, dtype: str) -> int:
 
 
 def disk_usage(path: Path) -> tuple[int, int] | None:
-    """Bytes in all and free on the disk on which `path` lies or would lie; None where the system does not tell."""
+    """Bytes in all and free on the disk on which `path` lies or would lie; None where the system does not give it."""
     try:
         here = next((p for p in (path, *path.resolve().parents) if p.exists()), Path("/"))
         usage = shutil.disk_usage(here)
@@ -29,7 +29,7 @@ def directory_bytes(checkpoint: Path) -> int:
 
 
 def format_bytes(count: float) -> str:
-    """A size in words: 103 MB."""
+    """A size as text: 103 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

@@ -48,7 +48,7 @@ class Block:
     sha256: str
 
 
-def verify(path: Path, *, share: int = 0, of: int = 1, only: Path | None = None) -> list[str]:
+def verify_checkpoint(path: Path, *, share: int = 0, of: int = 1, only: Path | None = None) -> list[str]:
     """Checks every byte of a checkpoint; returns what is wrong, one sentence each.
 
     Args:
@@ -229,14 +229,14 @@ def _digest(handle: int, block: Block, buffer: memoryview) -> str:
 
 
 def newest_intact_checkpoint(
-    paths: list[Path], ranks: Ranks, *, say: Callable[[str], None], model: LlamaConfig | None = None
+    paths: list[Path], ranks: Ranks, *, log: Callable[[str], None], model: LlamaConfig | None = None
 ) -> Path:  # fmt: skip
     """The first of these checkpoints in which every byte is as it was written; each process reads a share.
 
     Args:
         paths: the best first; the same on every process.
         ranks: this process among all.
-        say: called with a warning for each one that is damaged.
+        log: called with a warning for each one that is damaged.
         model: what the checkpoint must hold the tensors of; compared before any of them is read.
 
     Raises:
@@ -244,13 +244,13 @@ def newest_intact_checkpoint(
     """
     for path in paths:
         mine = "\n".join(
-            (shape_problems(path, model) if model else []) or verify(path, share=ranks.rank, of=ranks.world)
+            (shape_problems(path, model) if model else []) or verify_checkpoint(path, share=ranks.rank, of=ranks.world)
         )
         wrong = list(dict.fromkeys(line for text in ranks.gather_texts(mine) for line in text.splitlines()))
         if not wrong:
             return path
         listed = [*wrong[:4], f"and {len(wrong) - 4} more"] if len(wrong) > 5 else wrong
         for line in listed:
-            say(f" DAMAGED: {line}")
-        say(f" DAMAGED: {escape(path)} is not used")
+            log(f" DAMAGED: {line}")
+        log(f" DAMAGED: {escape(path)} is not used")
     raise UserError(f"{paths[0].parent}: no checkpoint there is whole", "start again, or from a copy kept elsewhere")

@@ -1,4 +1,4 @@
-"""`arriero convert`: any kind of model -> Hugging Face's, Megatron's or AscendSpeed's files, streamed and proved.
+"""`arriero convert`: any kind of model -> Hugging Face's, Megatron's or AscendSpeed's files, streamed and verified.
 
 The source is opened under Hugging Face's names, written in one pass, opened read_back under Hugging Face's names by the
 reader of the other format, and read back: names, shapes, dtypes and fingerprints must be those that went in.
@@ -18,11 +18,11 @@ from tyro.conf import Positional
 
 from arriero.checkpoint.formats.dialects import ASCENDSPEED, ASCENDSPEED_FUSED, MCORE, MCORE_TE
 from arriero.checkpoint.formats.foreign_config import ConfigHints
-from arriero.checkpoint.formats.huggingface import bytes_as, plan_safetensors, write_beside
+from arriero.checkpoint.formats.huggingface import bytes_in_dtype, plan_safetensors, write_config_and_tokenizer
 from arriero.checkpoint.formats.megatron_args import beyond_megatron, saved_arguments, start_flags
 from arriero.checkpoint.formats.megatron_write import RankFormat, plan_ranks
 from arriero.checkpoint.formats.sharding_plan import ParallelDegrees, check_degrees, padded_vocab_size
-from arriero.checkpoint.open_model import Opened, open_model
+from arriero.checkpoint.open_model import OpenedModel, open_model
 from arriero.checkpoint.tensors.transfer import transfer
 from arriero.checkpoint.tensors.values import fingerprint
 from arriero.common.errors import EXIT_OK, CheckFailed, UserError, join_problems
@@ -68,11 +68,11 @@ class ConvertArgs:
     iteration: Annotated[int, Interval(ge=0, le=1_000_000_000)] = 0
     """The iteration that the rank files claim; 0 is `release`, with which training starts at 0."""
     config: Path | None = None
-    """A Hugging Face config.json, for sources that do not tell their shape."""
+    """A Hugging Face config.json, for sources that do not hold their shape."""
     vocab_size: Annotated[int, Interval(ge=1, lt=2**31)] | None = None
-    """The true vocabulary size, for sources that tell only the padded_vocab_size one."""
+    """The true vocabulary size, for sources that hold only the padded one."""
     tokenizer: Path | None = None
-    """The tokenizer's directory, if it does not lie with the source; it also tells the true vocabulary size."""
+    """The tokenizer's directory, if it does not lie with the source; it also gives the true vocabulary size."""
     max_shard_gb: Annotated[float, Interval(gt=0, le=1e6)] = 5.0
     """Largest size of one safetensors file, in GB."""
     verify: bool = False
@@ -82,7 +82,7 @@ class ConvertArgs:
 
 
 def run(args: ConvertArgs) -> int:
-    """Converts, proves and reports; returns 0, or raises CheckFailed if the proof fails."""
+    """Converts, checks and reports; returns 0, or raises CheckFailed if what was written differs from the source."""
     started = time.perf_counter()
     _check_options(args)
     kind = None if args.source_kind == "auto" else args.source_kind
@@ -97,13 +97,13 @@ def run(args: ConvertArgs) -> int:
     )
     with (
         ProgressBar("converting", sum(t.nbytes for t in weights.values())) as progress,
-        new_directory(args.destination, need_bytes=bytes_as(weights, dtype)) as partial,
+        new_directory(args.destination, need_bytes=bytes_in_dtype(weights, dtype)) as partial,
     ):
         if args.to == "hf":
             files = plan_safetensors(partial, weights, dtype=dtype, max_shard_bytes=args.max_shard_gb * 1e9)
         else:
             files = plan_ranks(partial, weights, config, _rank_format(args, config, degrees, dtype))
-        write_beside(
+        write_config_and_tokenizer(
             partial, config, dtype=dtype or next(iter(weights.values())).dtype, tokenizer=opened.tokenizer,
             generation=opened.generation,
         )  # fmt: skip
@@ -166,7 +166,12 @@ def _check_options(args: ConvertArgs) -> None:
 
 
 def check_written(
-    source: Opened, written: Opened, *, fingerprints: dict[str, int], read_back: dict[str, int], dtype: str | None
+    source: OpenedModel,
+    written: OpenedModel,
+    *,
+    fingerprints: dict[str, int],
+    read_back: dict[str, int],
+    dtype: str | None,
 ) -> None:
     """Compares what the destination's own reader found with what went in.
 
@@ -185,8 +190,8 @@ def check_written(
         found = after.get(name)
         expected = (tensor.shape, dtype or tensor.dtype)
         if found is None or (found.shape, found.dtype) != expected:
-            said = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
-            raise CheckFailed(f"{written.path}: {name} is {said} after writing, not {expected[1]} {list(expected[0])}")
+            state = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
+            raise CheckFailed(f"{written.path}: {name} is {state} after writing, not {expected[1]} {list(expected[0])}")
     if len(after) != len(before) or written.config != source.config:
         raise CheckFailed(f"{written.path}: reads back as another model than was written")
     wrong = [name for name in before if read_back[name] != fingerprints[name]]
@@ -196,7 +201,7 @@ def check_written(
         )
 
 
-def _compare_logits(source: Opened, written: Opened, dtype: str | None) -> float:
+def _compare_logits(source: OpenedModel, written: OpenedModel, dtype: str | None) -> float:
     """Largest logit difference of the two ends, in float32; must be 0 unless the dtype changed."""
     from arriero.cli.export import logit_difference
 

@@ -178,7 +178,7 @@ def make_directory(path: Path, fix: str, *, follow: bool = True) -> None:
 
 
 def os_error_text(error: OSError | ValueError) -> str:
-    """What the system says of a path, in its words, without the path."""
+    """The system's own message, without the path."""
     if isinstance(error, OSError):
         return error.strerror or type(error).__name__
     return f"no file can have this name ({escape(error)})"

@@ -118,7 +118,7 @@ def initialize(trainer: Trainer, start: ResumePlan, reporter: Reporter) -> None:
     checkpoint = None
     if start.checkpoints:
         checkpoint = newest_intact_checkpoint(
-            list(start.checkpoints), trainer.ranks, say=reporter.say, model=trainer.config
+            list(start.checkpoints), trainer.ranks, log=reporter.say, model=trainer.config
         )
     trainer.start(checkpoint)
     reporter.resume_after(trainer.done)

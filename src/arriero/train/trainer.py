@@ -189,7 +189,7 @@ class Trainer:
         self.rewinds += 1
         if self.rewinds > MAX_REWINDS:
             raise UserError(f"rewound {MAX_REWINDS} times: it is not the data", "lower the rate, or look at the model")
-        verified = partial(newest_intact_checkpoint, say=say, model=self.config)
+        verified = partial(newest_intact_checkpoint, log=say, model=self.config)
         checkpoint = verified(checkpoints, self.ranks) if checkpoints else None
         if self._prefetch is not None:
             self._prefetch.close()

@@ -18,7 +18,7 @@ from arriero.model.config import LlamaConfig, RopeScaling
 
 @dataclass(frozen=True)
 class ConfigHints:
-    """What the user says about a checkpoint."""
+    """What the user states about a checkpoint."""
 
     config: Path | None = None
     """A Hugging Face config.json, or its directory."""
@@ -35,7 +35,7 @@ def apply_vocabulary(
 
     Args:
         config: the shape so far.
-        hints: what the user said, and the tokenizer that was found.
+        hints: what the user stated, and the tokenizer that was found.
         known: whether the config already has the true size.
         rows: how many rows the checkpoint has, padding included.
 
@@ -69,12 +69,12 @@ def resolve_config(
     Args:
         root: the checkpoint's directory, which may hold a config.json.
         folder: the iteration's directory.
-        hints: what the user said.
+        hints: what the user stated.
         tensors: all tensors of tensor rank 0.
         dialect: their names.
         tensor: tensor-parallel degree.
         layers: counted layers.
-        payload: the first rank's file, whose `args` tell most.
+        payload: the first rank's file, whose `args` hold most of it.
     """
     given = hints.config or next((d for d in (root, folder) if (d / "config.json").is_file()), None)
     if given is not None:
@@ -82,7 +82,7 @@ def resolve_config(
     args = payload.get("args")
     saved = args.state if isinstance(args, Call) and isinstance(args.state, dict) else {}
     check_arguments(saved, str(folder))
-    # Only plain numbers, of a sane size: what is worse than absent is treated as absent.
+    # Only plain numbers of a plausible size; any other value is treated as absent.
     state = {k: v for k, v in saved.items() if isinstance(v, bool) or (isinstance(v, (int, float)) and 0 < v < 2**31)}
     inferred, notes = _from_tensors(root, tensors, dialect, tensor=tensor, layers=layers, args=state)
     rows = tensors[dialect.embedding].shape[0] * tensor
@@ -101,7 +101,7 @@ def _from_tensors(
         attended = tensors[f"{prefix}{dialect.out}.weight"].shape[1] * tensor
         ffn = tensors[f"{prefix}{dialect.down}.weight"].shape[1] * tensor
     except (KeyError, ValueError, IndexError):
-        raise UserError(f"{root}: lacks the tensors that tell its shape", "copy the whole directory again") from None
+        raise UserError(f"{root}: lacks the tensors that give its shape", "copy the whole directory again") from None
     frequencies = tensors.get(prefix + dialect.inv_freq) if dialect.inv_freq else None
     notes = []
     if frequencies is not None:
@@ -119,7 +119,7 @@ def _from_tensors(
     theta = args.get("rotary_base")
     if eps is None or theta is None:
         notes.append(
-            "rms_norm_eps 1e-6 and rope_theta 10000 are assumed where the checkpoint is silent; else give --config"
+            "rms_norm_eps 1e-6 and rope_theta 10000 are assumed where the checkpoint has none; else give --config"
         )
     untied = args.get("untie_embeddings_and_output_weights")
     scaling = RopeScaling()

@@ -117,17 +117,19 @@ def _open_shards(directory: Path, index: Path) -> ViewReader:
     files = sorted({require_file_name(file, str(index)) for file in weight_map.values()})
     missing = [file for file in files if not (directory / file).is_file()]
     if missing:
-        raise UserError(f"{directory}: {len(missing)} of {len(files)} shards are missing: {_some(missing)}", FIX_SHARD)
+        raise UserError(
+            f"{directory}: {len(missing)} of {len(files)} shards are missing: {_first_names(missing)}", FIX_SHARD
+        )
     tensors: dict[str, TensorView] = {}
     for file in files:
         shard = open_file(require_inside(directory, directory / file))
         promised = {name for name, where in weight_map.items() if where == file}
         absent = sorted(promised - set(shard.tensors))
         if absent:
-            raise UserError(f"{directory / file}: lacks {_some(absent)}, which {index.name} promises", FIX_SHARD)
+            raise UserError(f"{directory / file}: lacks {_first_names(absent)}, which {index.name} promises", FIX_SHARD)
         twice = sorted(tensors.keys() & shard.tensors.keys())
         if twice:
-            raise UserError(f"{directory / file}: holds {_some(twice)} again", FIX_SHARD)
+            raise UserError(f"{directory / file}: holds {_first_names(twice)} again", FIX_SHARD)
         tensors.update(shard.tensors)
     return ViewReader(tensors, where=str(directory))
 
@@ -144,8 +146,8 @@ def validate_tensors(reader: ViewReader, config: LlamaConfig, *, where: str) -> 
     problems = []
     if missing or extra:
         cause, fix = explain_mismatch(config, missing, extra)
-        parts = [f"lacks {_some(missing)}"] if missing else []
-        parts += [f"holds {_some(extra)}, unknown to config.json"] if extra else []
+        parts = [f"lacks {_first_names(missing)}"] if missing else []
+        parts += [f"holds {_first_names(extra)}, unknown to config.json"] if extra else []
         problems.append(UserError(f"{where}: {'; '.join(parts)}" + (f": {cause}" if cause else ""), fix))
     for name, shape in expected.items():
         if name not in found:
@@ -164,7 +166,7 @@ def validate_tensors(reader: ViewReader, config: LlamaConfig, *, where: str) -> 
     return ViewReader({name: found[name] for name in expected}, where=where)
 
 
-def _some(names: list[str]) -> str:
+def _first_names(names: list[str]) -> str:
     return f"{', '.join(escape(name, 120) for name in names[:3])}" + (
         f" and {len(names) - 3} more" if len(names) > 3 else ""
     )
@@ -184,41 +186,41 @@ def write_huggingface(
     """Writes a directory that transformers loads: safetensors, config.json, generation_config.json, the tokenizer.
 
     Args:
-        directory: must not exist, or be empty; it appears whole or not at all.
+        directory: must not exist, or be empty; it appears complete or not at all.
         reader: the model's parameters under Hugging Face's names.
         config: the model's shape.
         tokenizer_dir: where the tokenizer's files lie; None leaves them out.
         generation: the generation_config.json to copy; None writes one of config.json's token ids.
         dtype: float32, bfloat16 or float16; None keeps each tensor's own.
         max_shard_bytes: a shard grows no larger, unless one tensor is.
-        advance: told the bytes read so far.
+        advance: called with the bytes read since the last call.
 
     Returns:
-        Each parameter's fingerprint as written (weights/transfer.py).
+        Each parameter's fingerprint as written (tensors/transfer.py).
 
     Raises:
         UserError: names or shapes disagree with the config, a value is not finite, the disk is too small.
     """
     name = dtype_name(dtype) if dtype is not None else None
-    held, config = resolve_tied_head(reader.tensors, config, where="the model")
-    weights = validate_tensors(ViewReader(held, where="the weights"), config, where="the weights").tensors
-    with new_directory(directory, need_bytes=bytes_as(weights, name)) as partial:
+    tensors, config = resolve_tied_head(reader.tensors, config, where="the model")
+    weights = validate_tensors(ViewReader(tensors, where="the weights"), config, where="the weights").tensors
+    with new_directory(directory, need_bytes=bytes_in_dtype(weights, name)) as partial:
         files = plan_safetensors(partial, weights, dtype=name, max_shard_bytes=max_shard_bytes)
         fingerprints, _ = transfer(weights, files, dtype=name, advance=advance)
         kind = name or next(iter(weights.values())).dtype
-        write_beside(partial, config, dtype=kind, tokenizer=tokenizer_dir, generation=generation)
+        write_config_and_tokenizer(partial, config, dtype=kind, tokenizer=tokenizer_dir, generation=generation)
     return fingerprints
 
 
-def bytes_as(weights: Mapping[str, TensorView], dtype: str | None) -> int:
+def bytes_in_dtype(weights: Mapping[str, TensorView], dtype: str | None) -> int:
     """Disk space of the tensors in another dtype, with room for headers."""
     return sum(t.numel * ITEMSIZE[dtype or t.dtype] for t in weights.values()) + (64 << 20)
 
 
-def write_beside(
+def write_config_and_tokenizer(
     directory: Path, config: LlamaConfig, *, dtype: str, tokenizer: Path | None, generation: Path | None = None
 ) -> None:
-    """What lies beside the weights: config.json, generation_config.json, the tokenizer's files."""
+    """Writes what belongs beside the weights: config.json, generation_config.json, the tokenizer's files."""
     write_config(directory, config, dtype=dtype)
     if generation is not None:
         text = read_text(generation, FIX_GENERATION)
@@ -285,8 +287,8 @@ def copy_tokenizer(source: Path, directory: Path) -> str:
         UserError: there is no tokenizer at `source`.
     """
     source = Path(source)
-    held = [name for name in VOCABULARIES if source.is_file() or (source / name).is_file()]
-    if not held:
+    found = [name for name in VOCABULARIES if source.is_file() or (source / name).is_file()]
+    if not found:
         raise UserError(f"{source}: holds no tokenizer.model or tokenizer.json", "name the tokenizer's directory")
     if "tokenizer.json" in copy_files(source, directory):
         return ""

@@ -21,7 +21,7 @@ from arriero.model.config import LlamaConfig
 
 @dataclass(frozen=True)
 class RankFormat:
-    """What the files of a checkpoint are to be."""
+    """The format of a checkpoint's files."""
 
     dialect: Dialect
     degrees: ParallelDegrees
@@ -32,7 +32,7 @@ class RankFormat:
     deepspeed: bool = False
     """AscendSpeed's DeepSpeed flavour."""
     arguments: dict[str, Any] | None = None
-    """Megatron's own, written under `args` (weights/megatron_args.py)."""
+    """Megatron's own, written under `args` (formats/megatron_args.py)."""
 
 
 def plan_ranks(

@@ -1,7 +1,7 @@
 """Meta's own checkpoints: `params.json` and `consolidated.NN.pth`, one file a model-parallel rank.
 
 Meta rotates neighbouring pairs, Hugging Face the two halves of a head: rows of q and k change places. Which dimension a
-matrix was sharded along is read off its shape, since Llama 3 cuts the embedding otherwise than its elders.
+matrix was sharded along is inferred from its shape, since Llama 3 shards the embedding otherwise than Llama 1 and 2.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _NEUTRAL = {
     "dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "max_batch_size", "max_seq_len",
     "model_parallel_size", "use_flash", "flash",
 }  # fmt: skip
-"""Keys of params.json that the tensors tell, or that change nothing."""
+"""Keys of params.json that follow from the tensors, or that change nothing."""
 _COLUMNS = ("o_proj.weight", "down_proj.weight")  # sharded by columns whatever their shapes say
 
 
@@ -88,7 +88,7 @@ def _name(key: str) -> str:
 
 
 def _config(path: Path, hints: ConfigHints, shards: list[dict[str, TensorView]]) -> tuple[LlamaConfig, list[str]]:
-    """The shape: params.json, completed by what the tensors say."""
+    """The shape: params.json, completed from the tensors' shapes."""
     if hints.config is not None:
         return LlamaConfig.from_json(hints.config), []
     file = path / "params.json"
@@ -142,7 +142,7 @@ def _join(name: str, shape: tuple[int, ...], parts: list[TensorView], config: Ll
         rows, columns = (*part.shape, 1)[:2]
         source = part.slices[0].source
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            slices += _halves(source, rows, columns, at, config.head_dim)
+            slices += _split_halves(source, rows, columns, at, config.head_dim)
         else:
             slices.append(Slice(source, 0, 0, rows, columns, *((0, at) if by_columns else (at, 0))))
         at += columns if by_columns else rows
@@ -158,7 +158,7 @@ def _join(name: str, shape: tuple[int, ...], parts: list[TensorView], config: Ll
     return TensorView(parts[0].dtype, shape, tuple(slices))
 
 
-def _halves(source: Any, rows: int, columns: int, at: int, size: int) -> Iterator[Slice]:
+def _split_halves(source: Any, rows: int, columns: int, at: int, size: int) -> Iterator[Slice]:
     """Rows 0, 2, 4, ... of each head, then 1, 3, 5, ...: from neighbouring pairs to halves."""
     for head in range(0, rows, size):
         for odd in (0, 1):

@@ -1,4 +1,4 @@
-"""Names of tensors as other programs save them: wrappers and containers taken off, and what a stranger's names mean."""
+"""Names of tensors as other programs save them: removing wrappers and containers, and what unknown names mean."""
 
 from __future__ import annotations
 

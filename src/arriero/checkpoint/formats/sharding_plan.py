@@ -18,7 +18,7 @@ from arriero.model.config import LlamaConfig, layer_shapes
 
 @dataclass(frozen=True)
 class Region:
-    """A rectangle of a Hugging Face tensor that fills `rows` whole rows of a planned from `out_row` on."""
+    """A rectangle of a Hugging Face tensor that fills `rows` whole rows of a `RankTensor` from `out_row` on."""
 
     name: str
     row: int
@@ -50,8 +50,8 @@ class ParallelDegrees:
     virtual: int = 1
     padded_vocab: int = 0
 
-    def words(self) -> str:
-        """As a person says it."""
+    def describe(self) -> str:
+        """For messages: TP2 x PP2."""
         text = f"TP{self.tensor} x PP{self.pipeline}"
         return text + (f" x VPP{self.virtual}" if self.virtual > 1 else "")
 
@@ -121,7 +121,7 @@ class ShardingPlan:
                 yield replace(self._vocabulary(dialect.tied_head, "model.embed_tokens.weight"), tied=True)
 
     def readable_tensors(self, stage: int, chunk: int, layers: range, keys: Container[str]) -> Iterator[RankTensor]:
-        """As `rank_tensors`, and the head that the last chunk of a tied model may hold besides: `keys` tells."""
+        """As `rank_tensors`, and the head that the last chunk of a tied model may hold besides, if `keys` has it."""
         last = None
         for last in self.rank_tensors(stage, chunk, layers):
             yield last
@@ -143,46 +143,46 @@ class ShardingPlan:
         share = total // self.degrees.tensor
         return RankTensor(key, (share, width), take_rows(rows, self.rank * share, share))
 
-    def _layer(self, home: str, prefix: str) -> Iterator[RankTensor]:
+    def _layer(self, source: str, prefix: str) -> Iterator[RankTensor]:
         dialect, hidden, shapes = self.dialect, self.config.hidden_size, layer_shapes(self.config)
-        yield self._replicated(prefix + dialect.input_norm, home + "input_layernorm.weight", (hidden,))
+        yield self._replicated(prefix + dialect.input_norm, source + "input_layernorm.weight", (hidden,))
         for kind in ("weight", "bias"):
             if f"self_attn.q_proj.{kind}" in shapes:
-                yield self._qkv(home, prefix, kind)
+                yield self._qkv(source, prefix, kind)
                 name = f"self_attn.o_proj.{kind}"
-                yield self._row_parallel(f"{prefix}{dialect.out}.{kind}", home + name, shapes[name])
-        yield self._replicated(prefix + dialect.post_norm, home + "post_attention_layernorm.weight", (hidden,))
+                yield self._row_parallel(f"{prefix}{dialect.out}.{kind}", source + name, shapes[name])
+        yield self._replicated(prefix + dialect.post_norm, source + "post_attention_layernorm.weight", (hidden,))
         for kind in ("weight", "bias"):
             if f"mlp.up_proj.{kind}" in shapes:
-                yield from self._gate_up(home, prefix, kind)
+                yield from self._gate_up(source, prefix, kind)
                 name = f"mlp.down_proj.{kind}"
-                yield self._row_parallel(f"{prefix}{dialect.down}.{kind}", home + name, shapes[name])
+                yield self._row_parallel(f"{prefix}{dialect.down}.{kind}", source + name, shapes[name])
 
     def _replicated(self, key: str, name: str, shape: tuple[int, ...]) -> RankTensor:
         rows, columns = matrix_shape(shape)
         return RankTensor(key, shape, (Region(name, 0, rows, 0, columns),), replicated=True)
 
-    def _qkv(self, home: str, prefix: str, kind: str) -> RankTensor:
+    def _qkv(self, source: str, prefix: str, kind: str) -> RankTensor:
         """Megatron's order: for each key-value group its query heads, its key head, its value head."""
         groups, size = self.config.num_key_value_heads, self.config.head_dim
         queries = self.config.num_attention_heads // groups * size
         columns = self.config.hidden_size if kind == "weight" else 1
         rows = []
         for g in range(groups):
-            rows.append(Region(f"{home}self_attn.q_proj.{kind}", g * queries, queries, 0, columns))
-            rows.append(Region(f"{home}self_attn.k_proj.{kind}", g * size, size, 0, columns))
-            rows.append(Region(f"{home}self_attn.v_proj.{kind}", g * size, size, 0, columns))
+            rows.append(Region(f"{source}self_attn.q_proj.{kind}", g * queries, queries, 0, columns))
+            rows.append(Region(f"{source}self_attn.k_proj.{kind}", g * size, size, 0, columns))
+            rows.append(Region(f"{source}self_attn.v_proj.{kind}", g * size, size, 0, columns))
         share = groups * (queries + 2 * size) // self.degrees.tensor
         shape = (share, columns) if kind == "weight" else (share,)
         return RankTensor(f"{prefix}{self.dialect.qkv}.{kind}", shape, take_rows(rows, self.rank * share, share))
 
-    def _gate_up(self, home: str, prefix: str, kind: str) -> Iterator[RankTensor]:
+    def _gate_up(self, source: str, prefix: str, kind: str) -> Iterator[RankTensor]:
         """A rank's own gate rows above its own up rows: not a chunk of the fused matrix."""
         share, columns = self.config.intermediate_size // self.degrees.tensor, 1
         if kind == "weight":
             columns = self.config.hidden_size
         halves = [
-            Region(f"{home}mlp.{n}.{kind}", self.rank * share, share, 0, columns) for n in ("gate_proj", "up_proj")
+            Region(f"{source}mlp.{n}.{kind}", self.rank * share, share, 0, columns) for n in ("gate_proj", "up_proj")
         ]
         groups = [halves] if len(self.dialect.gate_up) == 1 else [[half] for half in halves]
         for key, group in zip(self.dialect.gate_up, groups, strict=True):

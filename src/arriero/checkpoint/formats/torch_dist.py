@@ -14,7 +14,13 @@ from typing import Any
 
 from arriero.checkpoint.formats.foreign_config import ConfigHints
 from arriero.checkpoint.formats.megatron import TRACKER, RankModel, RankModels, combine_ranks, iteration_directory
-from arriero.checkpoint.tensors.pickle_symbols import MAX_PICKLE_BYTES, Call, TensorRef, follow, naturals
+from arriero.checkpoint.tensors.pickle_symbols import (
+    MAX_PICKLE_BYTES,
+    Call,
+    TensorRef,
+    non_negative_ints,
+    parse_symbolically,
+)
 from arriero.checkpoint.tensors.raw_file import RawFile
 from arriero.checkpoint.tensors.stream import ITEMSIZE, FileMatrix, Slice, TensorView, matrix_shape
 from arriero.checkpoint.tensors.torch_file import TorchFile
@@ -50,7 +56,7 @@ def open_torch_dist(path: Path, hints: ConfigHints) -> RankModels:
 def _tensors(folder: Path) -> dict[str, TensorView]:
     """Every model tensor, whole, of up to three dimensions, the first two merged into rows."""
     metadata = require_inside(folder, folder / ".metadata")
-    root = follow(read_bytes(metadata, FIX, MAX_PICKLE_BYTES), str(metadata))
+    root = parse_symbolically(read_bytes(metadata, FIX, MAX_PICKLE_BYTES), str(metadata))
     try:
         return _described(folder, root)
     except (AttributeError, KeyError, TypeError, ValueError, IndexError, OverflowError):  # of another form than DCP's
@@ -70,10 +76,10 @@ def _described(folder: Path, root: Any) -> dict[str, TensorView]:
             or "_extra_state" in key
         ):
             continue
-        shape = naturals(state["size"])
+        shape = non_negative_ints(state["size"])
         slices: list[Slice] = []
         for chunk in state["chunks"]:
-            offsets, sizes = naturals(chunk.state["offsets"]), naturals(chunk.state["sizes"])
+            offsets, sizes = non_negative_ints(chunk.state["offsets"]), non_negative_ints(chunk.state["sizes"])
             place = places.get((key, offsets))
             if place is None:
                 raise UserError(f"{folder}: does not list where {key} at {list(offsets)} lies", FIX)
@@ -89,7 +95,7 @@ def _described(folder: Path, root: Any) -> dict[str, TensorView]:
 
 def _place(index: Any) -> tuple[str, tuple[int, ...] | None]:
     offset, name = index.state.get("offset"), index.state["fqn"]
-    return name if isinstance(name, str) else "", None if offset is None else naturals(offset)
+    return name if isinstance(name, str) else "", None if offset is None else non_negative_ints(offset)
 
 
 def _stored(folder: Path, place: dict[str, Any], files: dict[str, RawFile], key: str) -> TensorView:

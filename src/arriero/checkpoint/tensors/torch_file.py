@@ -1,6 +1,6 @@
-"""torch.save files, read without running them and written without torch.
+"""torch.save files, read without running their pickles.
 
-A .pt file is a zip archive of uncompressed records: `data.pkl` says which objects there are, `data/N` hold the raw
+A .pt file is a zip archive of uncompressed records: `data.pkl` lists the objects, `data/N` hold the raw
 bytes of each storage. The pickle inside is a program; here its opcodes are followed symbolically: a global becomes
 its name, a call becomes a record of the call, nothing is imported and nothing is called. That is stricter than
 `torch.load(weights_only=True)` and reads more: the `argparse.Namespace` and enums that Megatron saves beside the
@@ -14,7 +14,14 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from arriero.checkpoint.tensors.pickle_symbols import MAX_NODES, MAX_PICKLE_BYTES, Call, Global, TensorRef, follow
+from arriero.checkpoint.tensors.pickle_symbols import (
+    MAX_NODES,
+    MAX_PICKLE_BYTES,
+    Call,
+    Global,
+    TensorRef,
+    parse_symbolically,
+)
 from arriero.checkpoint.tensors.raw_file import RawFile
 from arriero.checkpoint.tensors.stream import ITEMSIZE, FileMatrix, TensorView, ViewReader, matrix_shape
 from arriero.common.errors import UserError
@@ -49,7 +56,7 @@ class TorchFile:
         if main is None or main.file_size > MAX_PICKLE_BYTES:
             raise UserError(f"{path}: holds no data.pkl of a sensible size", "is it a torch.save file?")
         start = self._start(main)
-        self.root = follow(self.file.read(start, main.file_size), str(path))
+        self.root = parse_symbolically(self.file.read(start, main.file_size), str(path))
 
     def _start(self, info: zipfile.ZipInfo) -> int:
         """The byte of the file at which a record's data begin."""
@@ -143,7 +150,7 @@ def _row_stride(ref: TensorRef) -> int | None:
 
 
 class _Window:
-    """A part of a file with the methods that zipfile asks of one."""
+    """A part of a file, with the methods that zipfile needs."""
 
     def __init__(self, file: RawFile, begin: int, size: int) -> None:
         self.file, self.begin, self.size, self.at = file, begin, size, 0

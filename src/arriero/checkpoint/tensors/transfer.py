@@ -24,7 +24,7 @@ THREADS = 3  # more than the cores would need: some wait for the disk
 
 @dataclass(frozen=True)
 class WriteOp:
-    """A rectangle of weights tensor `name` that goes to byte `offset` of a file, row after row."""
+    """Writes a rectangle of tensor `name` to byte `offset` of a file, row after row."""
 
     name: str
     row: int
@@ -53,13 +53,13 @@ def transfer(
     advance: Callable[[int], None] | None = None,
     reopen: Callable[[], Mapping[str, TensorView]] | None = None,
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Writes `files` from the weights tensors; that they reach the disk is `new_directory`'s care.
+    """Writes `files` from the weights, without a final fsync: `new_directory` does it.
 
     Args:
         weights: the model under Hugging Face names.
         files: what to write; parents exist.
         dtype: dtype of everything written; None keeps each tensor's own. Puts count in this dtype's bytes.
-        advance: told the bytes read so far, for a progress bar.
+        advance: called with the bytes read since the last call, for a progress bar.
         reopen: opens what is written under Hugging Face names, once the headers are in place. Each tensor is then read
             back through it shortly after it was written, while it is still in memory.
 
@@ -70,7 +70,9 @@ def transfer(
         UserError: a value is NaN or infinite, or does not fit `dtype`; a source file ends early.
     """
     routes: dict[str, list[tuple[int, WriteOp]]] = {name: [] for name in weights}
-    locks: dict[int, threading.Lock] = defaultdict(threading.Lock)  # the kernel's own lock on a file spins
+    locks: dict[int, threading.Lock] = defaultdict(
+        threading.Lock
+    )  # cheaper than the kernel's own lock on a file, which spins
     descriptors = [os.open(file.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666) for file in files]
     try:
         for fd, file in zip(descriptors, files, strict=True):
@@ -84,7 +86,7 @@ def transfer(
             chunk = read_chunk(name, weights[name], row, rows, dtype)
             for fd, put in routes[name]:
                 with locks[fd]:
-                    _send(chunk, first=row, size=ITEMSIZE[dtype or weights[name].dtype], fd=fd, put=put)
+                    _write_part(chunk, first=row, size=ITEMSIZE[dtype or weights[name].dtype], fd=fd, put=put)
             if advance:
                 advance(rows * matrix_shape(weights[name].shape)[1] * ITEMSIZE[weights[name].dtype])
             return partial_fingerprint(chunk, row)
@@ -111,7 +113,7 @@ def chunks(name: str, tensor: TensorView) -> Iterator[tuple[str, int, int]]:
 
 
 Work = Callable[[str, int, int], int]
-LAG = 4  # tensors between writing one and reading it back, so that hardly ever a thread waits for another
+READ_BACK_LAG = 4  # tensors between writing one and reading it back, so that threads rarely wait for each other
 
 
 def _run(
@@ -125,15 +127,15 @@ def _run(
     names = list(weights)
     parts = {name: list(chunks(name, weights[name])) for name in names}
     jobs: list[tuple[bool, tuple[str, int, int]]] = []
-    for i in range(len(names) + LAG):
+    for i in range(len(names) + READ_BACK_LAG):
         jobs += [(False, chunk) for chunk in (parts[names[i]] if i < len(names) else [])]
-        if second and i >= LAG:
-            jobs += [(True, chunk) for chunk in parts[names[i - LAG]]]
+        if second and i >= READ_BACK_LAG:
+            jobs += [(True, chunk) for chunk in parts[names[i - READ_BACK_LAG]]]
     sums = (dict.fromkeys(names, 0), dict.fromkeys(names, 0))
     left = {name: len(parts[name]) for name in names}
     queue, changed, stop = iter(jobs), threading.Condition(), threading.Event()
 
-    def drain() -> None:
+    def work() -> None:
         while not stop.is_set():
             with changed:
                 again, chunk = next(queue, (False, ("", 0, 0)))
@@ -154,10 +156,10 @@ def _run(
 
     with ThreadPoolExecutor(THREADS + 1) as pool:
         flusher = pool.submit(flush)
-        workers = [pool.submit(drain) for _ in range(THREADS)]
+        workers = [pool.submit(work) for _ in range(THREADS)]
         try:
             wait(workers, return_when=FIRST_EXCEPTION)
-        finally:  # also on Ctrl-C; a worker that is done without an error leaves nothing to the others
+        finally:  # also on Ctrl-C; a worker ends without an error only when the queue is empty
             if not all(worker.done() and not worker.exception() for worker in workers):
                 stop.set()
         wait(workers)
@@ -170,7 +172,7 @@ def _run(
 def read_chunk(name: str, tensor: TensorView, row: int, rows: int, dtype: str | None = None) -> Bytes:
     """Rows [row, row + rows) as bytes, cast to `dtype`, checked to be finite.
 
-    The bytes lie in a buffer of the calling thread, which its next call fills anew.
+    The bytes lie in a buffer of the calling thread, which its next call overwrites.
     """
     chunk = _read_rows(tensor, row, rows)
     if not is_finite(chunk, tensor.dtype):
@@ -189,7 +191,7 @@ def _read_rows(tensor: TensorView, row: int, rows: int) -> Bytes:
     return chunk
 
 
-def _send(chunk: Bytes, *, first: int, size: int, fd: int, put: WriteOp) -> None:
+def _write_part(chunk: Bytes, *, first: int, size: int, fd: int, put: WriteOp) -> None:
     """Writes the part of a chunk (rows from `first` on, elements of `size` bytes) that belongs to one put."""
     left, right = put.column * size, (put.column + put.columns) * size
     width = right - left

@@ -18,7 +18,7 @@ _MANTISSA_BITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7}
 def is_finite(chunk: Bytes, dtype: str) -> bool:
     """Whether no element is NaN or infinite (True for integers).
 
-    Read as integers, an exponent of all ones is the largest of its sign: two maxima tell, at memory speed.
+    Read as integers, an exponent of all ones is the largest of its sign: two maxima suffice, at memory speed.
     """
     if dtype not in _WORDS or not chunk.size:
         return True

@@ -1,4 +1,4 @@
-"""What a model directory or weight file is, and whether it is whole."""
+"""What a model directory or weight file is, and whether it is complete."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from arriero.checkpoint.formats.huggingface import open_file
-from arriero.checkpoint.open_model import detect, open_model
+from arriero.checkpoint.open_model import detect_kind, open_model
 from arriero.checkpoint.tensors.stream import TensorView
 from arriero.checkpoint.tensors.transfer import read_fingerprints
 from arriero.checkpoint.tensors.values import fingerprint
@@ -27,7 +27,7 @@ def recognises(path: Path) -> bool:
     if path.name.endswith(".partial") and path.is_dir():
         return True
     try:
-        return path.is_dir() and detect(path) != "run"
+        return path.is_dir() and detect_kind(path) != "run"
     except UserError:
         return False
 
@@ -61,7 +61,7 @@ def inspect(path: Path, *, json: bool, verify: bool) -> int:
 
 
 def _kind(path: Path) -> str:
-    return "file" if path.is_file() else detect(path)
+    return "file" if path.is_file() else detect_kind(path)
 
 
 def _describe(path: Path, facts: dict[str, Any]) -> dict[str, TensorView]:
