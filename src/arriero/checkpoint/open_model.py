@@ -98,7 +98,7 @@ def _open(path: Path, kind: str, hints: ConfigHints) -> OpenedModel:
     if kind == "run":
         directory = find.find_checkpoint(path)
         config, where = LlamaConfig.from_json(directory), str(directory)
-        reader = validate_tensors(CheckpointReader(directory).weights(), config, where=where)
+        reader = validate_tensors(CheckpointReader(directory, mapped=False).weights(), config, where=where)
         if damage := verify_checkpoint(directory):
             raise UserError(damage[0], "name an earlier checkpoint of the run: RUN/checkpoints/step-...")
         return OpenedModel("run", directory, reader, config, layout=directory.name)

@@ -27,8 +27,8 @@ class SafetensorsFile(ViewReader):
         UserError: on opening, if the header is anything but well-formed; names the file and the tensor.
     """
 
-    def __init__(self, path: Path) -> None:
-        file = RawFile(path)
+    def __init__(self, path: Path, *, mapped: bool = False) -> None:
+        file = RawFile(path, mapped=mapped)
         header, start = _read_header(file)
         self.metadata = _metadata(header.pop("__metadata__", {}), path)
         tensors, ranges = {}, []

@@ -84,6 +84,9 @@ class FileMatrix(Matrix):
     def read_columns(self, row: int, column: int, out: Bytes) -> None:
         """Fills `out` [n, width * itemsize] with columns from `column` on, reading no other bytes."""
         start = self.offset + column * ITEMSIZE[self.dtype] + row * self.row_bytes
+        if self.file.mapped and out.size:
+            out[:] = np.ndarray(out.shape, np.uint8, self.file.pages, start, (self.row_bytes, 1))
+            return
         for i in range(out.shape[0]):
             self.file.read_into(start + i * self.row_bytes, out[i].data)
 
@@ -196,10 +199,11 @@ def read_slice(part: Slice, out: Bytes) -> None:
     if part.step == 1 and full and out.flags.c_contiguous:
         source.read_rows(part.row, out)
         return
-    skipped = (source.columns - part.columns) * size
-    if part.step == 1 and isinstance(source, FileMatrix) and skipped >= 4096:  # a page or more a row is left unread
-        source.read_columns(part.row, part.column, out)
-        return
+    if part.step == 1 and isinstance(source, FileMatrix):
+        skipped = (source.columns - part.columns) * size
+        if source.file.mapped or skipped >= 4096:  # a page or more a row is left unread
+            source.read_columns(part.row, part.column, out)
+            return
     left, right = part.column * size, (part.column + part.columns) * size
     if part.step == 0:
         line = np.empty((1, source.columns * size), np.uint8)
