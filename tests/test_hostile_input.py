@@ -385,7 +385,7 @@ def test_text(
 ) -> None:
     for module in (inputs, readers):
         monkeypatch.setattr(module, "MAX_RECORD_BYTES", 1_000_000)  # a bomb of 5 MB is a bomb
-    monkeypatch.setattr(inputs, "TEMPORARY", str(tmp_path))
+    monkeypatch.setattr(inputs, "SCRATCH_DIRECTORY", str(tmp_path))
 
     def damage(path: Path) -> None:
         path.unlink()

@@ -15,7 +15,7 @@ from arriero.checkpoint.find import committed
 from arriero.checkpoint.verify import verify_checkpoint
 from arriero.cli.main import dispatch
 from arriero.common.errors import EXIT_OK, EXIT_USAGE
-from arriero.observe.lines import LineFile, Trouble
+from arriero.observe.line_file import LineFile, WriteErrors
 from toy import write_config, write_recipe
 
 
@@ -91,7 +91,7 @@ def test_no_line_is_lost_however_long_the_disk_is_full(
 ) -> None:  # fmt: skip
     if not disk.mounted:
         pytest.skip("needs a disk of its own")
-    trouble = Trouble()
+    trouble = WriteErrors()
     files = [LineFile(disk.path / name, trouble) for name in ("metrics.jsonl", "log.txt")]
     with contextlib.suppress(OSError):
         disk.fill(900)

@@ -15,7 +15,7 @@ import pytest
 from arriero.common.errors import UserError
 from arriero.data import columns
 from arriero.data.inputs import kind_of
-from arriero.data.json_stream import Bad
+from arriero.data.json_stream import MalformedRecord
 from arriero.data.readers import read_records
 
 BIG = "a" * 3_000_000
@@ -96,9 +96,9 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
 
 @pytest.mark.parametrize("case", BOMBS)
 def test_a_file_unpacks_to_no_more_than_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    monkeypatch.setattr(columns, "UNPACKED", 50 << 20)
+    monkeypatch.setattr(columns, "MIN_UNPACKED_BYTES", 50 << 20)
     monkeypatch.setattr(columns, "MAX_UNPACKED", 1)
-    monkeypatch.setattr(columns, "MEMORY", (400 << 20, 400 << 20))
+    monkeypatch.setattr(columns, "MEMORY_LIMITS", (400 << 20, 400 << 20))
     name, make = BOMBS[case]
     (tmp_path / name).write_bytes(make())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -146,7 +146,7 @@ def test_row_groups_batches_and_odd_types(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         found = records(tmp_path / name, None)
         assert found[0] == {"text": "good", "messages": turns[0], "day": ("date",)}
-        assert isinstance(found[1], Bad)
+        assert isinstance(found[1], MalformedRecord)
         assert found[1].reason.startswith("invalid UTF-8")
         assert found[2] == {"text": "x", "messages": [], "day": None}
     for kind in (pa.dictionary(pa.int8(), pa.string()), pa.large_string(), pa.string_view()):
@@ -165,7 +165,7 @@ def test_columns_are_named_once(tmp_path: Path) -> None:
 
 
 def test_a_reader_that_dies_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns, "MEMORY", (1, 1))  # so little that the interpreter itself can't go on
+    monkeypatch.setattr(columns, "MEMORY_LIMITS", (1, 1))  # so little that the interpreter itself can't go on
     path = tmp_path / "a.parquet"
     path.write_bytes(parquet(pa.table({"text": ["a"]})))
     with pytest.raises(UserError, match=r"a\.parquet: "):

@@ -14,9 +14,9 @@ from small_inputs import train_sentencepiece
 
 from arriero.common.errors import UserError
 from arriero.data import fast
-from arriero.data.fast import FastTokenizer, fast_or_reason
+from arriero.data.fast import FastTokenizer, choose_fast_tokenizer
 from arriero.data.indexed import IndexedDataset
-from arriero.data.tokenizer import Tokenizer, cut, load_tokenizer
+from arriero.data.tokenizer import Tokenizer, load_tokenizer, split_text
 
 SAMPLE = list(pydoc_data.topics.topics.values())[:4]
 
@@ -26,23 +26,23 @@ SAMPLE = list(pydoc_data.topics.topics.values())[:4]
 def test_cutting_changes_no_id(tokenizer: Tokenizer, json_tokenizer_dir: Path, text: str, length: int) -> None:
     for one in (tokenizer, load_tokenizer(json_tokenizer_dir)):
         whole = one._encode([text])[0]
-        assert np.concatenate(one._encode(cut(text, length))).tolist() == whole.tolist()
+        assert np.concatenate(one._encode(split_text(text, length))).tolist() == whole.tolist()
 
 
 def test_a_long_document_has_the_ids_of_the_whole(tokenizer: Tokenizer) -> None:
     text = "\n".join(SAMPLE)
-    assert len(cut(text)) > 5
+    assert len(split_text(text)) > 5
     assert tokenizer.encode(text) == tokenizer._encode([text])[0].tolist()
 
 
 def test_a_vocabulary_with_pieces_over_blanks_is_never_cut(tmp_path: Path) -> None:
     train_sentencepiece(tmp_path / "tokenizer.model", user_defined_symbols=["of▁the"])
-    assert not load_tokenizer(tmp_path)._cuts
+    assert not load_tokenizer(tmp_path)._splittable
 
 
 def test_ids_equal_the_references(tokenizer: Tokenizer, json_tokenizer_dir: Path) -> None:
     for reference in (tokenizer, load_tokenizer(json_tokenizer_dir)):
-        engine, reason = fast_or_reason(reference, SAMPLE)
+        engine, reason = choose_fast_tokenizer(reference, SAMPLE)
         assert engine is not None, reason
         assert "ids equal" in reason
         texts = [*SAMPLE, "", "<s> literal </s>", "x" * 5000, " a"]
@@ -52,7 +52,7 @@ def test_ids_equal_the_references(tokenizer: Tokenizer, json_tokenizer_dir: Path
 
 
 def test_the_cache_is_dropped_after_enough_text(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast, "_CACHE_BYTES", 1000)
+    monkeypatch.setattr(fast, "_MAX_CACHE_BYTES", 1000)
     engine = FastTokenizer(tokenizer)
     first = engine._backend
     assert engine.encode_batch(SAMPLE) == tokenizer.encode_batch(SAMPLE)
@@ -62,7 +62,7 @@ def test_the_cache_is_dropped_after_enough_text(tokenizer: Tokenizer, monkeypatc
 
 def test_a_vocabulary_without_all_bytes_falls_back_and_says_so(tmp_path: Path) -> None:
     train_sentencepiece(tmp_path / "tokenizer.model", byte_fallback=False)
-    engine, reason = fast_or_reason(load_tokenizer(tmp_path), SAMPLE)
+    engine, reason = choose_fast_tokenizer(load_tokenizer(tmp_path), SAMPLE)
     assert engine is None
     assert "byte_fallback" in reason
 
@@ -77,7 +77,7 @@ def test_other_ids_are_found_before_and_during_the_work(
     with pytest.raises(UserError, match=r"other ids than sentencepiece for .*\n.*--engine reference"):
         wrong.encode_batch(SAMPLE)
     monkeypatch.setattr(fast, "FastTokenizer", lambda reference: wrong)
-    engine, reason = fast_or_reason(tokenizer, SAMPLE)
+    engine, reason = choose_fast_tokenizer(tokenizer, SAMPLE)
     assert engine is None
     assert "other ids" in reason
 

@@ -10,10 +10,10 @@ from small_inputs import RECORDS, write_records
 from arriero.common.errors import UserError
 from arriero.data.batches import Batches
 from arriero.data.config import DataConfig
-from arriero.data.formats import BadRecordError, Template, load_template, make_format
+from arriero.data.formats import Template, UnusableRecordError, load_template, make_format
 from arriero.data.indexed import IndexedDataset
-from arriero.data.instruct import best_fit
-from arriero.data.records import CONTENT
+from arriero.data.instruct import pack_best_fit
+from arriero.data.records import CONTENT_COLUMNS
 from arriero.data.tokenizer import Tokenizer
 
 Prepare = Callable[..., str]
@@ -57,7 +57,7 @@ def test_the_same_chat_in_three_shapes(record: dict[str, object]) -> None:
     ],
 )
 def test_a_bad_chat_says_why(record: dict[str, object], reason: str) -> None:
-    with pytest.raises(BadRecordError, match=reason):
+    with pytest.raises(UnusableRecordError, match=reason):
         chat(record)
 
 
@@ -119,15 +119,15 @@ def test_a_chat_carries_all_that_a_record_holds(case: str) -> None:
 @pytest.mark.parametrize("case", REFUSED)
 def test_or_it_is_set_aside(case: str) -> None:
     record, reason = REFUSED[case]
-    with pytest.raises(BadRecordError, match=reason):
+    with pytest.raises(UnusableRecordError, match=reason):
         chat(record)
 
 
-@pytest.mark.parametrize("column", [c for c in CONTENT if c != "input"])
+@pytest.mark.parametrize("column", [c for c in CONTENT_COLUMNS if c != "input"])
 def test_what_an_alpaca_record_has_no_place_for(column: str) -> None:
     for name in ("alpaca", "alpaca-sft"):
         form = make_format(name, keys=(), template=Template(), loss_on="all")
-        with pytest.raises(BadRecordError, match=f"{column} is filled"):
+        with pytest.raises(UnusableRecordError, match=f"{column} is filled"):
             form.documents({**ASK, column: "x"})
         ignoring = make_format(name, keys=(), template=Template(), loss_on="all", ignored=(column,))
         plain = form.documents(ASK)
@@ -141,7 +141,7 @@ def test_what_an_alpaca_record_has_no_place_for(column: str) -> None:
 @pytest.mark.parametrize("name", ["Input", "INPUT ", "System"])
 def test_a_column_in_other_letters_is_content_too(name: str) -> None:
     form = make_format("alpaca", keys=(), template=Template(), loss_on="all")
-    with pytest.raises(BadRecordError, match="is filled"):
+    with pytest.raises(UnusableRecordError, match="is filled"):
         form.documents({**ASK, name: "x"})
 
 
@@ -247,8 +247,8 @@ def test_instruction_batches_hold_every_record_once(
 
 def test_best_fit_never_overfills_and_wastes_little() -> None:
     sizes = np.random.default_rng(0).integers(1, 513, 4000)
-    bins = best_fit(sizes, 512)
+    bins = pack_best_fit(sizes, 512)
     assert sorted(i for one in bins for i in one) == list(range(4000))
     assert max(sizes[one].sum() for one in bins) <= 512
     assert len(bins) <= 1.02 * sizes.sum() / 512 + 1
-    assert best_fit(np.array([3, 5, 2, 6]), 8) == [[3, 2], [1, 0]]
+    assert pack_best_fit(np.array([3, 5, 2, 6]), 8) == [[3, 2], [1, 0]]

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from small_inputs import train_sentencepiece
 
 from arriero.common.errors import UserError
-from arriero.data import tokenizer_check
+from arriero.data import tokenizer_safety as tokenizer_check
 from arriero.data.indexed import IndexedDataset
 from arriero.data.tokenizer import JsonTokenizer, load_tokenizer
-from arriero.data.tokenizer_check import TooSlowError, check_charsmap, in_time, sentence
+from arriero.data.tokenizer_safety import TooSlowError, call_with_timeout, check_charsmap, library_errors
 
 Prepare = Callable[..., str]
 BASE: dict[str, Any] = {
@@ -95,9 +95,9 @@ def test_a_hostile_description_is_one_sentence(tmp_path: Path, case: str) -> Non
 def test_a_panic_is_a_sentence_and_interrupts_stay_what_they_are(tmp_path: Path) -> None:
     from tokenizers import normalizers
 
-    with pytest.raises(UserError, match=r"t\.json: is broken \("), sentence(tmp_path / "t.json", "is broken"):
+    with pytest.raises(UserError, match=r"t\.json: is broken \("), library_errors(tmp_path / "t.json", "is broken"):
         normalizers.Precompiled(b"\xff\xff\xff\x7fabc")
-    with pytest.raises(KeyboardInterrupt), sentence(tmp_path / "t.json", "is broken"):
+    with pytest.raises(KeyboardInterrupt), library_errors(tmp_path / "t.json", "is broken"):
         raise KeyboardInterrupt
 
 
@@ -122,17 +122,17 @@ def test_a_tokenizer_that_never_ends_is_given_up(
     tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forever = threading.Event()
-    monkeypatch.setattr(tokenizer_check, "SECONDS", 0.1)
+    monkeypatch.setattr(tokenizer_check, "MIN_SECONDS", 0.1)
     try:
         with pytest.raises(TooSlowError, match=r"t\.json: has not tokenized 10 characters"):
-            in_time(tmp_path / "t.json", 10, forever.wait)
-        assert in_time(tmp_path / "t.json", 10**9, lambda: 7) == 7
+            call_with_timeout(tmp_path / "t.json", 10, forever.wait)
+        assert call_with_timeout(tmp_path / "t.json", 10**9, lambda: 7) == 7
         with pytest.raises(TimeoutError, match="its own"):
-            in_time(tmp_path / "t.json", 10**9, lambda: (_ for _ in ()).throw(TimeoutError("its own")))
+            call_with_timeout(tmp_path / "t.json", 10**9, lambda: (_ for _ in ()).throw(TimeoutError("its own")))
 
         def encode(self: JsonTokenizer, texts: list[str]) -> list[np.ndarray]:
             if any("slow" in text for text in texts):
-                in_time(self.path, 1, forever.wait)
+                call_with_timeout(self.path, 1, forever.wait)
             return [np.zeros(1, np.int32) for _ in texts]
 
         monkeypatch.setattr(JsonTokenizer, "_encode", encode)

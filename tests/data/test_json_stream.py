@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from arriero.common.errors import UserError
 from arriero.data import json_stream
-from arriero.data.json_stream import Bad
+from arriero.data.json_stream import MalformedRecord
 from arriero.data.readers import read_records
 
 
@@ -30,11 +30,13 @@ SOUND: dict[str, tuple[bytes, list[Any]]] = {
     "indented objects": (b'{\n "text": "a"\n}\n{\n "text": "b"\n}\n', [A, B]),
     "one object": (b'{"text":"a"}', [A]),
     "lines": (b'{"text":"a"}\r\n\r\n{"text":"b"}\n', [A, B]),
-    "lines, then an array is no record": (b'{"text":"a"}\n[1]\n', [A, Bad("not an object but list", "[1]")]),
+    "lines, then an array is no record": (
+        b'{"text":"a"}\n[1]\n', [A, MalformedRecord("not an object but list", "[1]")]
+    ),
     "empty arrays": (b'[] [ ]\n[{"text":"a"}]', [A]),
     "brackets in strings": (b'[{"text":"a] , [{"},{"text":"\\"]"}]', [{"text": "a] , [{"}, {"text": '"]'}]),
     "nested arrays": (b'[[{"text":"a"}], {"text":"b", "c": [[1], {}]}]',
-                      [Bad("not an object but list", "[{'text': 'a'}]"), {"text": "b", "c": [[1], {}]}]),
+                      [MalformedRecord("not an object but list", "[{'text': 'a'}]"), {"text": "b", "c": [[1], {}]}]),
     "Python's numbers": (b'[{"text":"a","x":Infinity,"y":-Infinity,"z":1e999}]',
                          [{"text": "a", "x": float("inf"), "y": float("-inf"), "z": float("inf")}]),
     "escaped pair and lone surrogate": (b'[{"text":"\\ud83e\\udd99"},{"text":"\\ud800"}]',
@@ -95,7 +97,7 @@ def test_a_key_that_stands_twice_with_other_values_is_a_bad_record(tmp_path: Pat
     turns = b'{"messages":[{"role":"user","content":"x","content":"y"}]}'
     for raw in (b"[" + line + b"]", line + b"\n", b"[" + turns + b"]"):
         (found,) = documents(tmp_path / "a.json", raw)
-        assert isinstance(found, Bad)
+        assert isinstance(found, MalformedRecord)
         assert "stands twice, with different values" in found.reason
 
 
@@ -147,27 +149,27 @@ def test_a_damaged_array_is_read_as_json_loads_reads_it_or_refused(
             assert not isinstance(expected, list)
             return
     if expected is not None:
-        assert found == [one if isinstance(one, dict) else json_stream.record_of(one) for one in expected]
+        assert found == [one if isinstance(one, dict) else json_stream.check_record(one) for one in expected]
     else:  # what json.loads takes for extra data: several values, each of them sound
         decoder, at, values = json.JSONDecoder(), 0, []
         while at < len(damaged):
             value, at = decoder.raw_decode(damaged, at)
             values += value if isinstance(value, list) else [value]
             at += len(damaged[at:]) - len(damaged[at:].lstrip())
-        assert found == [json_stream.record_of(one) for one in values]
+        assert found == [json_stream.check_record(one) for one in values]
 
 
 def test_tiny_records_cost_linear_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Characters that are copied, not seconds: what is held is moved once for each block, not for each record."""
     moved = 0
-    before = json_stream._Text._fill
+    before = json_stream._JsonBuffer._fill
 
-    def count(self: json_stream._Text) -> bool:
+    def count(self: json_stream._JsonBuffer) -> bool:
         nonlocal moved
-        moved += len(self.held) - self.at
+        moved += len(self.buffer) - self.at
         return before(self)
 
-    monkeypatch.setattr(json_stream._Text, "_fill", count)
+    monkeypatch.setattr(json_stream._JsonBuffer, "_fill", count)
     raw = b"[" + b",".join([b'{"t":1}'] * 300_000) + b"]"  # 2.4 MB
     assert len(documents(tmp_path / "a.json", raw)) == 300_000
     assert moved < 1000

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arriero.common.errors import UserError
-from arriero.observe import lines
-from arriero.observe.lines import Trouble
+from arriero.observe import line_file as lines
+from arriero.observe.line_file import WriteErrors
 from arriero.observe.metrics import MetricsWriter, StepMetrics, ValidationMetrics, read_metrics
 
 STEP = StepMetrics(
@@ -153,7 +153,7 @@ def test_going_back_while_the_disk_is_full_takes_back_what_waits_too(
 ) -> None:  # fmt: skip
     path = tmp_path / "metrics.jsonl"
     told: list[str] = []
-    writer = MetricsWriter(path, Trouble(told.append))
+    writer = MetricsWriter(path, WriteErrors(told.append))
     for i in (1, 2, 3):
         writer.write(replace(STEP, iteration=i))
 

@@ -186,7 +186,7 @@ def start(recipe: Recipe, *, profiled: bool) -> None:
         reporter = Reporter(
             Path(recipe.out), recipe.log, recipe.train, CONFIG, devices=1, device_name="cpu", first=True
         )  # fmt: skip
-        events = Events(Path(recipe.out), first=True, since_start=0.0, trouble=reporter.trouble)
+        events = Events(Path(recipe.out), first=True, since_start=0.0, errors=reporter.trouble)
         reporter.resume_after(3)
         for step in (4, 5):
             result = StepResult(

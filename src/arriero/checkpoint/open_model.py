@@ -15,7 +15,7 @@ from arriero.checkpoint.tensors.stream import ViewReader
 from arriero.checkpoint.verify import verify_checkpoint
 from arriero.common.errors import UserError
 from arriero.common.untrusted import read_json, require_inside, schema_problem
-from arriero.data.tokenizer import GENERATION, VOCABULARIES
+from arriero.data.tokenizer import GENERATION_CONFIG, VOCABULARY_FILES
 from arriero.model.config import LlamaConfig
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def open_model(path: Path, kind: str | None = None, hints: ConfigHints | None = 
     if kind == "run":
         places.append(opened.path.parent.parent / "tokenizer")
     tokenizer = hints.tokenizer or next((place for place in places if holds_tokenizer(place)), None)
-    files = [place / GENERATION for place in places if (place / GENERATION).is_file()]
+    files = [place / GENERATION_CONFIG for place in places if (place / GENERATION_CONFIG).is_file()]
     generation = require_inside(files[0].parent, files[0]) if files else None
     return replace(opened, tokenizer=tokenizer, generation=generation)
 
@@ -118,7 +118,7 @@ def _open(path: Path, kind: str, hints: ConfigHints) -> OpenedModel:
 
 def holds_tokenizer(directory: Path) -> bool:
     """Whether a directory holds a tokenizer."""
-    return any((directory / name).is_file() for name in VOCABULARIES)
+    return any((directory / name).is_file() for name in VOCABULARY_FILES)
 
 
 def end_ids(opened: OpenedModel, eos_id: int | None) -> frozenset[int]:

@@ -88,7 +88,7 @@ def run(args: GenerateArgs) -> int:
         temperature=args.temperature,
         top_p=args.top_p,
         seed=args.seed,
-        never=[i for i in tokenizer.without_text(opened.config.vocab_size).tolist() if i not in ends],
+        never=[i for i in tokenizer.unused_ids(opened.config.vocab_size).tolist() if i not in ends],
     ):
         if token in ends:
             break

@@ -15,7 +15,7 @@ from arriero.common.errors import UserError
 from arriero.common.text import escape
 from arriero.data.batch import Batch
 from arriero.data.config import DataConfig, parse_split
-from arriero.data.indexed import IndexedDataset, OutsideVocabulary
+from arriero.data.indexed import IndexedDataset, OutOfVocabularyError
 from arriero.data.instruct import InstructionSet
 from arriero.data.order import MegatronBlend, MegatronOrder, StableOrder, blend_stable, choose_documents
 from arriero.data.prefix import INSTRUCTION_FIELDS, Blend, is_instruction, parse_prefix
@@ -232,6 +232,6 @@ class Batches:
         for one, _, within in self._shared_out(samples):
             try:
                 one.check_ids(within, self.vocab_size)
-            except OutsideVocabulary as error:
+            except OutOfVocabularyError as error:
                 return error
         return UserError(f"data.prefix: samples {samples.tolist()[:8]} changed while they were read", "read them again")

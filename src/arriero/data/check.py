@@ -10,12 +10,12 @@ from arriero.data.batches import Batches
 from arriero.data.config import DataConfig
 from arriero.data.indexed import IndexedDataset
 from arriero.data.instruct import InstructionSet
-from arriero.data.manifest import manifest_of
+from arriero.data.manifest import find_manifest
 from arriero.data.prefix import indexed_sets, parse_prefix
 
-MOST_TOKENS = 1 << 28
+MAX_SCANNED_TOKENS = 1 << 28
 """Tokens of a foreign data set that are looked at before the start; all ids are looked at when they are read."""
-_STRETCHES = 64
+_SCANNED_RANGES = 64
 
 
 def check_data_against(config: DataConfig, vocab_size: int, tokenizer_fingerprint: str | None = None) -> None:
@@ -33,11 +33,11 @@ def check_data_against(config: DataConfig, vocab_size: int, tokenizer_fingerprin
     """
     for prefix in parse_prefix(config.prefix).prefixes:
         sets = indexed_sets(prefix)
-        found = manifest_of(next(iter(sets.values())))
+        found = find_manifest(next(iter(sets.values())))
         if found is None:
             for end, name in sets.items():
                 ignored = -100 if end.endswith("_labels_document") else None
-                check_part(IndexedDataset(name), vocab_size, ignored=ignored)
+                check_token_ids(IndexedDataset(name), vocab_size, ignored=ignored)
             continue
         manifest = found[1]
         made_by = manifest["tokenizer"]
@@ -56,19 +56,19 @@ def check_data_against(config: DataConfig, vocab_size: int, tokenizer_fingerprin
             )
 
 
-def check_part(data: IndexedDataset, vocab_size: int | None, *, whole: bool = False, **how: Any) -> None:
+def check_token_ids(data: IndexedDataset, vocab_size: int | None, *, whole: bool = False, **how: Any) -> None:
     """Looks at all ids of a set, or unless `whole` at those of evenly spaced stretches of a large one.
 
     Raises:
         OutsideVocabulary: as `IndexedDataset.check_ids`, which takes `how`.
     """
     total = len(data.tokens)
-    if whole or total <= MOST_TOKENS:
+    if whole or total <= MAX_SCANNED_TOKENS:
         data.check_ids(vocab_size, **how)
         return
-    for i in range(_STRETCHES):
-        first = (total - MOST_TOKENS // _STRETCHES) * i // (_STRETCHES - 1)
-        data.check_ids(vocab_size, first=first, end=first + MOST_TOKENS // _STRETCHES, **how)
+    for i in range(_SCANNED_RANGES):
+        first = (total - MAX_SCANNED_TOKENS // _SCANNED_RANGES) * i // (_SCANNED_RANGES - 1)
+        data.check_ids(vocab_size, first=first, end=first + MAX_SCANNED_TOKENS // _SCANNED_RANGES, **how)
 
 
 def batch_notices(batches: Batches) -> list[str]:

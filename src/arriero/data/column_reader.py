@@ -19,68 +19,68 @@ from typing import Any, NamedTuple
 from arriero.common.errors import UserError
 from arriero.data.inputs import BLOCK, MAX_UNPACKED
 
-ROWS = 512  # at most in one piece
-PIECE_BYTES = 8 << 20  # of text that is aimed at in one piece
-MOST_ELEMENTS = 1 << 22  # of the lists of one piece: 100 MB of Python's objects at the least
+MAX_ROWS = 512  # at max_rows in one piece
+SLICE_BYTES = 8 << 20  # of text that is aimed at in one piece
+MAX_ELEMENTS = 1 << 22  # of the lists of one piece: 100 MB of Python's objects at the least
 FRAME = struct.Struct("<Q")
-REFUSED = 3  # exit code: the problem and its fix stand on stderr, as JSON
-ROW_COST = 16  # bytes that a row counts at least, so that rows of nothing come to an end too
+EXIT_REFUSED = 3  # exit code: the problem and its fix stand on stderr, as JSON
+MIN_ROW_BYTES = 16  # bytes that a row counts at least, so that rows of nothing come to an end too
 
 
-class Bounds(NamedTuple):
+class Limits(NamedTuple):
     """What a file may take: bytes of memory while it is read, and bytes of text in all."""
 
     memory: int
     unpacked: int
 
 
-def _cost(value: Any) -> int:
+def _text_bytes(value: Any) -> int:
     """About the bytes of a record's texts."""
     if isinstance(value, (str, bytes)):
         return len(value)
     if isinstance(value, dict):
-        return sum(map(_cost, value.values()))
-    return 8 + (sum(map(_cost, value)) if isinstance(value, list) else 0)
+        return sum(map(_text_bytes, value.values()))
+    return 8 + (sum(map(_text_bytes, value)) if isinstance(value, list) else 0)
 
 
-def _plain(value: Any) -> Any:
+def _marshallable(value: Any) -> Any:
     """A value as marshal writes it: those of other types are none that a format could use, and become their type."""
     if value is None or type(value) in (str, bytes, int, float, bool):
         return value
     if isinstance(value, dict):
-        return {str(key): _plain(one) for key, one in value.items()}
+        return {str(key): _marshallable(one) for key, one in value.items()}
     if isinstance(value, list):
-        return [_plain(one) for one in value]
+        return [_marshallable(one) for one in value]
     return (type(value).__name__,)
 
 
-def _elements(array: Any) -> int:
+def _count_elements(array: Any) -> int:
     """How many values the lists of an array hold, at all depths: run lengths give any number of them for nothing."""
     import pyarrow
 
     kind = array.type
     if pyarrow.types.is_struct(kind):
-        return sum(map(_elements, array.flatten()))
+        return sum(map(_count_elements, array.flatten()))
     if pyarrow.types.is_nested(kind) and hasattr(array, "flatten"):
         inside = array.flatten()
-        return len(inside) + _elements(inside)
+        return len(inside) + _count_elements(inside)
     return 0
 
 
-def _piece(batch: Any, at: int, count: int) -> list[Any]:
+def _slice_rows(batch: Any, at: int, count: int) -> list[Any]:
     """Rows as records; one whose text is not UTF-8 is the sentence that tells so."""
     rows = batch.slice(at, count)
-    if sum(map(_elements, rows.columns)) > MOST_ELEMENTS:
+    if sum(map(_count_elements, rows.columns)) > MAX_ELEMENTS:
         raise MemoryError
     try:
         return rows.to_pylist()
     except UnicodeDecodeError as error:
         if count == 1:
             return [f"invalid UTF-8 ({error.reason} at byte {error.start})"]
-        return [row for i in range(count) for row in _piece(batch, at + i, 1)]
+        return [row for i in range(count) for row in _slice_rows(batch, at + i, 1)]
 
 
-def _pieces(batches: Iterator[Any], bounds: Bounds, path: str) -> Iterator[list[Any]]:
+def _row_slices(batches: Iterator[Any], bounds: Limits, path: str) -> Iterator[list[Any]]:
     """Records in pieces of about PIECE_BYTES. Raises UserError when the file gives more than it may."""
     count, total = 1, 0
     for batch in batches:
@@ -88,24 +88,28 @@ def _pieces(batches: Iterator[Any], bounds: Bounds, path: str) -> Iterator[list[
         while at < batch.num_rows:
             count = min(count, batch.num_rows - at)
             try:
-                rows = _piece(batch, at, count)
+                rows = _slice_rows(batch, at, count)
             except MemoryError:
                 if count == 1:
                     raise
                 count = 1
                 continue
-            size = sum(map(_cost, rows))
-            total += size + ROW_COST * count
+            size = sum(map(_text_bytes, rows))
+            total += size + MIN_ROW_BYTES * count
             if total > bounds.unpacked:
                 raise UserError(f"{path}: unpacks to more than {bounds.unpacked:,} bytes", "do not trust this file")
-            yield [_plain(row) for row in rows]
+            yield [_marshallable(row) for row in rows]
             at += count
             count = (
-                min(2 * count, ROWS) if size < PIECE_BYTES // 4 else max(1, count // 2) if size > PIECE_BYTES else count
+                min(2 * count, MAX_ROWS)
+                if size < SLICE_BYTES // 4
+                else max(1, count // 2)
+                if size > SLICE_BYTES
+                else count
             )
 
 
-def _wanted(names: list[str], columns: list[str] | None, path: str) -> list[str] | None:
+def _select_columns(names: list[str], columns: list[str] | None, path: str) -> list[str] | None:
     """The columns to read. Raises UserError when there is none, or one of them twice."""
     if columns is None:
         return None
@@ -128,7 +132,7 @@ def _parquet(path: str, source: str, columns: list[str] | None) -> tuple[Iterato
     meta, size = file.metadata, os.stat(source).st_size
     if meta.num_rows > MAX_UNPACKED * size + (1 << 26):
         raise UserError(f"{path}: {meta.num_rows:,} rows in {size:,} bytes", "do not trust this file")
-    wanted = _wanted(file.schema_arrow.names, columns, path)
+    wanted = _select_columns(file.schema_arrow.names, columns, path)
     groups = [meta.row_group(i) for i in range(meta.num_row_groups)]
     # In a file that was joined from two, the last one's footer counts, and its places lead into the first one.
     ends = [
@@ -145,7 +149,7 @@ def _parquet(path: str, source: str, columns: list[str] | None) -> tuple[Iterato
         nonlocal done
         for i, group in enumerate(groups):
             average = group.total_byte_size // max(1, group.num_rows) + 1
-            rows = max(1, min(ROWS, 4 * PIECE_BYTES // average))
+            rows = max(1, min(MAX_ROWS, 4 * SLICE_BYTES // average))
             for batch in file.iter_batches(batch_size=rows, row_groups=[i], columns=wanted, use_threads=False):
                 yield batch
                 done += batch.num_rows
@@ -176,12 +180,12 @@ def _arrow(path: str, source: str, columns: list[str] | None) -> tuple[Iterator[
     mapped = pyarrow.memory_map(source)
     size = mapped.size()
     head = mapped.read(8)
-    most = MAX_UNPACKED * size + (1 << 26)
+    max_rows = MAX_UNPACKED * size + (1 << 26)
 
     def checked(batch: Any) -> Any:
-        if batch.num_rows > most:
+        if batch.num_rows > max_rows:
             raise UserError(f"{path}: {batch.num_rows:,} rows in {size:,} bytes", "do not trust this file")
-        wanted = _wanted(batch.schema.names, columns, path)
+        wanted = _select_columns(batch.schema.names, columns, path)
         chosen = batch if wanted is None else batch.select(wanted)
         _validate(chosen)
         return chosen
@@ -222,18 +226,18 @@ def _check_footer(mapped: Any, path: str) -> None:
         raise UserError(f"{path}: more is in it than its footer lists: two files joined?", "cut them apart again")
 
 
-def main(words: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """The program: PATH SOURCE KIND COLUMNS BOUNDS, the last two as JSON; frames to stdout.
 
     A frame is its length and, marshalled, the share of the file that has been read and a list of records.
     """
-    path, source, kind = words[:3]
-    columns, bounds = json.loads(words[3]), Bounds(*json.loads(words[4]))
+    path, source, kind = arguments[:3]
+    columns, bounds = json.loads(arguments[3]), Limits(*json.loads(arguments[4]))
     out = os.fdopen(os.dup(1), "wb", buffering=BLOCK)
     os.dup2(2, 1)  # what a library prints does not get between the frames
     try:
         batches, fraction = (_parquet if kind == "parquet" else _arrow)(path, source, columns)
-        for rows in _pieces(batches, bounds, path):
+        for rows in _row_slices(batches, bounds, path):
             frame = marshal.dumps((fraction(), rows))
             out.write(FRAME.pack(len(frame)))
             out.write(frame)
@@ -255,7 +259,7 @@ def main(words: list[str]) -> int:
         return 0
     out.flush()
     sys.stderr.write(f"\n{json.dumps([problem, fix])}")
-    return REFUSED
+    return EXIT_REFUSED
 
 
 if __name__ == "__main__":

@@ -15,29 +15,32 @@ from typing import IO
 from arriero.common.errors import UserError
 from arriero.common.text import escape, escape_message
 from arriero.data import inputs
-from arriero.data.column_reader import FRAME, REFUSED
-from arriero.data.inputs import MAX_UNPACKED, Meter, seekable
-from arriero.data.json_stream import Bad, Numbered
+from arriero.data.column_reader import EXIT_REFUSED, FRAME
+from arriero.data.inputs import MAX_UNPACKED, TrackRead, seekable
+from arriero.data.json_stream import MalformedRecord, NumberedRecords
 
-MEMORY = (768 << 20, 4 << 30)  # bytes that reading may take: the least with MAX_UNPACKED times the file, and the most
-UNPACKED = 256 << 20  # bytes of text that any file may give, and MAX_UNPACKED times its size besides
+MEMORY_LIMITS = (
+    768 << 20,
+    4 << 30,
+)  # bytes that reading may take: the least with MAX_UNPACKED times the file, and the most
+MIN_UNPACKED_BYTES = 256 << 20  # bytes of text that any file may give, and MAX_UNPACKED times its size besides
 
 
-def read_columns(path: Path, kind: str, columns: tuple[str, ...] | None, meter: Meter) -> Numbered:
+def read_columns(path: Path, kind: str, columns: tuple[str, ...] | None, track: TrackRead) -> NumberedRecords:
     """Records of a parquet or arrow file, numbered from 1.
 
     Args:
         path: the file, which may be compressed as a whole.
         kind: parquet or arrow.
         columns: those that are read; None for all.
-        meter: is given a function that says how much of the file has been read, from 0 to 1.
+        track: is given a function that says how much of the file has been read, from 0 to 1.
 
     Raises:
         UserError: the file cannot be read, or unpacks to more than it may.
     """
-    with seekable(path) as source, tempfile.TemporaryFile(dir=inputs.TEMPORARY) as errors:
+    with seekable(path) as source, tempfile.TemporaryFile(dir=inputs.SCRATCH_DIRECTORY) as errors:
         allowed = MAX_UNPACKED * os.stat(source).st_size
-        bounds = [min(MEMORY[0] + allowed, MEMORY[1]), UNPACKED + allowed]
+        bounds = [min(MEMORY_LIMITS[0] + allowed, MEMORY_LIMITS[1]), MIN_UNPACKED_BYTES + allowed]
         # -P: no module of the working directory, which may be a stranger's, is imported.
         command = [sys.executable, "-P", "-m", "arriero.data.column_reader", str(path), str(source), kind]
         reader = subprocess.Popen(
@@ -47,17 +50,17 @@ def read_columns(path: Path, kind: str, columns: tuple[str, ...] | None, meter: 
         )  # fmt: skip
         assert reader.stdout is not None
         share = 0.0
-        meter(lambda: share)
+        track(lambda: share)
         number, whole = 1, False
         try:
             with reader.stdout as pipe:
-                while (frame := _frame(pipe)) is not None:
+                while (frame := _read_frame(pipe)) is not None:
                     if not frame:
                         whole = True
                         break
                     share, rows = marshal.loads(frame)
                     for number, row in enumerate(rows, number):  # noqa: B020 - it goes on from the last piece
-                        yield number, Bad(row, "") if isinstance(row, str) else row
+                        yield number, MalformedRecord(row, "") if isinstance(row, str) else row
                     number += 1
             code = reader.wait()
         finally:
@@ -65,10 +68,10 @@ def read_columns(path: Path, kind: str, columns: tuple[str, ...] | None, meter: 
             reader.wait()
         if code or not whole:
             errors.seek(0)
-            raise _problem(path, kind, code, errors.read()[-20_000:].decode("utf-8", "replace"))
+            raise _reader_error(path, kind, code, errors.read()[-20_000:].decode("utf-8", "replace"))
 
 
-def _frame(pipe: IO[bytes]) -> bytes | None:
+def _read_frame(pipe: IO[bytes]) -> bytes | None:
     """The next frame; empty at the proper end, None where the pipe is cut."""
     head = pipe.read(FRAME.size)
     if len(head) < FRAME.size:
@@ -78,8 +81,8 @@ def _frame(pipe: IO[bytes]) -> bytes | None:
     return frame if len(frame) == size else None
 
 
-def _problem(path: Path, kind: str, code: int, errors: str) -> UserError:
-    if code == REFUSED:
+def _reader_error(path: Path, kind: str, code: int, errors: str) -> UserError:
+    if code == EXIT_REFUSED:
         problem, fix = json.loads(errors.rpartition("\n")[2])
         return UserError(problem, fix)
     if code < 0:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from arriero.common.errors import UserError
 from arriero.common.text import escape
-from arriero.data.prefix import exists, is_instruction, near, parse_prefix
+from arriero.data.prefix import dataset_exists, is_instruction, parse_prefix, suggest_prefix
 
 TooLong = Literal["cut", "drop", "error"]
 
@@ -49,8 +49,8 @@ class DataConfig:
     def _find(self) -> None:
         for prefix in parse_prefix(self.prefix).prefixes:
             instruction, name = is_instruction(prefix), escape(prefix)
-            if not instruction and not exists(prefix):
-                raise UserError(f"data.prefix: no data set at {name} ({name}.idx is missing)", near(prefix))
+            if not instruction and not dataset_exists(prefix):
+                raise UserError(f"data.prefix: no data set at {name} ({name}.idx is missing)", suggest_prefix(prefix))
             if instruction and self.order == "megatron":
                 raise UserError(
                     f'data.order = "megatron" is for plain text; {name} is an instruction set', 'use "stable"'

@@ -22,7 +22,7 @@ from arriero.common.errors import UserError
 # Left out: tests and examples (not documentation), other people's packages, and sources that are data.
 _SKIPPED = {"test", "tests", "idle_test", "lib2to3", "turtledemo", "site-packages", "dist-packages", "ensurepip",
             "__pycache__", "config"}  # fmt: skip
-_LEAST = 40  # characters: shorter docstrings say little more than the name
+_MIN_CHARACTERS = 40  # characters: shorter docstrings say little more than the name
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _record(
 ) -> Iterator[dict[str, str]]:
     text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "")
     text = text.encode("utf-8", errors="ignore").decode()  # a docstring may hold half a surrogate pair
-    if len(text) >= _LEAST:
+    if len(text) >= _MIN_CHARACTERS:
         yield {"instruction": instruction, "input": given, "output": text}
 
 

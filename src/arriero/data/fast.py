@@ -16,15 +16,15 @@ import numpy as np
 from arriero.common.device import trim_memory
 from arriero.common.errors import UserError
 from arriero.data.tokenizer import JsonTokenizer, Tokenizer
-from arriero.data.tokenizer_check import in_time, sentence
+from arriero.data.tokenizer_safety import call_with_timeout, library_errors
 
 # gigatoken remembers every word that it has met (about 2 MB for each MB of program text): it is started over after this
 # much text.
-_CACHE_BYTES = 48 << 20
+_MAX_CACHE_BYTES = 48 << 20
 _PROBE_CHARACTERS = 256  # of each unit of work, compared with the reference while the work goes on
 
 
-class UnsuitableError(Exception):
+class UnsupportedTokenizerError(Exception):
     """The fast engine cannot stand in for this tokenizer; the message says why."""
 
 
@@ -38,11 +38,11 @@ def _description(reference: Tokenizer) -> dict[str, Any]:
 
             found = json.loads(sentencepiece_to_tokenizer_json(reference.path.read_bytes()))
         except (ImportError, ValueError) as error:
-            raise UnsuitableError(str(error)) from error
+            raise UnsupportedTokenizerError(str(error)) from error
     try:
         return _without_specials(found)
     except (KeyError, TypeError, AttributeError) as error:
-        raise UnsuitableError(f"gigatoken does not read this tokenizer ({error!r})") from error
+        raise UnsupportedTokenizerError(f"gigatoken does not read this tokenizer ({error!r})") from error
 
 
 def _without_specials(found: dict[str, Any]) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def _without_specials(found: dict[str, Any]) -> dict[str, Any]:
     if model.get("byte_fallback"):
         lacking = [b for b in range(256) if f"<0x{b:02X}>" not in model["vocab"]]
         if lacking:
-            raise UnsuitableError(f"the vocabulary lacks {len(lacking)} of the 256 byte tokens")
+            raise UnsupportedTokenizerError(f"the vocabulary lacks {len(lacking)} of the 256 byte tokens")
     found["added_tokens"] = [token for token in found.get("added_tokens", []) if not token["special"]]
     found["post_processor"] = None
     return found
@@ -67,10 +67,10 @@ class FastTokenizer(Tokenizer):
 
     def __init__(self, reference: Tokenizer) -> None:
         if importlib.util.find_spec("gigatoken") is None:
-            raise UnsuitableError("gigatoken is not installed")
+            raise UnsupportedTokenizerError("gigatoken is not installed")
         self.reference = reference
         self.__dict__.update({k: v for k, v in reference.__dict__.items() if not k.startswith("_")})
-        self._cuts = reference._cuts
+        self._splittable = reference._splittable
         self._json = json.dumps(_description(reference))
         self._lock = threading.Lock()
         self._since_start = 0
@@ -82,13 +82,13 @@ class FastTokenizer(Tokenizer):
         from gigatoken.gigatoken_rs import PadTruncate
 
         self._padding = PadTruncate(0)
-        with sentence(self.path, "gigatoken does not read this tokenizer"):  # it raises whatever its parser met
+        with library_errors(self.path, "gigatoken does not read this tokenizer"):  # it raises whatever its parser met
             return Gigatoken.from_json(self._json).backend
 
     def _current(self, size: int) -> Any:
         """The engine for `size` more bytes of text: a fresh one when the cache of the old one has grown."""
         with self._lock:
-            if self._since_start > _CACHE_BYTES:
+            if self._since_start > _MAX_CACHE_BYTES:
                 self._backend, self._since_start = None, 0  # the old one goes first, and its memory with it
                 trim_memory()
                 self._backend = self._start()
@@ -97,8 +97,8 @@ class FastTokenizer(Tokenizer):
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Raises UserError when a probe's ids differ from the reference tokenizer's, or gigatoken fails or hangs."""
-        with sentence(self.path, "gigatoken cannot tokenize"):
-            return in_time(self.path, sum(map(len, texts)), lambda: self._encode_all(texts))
+        with library_errors(self.path, "gigatoken cannot tokenize"):
+            return call_with_timeout(self.path, sum(map(len, texts)), lambda: self._encode_all(texts))
 
     def _encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         raw = [text.encode() for text in texts]
@@ -130,9 +130,9 @@ class FastTokenizer(Tokenizer):
     def _compare_one(self, text: str) -> None:
         raw = text.encode()
         # Not `encode`: that call wants the engine for itself, and other threads are using it.
-        with sentence(self.path, "gigatoken cannot tokenize"):
+        with library_errors(self.path, "gigatoken cannot tokenize"):
             backend = self._current(len(raw))
-            rows, lengths = in_time(
+            rows, lengths = call_with_timeout(
                 self.path, len(text), lambda: backend.encode_batch_padded([raw], self._padding, parallel=False)
             )
         if not np.array_equal(rows[0][: lengths[0]], self.reference._encode([text])[0]):
@@ -141,8 +141,8 @@ class FastTokenizer(Tokenizer):
                 f"gigatoken gives other ids than {self.reference.engine} for {shown!r}", "use --engine reference"
             )
 
-    def _adds_blank(self) -> bool:
-        return self.reference._adds_blank()
+    def _has_prefix_space(self) -> bool:
+        return self.reference._has_prefix_space()
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """See `Tokenizer`."""
@@ -154,7 +154,7 @@ class FastTokenizer(Tokenizer):
 
 
 # Text that engines are known to differ on: every one is compared before the user's own text is.
-_HARD = [
+_HARD_CASES = [
     "",
     " ",
     "  a   b ",
@@ -170,7 +170,7 @@ _HARD = [
 ]
 
 
-def fast_or_reason(reference: Tokenizer, sample: Sequence[str]) -> tuple[FastTokenizer | None, str]:
+def choose_fast_tokenizer(reference: Tokenizer, sample: Sequence[str]) -> tuple[FastTokenizer | None, str]:
     """The fast engine if it may be used, and the reason for the choice, one sentence.
 
     Args:
@@ -180,8 +180,8 @@ def fast_or_reason(reference: Tokenizer, sample: Sequence[str]) -> tuple[FastTok
     specials = [reference.piece(i) for i in (reference.bos_id, reference.eos_id) if i is not None]
     try:
         fast = FastTokenizer(reference)
-        fast.compare([*_HARD, *specials, *(f"x{s}y" for s in specials), *sample])
-    except (UnsuitableError, UserError) as error:
+        fast.compare([*_HARD_CASES, *specials, *(f"x{s}y" for s in specials), *sample])
+    except (UnsupportedTokenizerError, UserError) as error:
         return None, error.problem if isinstance(error, UserError) else str(error)
     size = sum(len(text.encode()) for text in sample)
     return fast, f"ids equal {reference.engine}'s on {size / 1e6:.2f} MB of this text"

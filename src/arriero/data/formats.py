@@ -1,7 +1,7 @@
 """Record formats: what is done with one record, and the prompt templates, which are data.
 
-A format turns a record (a dictionary of columns) into documents. A document is a list of `Part`s; the loss mask follows
-from the parts, never from searching the text.
+A format turns a record (a dictionary of columns) into documents, which are lists
+of `Segment`s; the loss mask follows from the segments, never from searching the text.
 """
 
 from __future__ import annotations
@@ -19,18 +19,26 @@ from arriero.common.text import escape
 from arriero.common.untrusted import read_text
 from arriero.data import chat
 from arriero.data.prefix import INSTRUCTION_FIELDS
-from arriero.data.records import CONTENT, WEIGHTS, BadRecordError, Record, filled, optional, refuse_content
+from arriero.data.records import (
+    CONTENT_COLUMNS,
+    LOSS_WEIGHT_KEYS,
+    Record,
+    UnusableRecordError,
+    optional_text,
+    reject_unused_content,
+    required_text,
+)
 
 
-class Part(NamedTuple):
-    """A stretch of a document: its text, whether the loss falls on it, and whether EOS follows it."""
+class Segment(NamedTuple):
+    """A piece of a document: its text, whether the loss is computed on it, and whether EOS follows it."""
 
     text: str
-    learn: bool = True
-    end: bool = False
+    in_loss: bool = True
+    eos: bool = False
 
 
-Document = list[Part]
+Document = list[Segment]
 
 
 _INPUT = "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -145,36 +153,36 @@ def _check_slots(path: Path, key: str, value: str) -> None:
         raise UserError(f"{path}: {key} has no {{{lost}}}: what stands there in a record would be lost", "put it in")
 
 
-ALPACA = ("instruction", "input", "output")
-IGNORABLE = (*CONTENT, *WEIGHTS)
+ALPACA_COLUMNS = ("instruction", "input", "output")
+IGNORABLE = (*CONTENT_COLUMNS, *LOSS_WEIGHT_KEYS)
 
 
 def _alpaca(record: Record, template: Template, ignored: Sequence[str]) -> tuple[str, str]:
     """Prompt and answer of an instruction/input/output record; the input may be missing, null or blank."""
     record = {key: value for key, value in record.items() if key not in ignored}
-    refuse_content(record, ALPACA, "an Alpaca record (--format chat has one for system and history)")
-    instruction, output = filled(record, "instruction"), filled(record, "output")
-    if extra := optional(record, "input"):
+    reject_unused_content(record, ALPACA_COLUMNS, "an Alpaca record (--format chat has one for system and history)")
+    instruction, output = required_text(record, "instruction"), required_text(record, "output")
+    if extra := optional_text(record, "input"):
         return template.prompt.format(instruction=instruction, input=extra), template.answer.format(output=output)
     return template.prompt_no_input.format(instruction=instruction), template.answer.format(output=output)
 
 
 def _chat(record: Record, template: Template, loss_on: str, ignored: Sequence[str]) -> Document:
-    turns = chat.turns_of(record, ignored)
+    turns = chat.parse_turns(record, ignored)
     answers = [i for i, (role, _) in enumerate(turns) if role == "assistant"]
     if not answers:
-        raise BadRecordError("no answer of the assistant")
+        raise UnusableRecordError("no answer of the assistant")
     learned = answers if loss_on == "all" else answers[-1:]
-    parts: Document = []
+    segments: Document = []
     for i, (role, content) in enumerate(turns):
         if role == "assistant":
-            parts.append(Part(template.assistant, learn=False))
-            parts.append(Part(template.reply.format(content=content), learn=i in learned, end=True))
+            segments.append(Segment(template.assistant, in_loss=False))
+            segments.append(Segment(template.reply.format(content=content), in_loss=i in learned, eos=True))
             if i < len(turns) - 1:
-                parts.append(Part(template.between, learn=False))
+                segments.append(Segment(template.between, in_loss=False))
         else:
-            parts.append(Part(getattr(template, role).format(content=content), learn=False))
-    return [part for part in parts if part.text]
+            segments.append(Segment(getattr(template, role).format(content=content), in_loss=False))
+    return [segment for segment in segments if segment.text]
 
 
 @dataclass(frozen=True)
@@ -183,7 +191,7 @@ class Format:
 
     Attributes:
         names: what each document of a record is called; it goes into the file name.
-        masked: whether the loss falls on part of a document only (three aligned files are written then).
+        masked: whether the loss falls on segment of a document only (three aligned files are written then).
         columns: the columns that are read, or None for all.
         documents: record -> one document for each name. Raises BadRecordError.
     """
@@ -221,20 +229,22 @@ def make_format(
     for one in ignored:
         if one not in IGNORABLE:
             raise UserError(f"--ignore {one}: {closest_match(one, IGNORABLE)}", "other columns are not read anyway")
-    alpaca = tuple(dict.fromkeys(ALPACA + CONTENT))  # CONTENT is read to be refused where it is filled
+    alpaca = tuple(dict.fromkeys(ALPACA_COLUMNS + CONTENT_COLUMNS))  # CONTENT is read to be refused where it is filled
     if name == "text":
-        return Format(tuple(keys), False, tuple(keys), lambda record: [[Part(filled(record, key))] for key in keys])
+        return Format(
+            tuple(keys), False, tuple(keys), lambda record: [[Segment(required_text(record, key))] for key in keys]
+        )
     if name == "alpaca":
-        return Format(("text",), False, alpaca, lambda record: [[Part("".join(_alpaca(record, template, ignored)))]])
+        return Format(("text",), False, alpaca, lambda record: [[Segment("".join(_alpaca(record, template, ignored)))]])
     if name == "alpaca-sft":
 
         def split(record: Record) -> list[Document]:
             prompt, answer = _alpaca(record, template, ignored)
-            return [[Part(prompt, learn=False), Part(answer, end=True)]]
+            return [[Segment(prompt, in_loss=False), Segment(answer, eos=True)]]
 
         return Format(("packed",), True, alpaca, split)
     if name == "chat":
-        columns = tuple(dict.fromkeys(chat.COLUMNS + CONTENT))
+        columns = tuple(dict.fromkeys(chat.CHAT_COLUMNS + CONTENT_COLUMNS))
         return Format(("packed",), True, columns, lambda record: [_chat(record, template, loss_on, ignored)])
     raise UserError(
         f"unknown format {name!r}; {closest_match(name, FORMATS)}", "see docs/prepare.md for the four formats"

@@ -25,14 +25,14 @@ import numpy as np
 from arriero.common.errors import UserError
 from arriero.common.files import os_error_text
 from arriero.common.text import escape
-from arriero.data.output import create
+from arriero.data.output import create_file
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # 34 bytes
 # Codes 6 and 7 are float64 and float32, exchanged between Megatron's eras; token ids are never floats.
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
-AGAIN = "prepare the data set again"
+PREPARE_AGAIN = "prepare the data set again"
 _CHUNK = 1 << 20  # entries of the index copied at a time
 
 
@@ -51,7 +51,7 @@ def idx_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.idx")
 
 
-class OutsideVocabulary(UserError):  # noqa: N818 - a kind of UserError
+class OutOfVocabularyError(UserError):
     """A token id that the model has no row for."""
 
 
@@ -94,16 +94,16 @@ class IndexedDataset:
         """Maps the index, once its header fits its length."""
         size, name = idx.stat().st_size, f"{self._name}.idx"
         if size < _HEADER.size:
-            raise UserError(f"{name} is {size} bytes long: not an index", AGAIN)
+            raise UserError(f"{name} is {size} bytes long: not an index", PREPARE_AGAIN)
         with idx.open("rb") as file:
             magic, version, code, sequences, boundaries = _HEADER.unpack(file.read(_HEADER.size))
         if magic != MAGIC or version != 1:
-            raise UserError(f"{name} is not a Megatron index of version 1", AGAIN)
+            raise UserError(f"{name} is not a Megatron index of version 1", PREPARE_AGAIN)
         if code not in DTYPES:
             raise UserError(f"{name}: dtype code {code} holds no token ids", f"known codes: {sorted(DTYPES)}")
         need = _HEADER.size + 12 * sequences + 8 * boundaries
         if size not in (need, need + sequences):  # one byte a sequence more in multimodal sets: not read
-            raise UserError(f"{name} is {size} bytes long, its header asks for {need}", AGAIN)
+            raise UserError(f"{name} is {size} bytes long, its header asks for {need}", PREPARE_AGAIN)
         self.dtype = np.dtype(DTYPES[code]).newbyteorder("<")
         raw = np.memmap(idx, mode="r", dtype=np.uint8)
         at = _HEADER.size
@@ -133,10 +133,10 @@ class IndexedDataset:
             tokens += int(sizes.sum())
         if tokens * width > length:  # an index of some KB must not become an order of some GB
             said = f"its sequences have {tokens} tokens together, {self._name}.bin has {length // width}: they overlap"
-            raise UserError(f"{self._name}.idx: {said}", AGAIN)
+            raise UserError(f"{self._name}.idx: {said}", PREPARE_AGAIN)
         docs, last = self.documents, len(self.sizes)
         if len(docs) == 0 or docs[0] != 0 or docs[-1] != last or not self._rises(docs):
-            raise UserError(f"{self._name}.idx: the document boundaries do not run from 0 to {last}", AGAIN)
+            raise UserError(f"{self._name}.idx: the document boundaries do not run from 0 to {last}", PREPARE_AGAIN)
 
     @staticmethod
     def _rises(docs: np.ndarray) -> bool:
@@ -174,7 +174,7 @@ class IndexedDataset:
             if outside.any():
                 i = int(np.flatnonzero(outside)[0])
                 place = f"token {at + i}, at byte {(at + i) * self.dtype.itemsize}"
-                raise OutsideVocabulary(
+                raise OutOfVocabularyError(
                     f"{self._name}.bin holds token id {int(part[i])}, {entries} ({place})",
                     "prepare the text with the model's own tokenizer",
                 )
@@ -200,9 +200,9 @@ class IndexedWriter:
         self._hash = hashlib.sha256()
         Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
         self._parts = {n: Path(f"{self.prefix}.{n}.partial") for n in ("bin", "idx", "sizes", "documents")}
-        self._bin = create(self._parts["bin"])
-        self._sizes = create(self._parts["sizes"])
-        self._docs = create(self._parts["documents"])
+        self._bin = create_file(self._parts["bin"])
+        self._sizes = create_file(self._parts["sizes"])
+        self._docs = create_file(self._parts["documents"])
         self._docs.write(struct.pack("<q", 0))
 
     def add(self, ids: np.ndarray | list[int]) -> None:
@@ -251,7 +251,7 @@ class IndexedWriter:
 
     def _write_index(self) -> str:
         digest = hashlib.sha256()
-        with create(self._parts["idx"]) as out:
+        with create_file(self._parts["idx"]) as out:
 
             def put(raw: bytes) -> None:
                 out.write(raw)

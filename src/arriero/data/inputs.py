@@ -28,16 +28,18 @@ KINDS = {
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 BLOCK = 1 << 20
-TEMPORARY: str | None = None  # where compressed parquet and arrow files are unpacked; None is the system's choice
+SCRATCH_DIRECTORY: str | None = (
+    None  # where compressed parquet and arrow files are unpacked; None is the system's choice
+)
 MAX_RECORD_BYTES = 1 << 30  # of text; the largest documents that were seen have a fifth of it
 MAX_UNPACKED = 200  # times the packed size, where a compressed file must be unpacked to a scratch file, and 1 GiB
 
 
-def no_meter(fraction: Callable[[], float]) -> None:
+def ignore_progress(fraction: Callable[[], float]) -> None:
     """Takes no notice of how much has been read."""
 
 
-Meter = Callable[[Callable[[], float]], None]
+TrackRead = Callable[[Callable[[], float]], None]
 
 
 def kind_of(path: Path) -> str | None:
@@ -90,7 +92,7 @@ def _compression(path: Path) -> str | None:
     return COMPRESSIONS.get(path.suffix.lower())
 
 
-def open_input(path: Path, meter: Meter = no_meter) -> BinaryIO:
+def open_input(path: Path, track: TrackRead = ignore_progress) -> BinaryIO:
     """A file's bytes, decompressed."""
     raw = path.open("rb", buffering=BLOCK)
     size = path.stat().st_size
@@ -98,7 +100,7 @@ def open_input(path: Path, meter: Meter = no_meter) -> BinaryIO:
     if how is not None and size == 0:  # which gzip and zstd would take for empty text
         raw.close()
         raise UserError(f"{path}: is empty, which no compressed file is", "copy it again")
-    meter(lambda: 1.0 if raw.closed else raw.tell() / max(1, size))  # the last batches are written after the close
+    track(lambda: 1.0 if raw.closed else raw.tell() / max(1, size))  # the last batches are written after the close
     if how == "gzip":
         return cast(BinaryIO, gzip.open(raw, "rb"))
     if how == "zstd":
@@ -114,7 +116,7 @@ def seekable(path: Path) -> Iterator[Any]:
     if _compression(path) is None:
         yield str(path)
         return
-    with tempfile.NamedTemporaryFile(dir=TEMPORARY) as scratch:
+    with tempfile.NamedTemporaryFile(dir=SCRATCH_DIRECTORY) as scratch:
         left = MAX_RECORD_BYTES + MAX_UNPACKED * path.stat().st_size
         with open_input(path) as packed:
             while block := packed.read(BLOCK):

@@ -20,7 +20,7 @@ _NO_LABEL = np.iinfo(np.int64).max
 PAD_ID = 0  # any id does: padding stands after the text, attention is causal, and no loss falls on it
 
 
-def best_fit(sizes: np.ndarray, capacity: int) -> list[list[int]]:
+def pack_best_fit(sizes: np.ndarray, capacity: int) -> list[list[int]]:
     """Packs items into bins by best-fit decreasing: each goes where the least room is left over.
 
     An integer of `capacity` bits says which amounts of free room exist: each item costs a shift and a lowest set bit.
@@ -54,7 +54,7 @@ def best_fit(sizes: np.ndarray, capacity: int) -> list[list[int]]:
 
 
 @dataclass(frozen=True)
-class LabelsKept:
+class LabelCoverage:
     """How many samples keep a label that carries a loss once they are cut at the sequence length."""
 
     samples: int
@@ -103,7 +103,7 @@ class InstructionSet:
             if len(self.long) and not len(documents):
                 raise UserError(f"{self._long_ones()}: none is left", "raise train.sequence_length")
         # Packed once, not anew in each epoch: the number of samples of an epoch must not depend on the epoch.
-        bins = best_fit(np.minimum(places, length), length) if pack else [[i] for i in range(len(documents))]
+        bins = pack_best_fit(np.minimum(places, length), length) if pack else [[i] for i in range(len(documents))]
         self._members = np.array([documents[i] for one in bins for i in one], np.int64)
         self._firsts = np.concatenate([[0], np.cumsum([len(one) for one in bins], dtype=np.int64)]).astype(np.int64)
         self.samples_per_epoch = len(bins)
@@ -132,7 +132,7 @@ class InstructionSet:
             "they are to teach are lost"
         )
 
-    def labels_kept(self, most: int = 1 << 28) -> LabelsKept:
+    def labels_kept(self, most: int = 1 << 28) -> LabelCoverage:
         """Looks at the labels of all samples, or of evenly spaced ones where there are more than `most` labels."""
         step = max(1, -(-len(self._labels.tokens) // most))
         chosen = np.arange(0, self.samples_per_epoch, step)
@@ -142,7 +142,7 @@ class InstructionSet:
         nearest = np.minimum.reduceat(first, np.cumsum(counts) - counts)
         without, never = nearest >= self._length, nearest == _NO_LABEL
         enough = nearest[without & ~never].max(initial=-1) + 1
-        return LabelsKept(len(chosen), int(without.sum()), int(never.sum()), int(enough))
+        return LabelCoverage(len(chosen), int(without.sum()), int(never.sum()), int(enough))
 
     def _first_labels(self, members: np.ndarray) -> np.ndarray:
         """The place of each record's first label that carries a loss, from 0; _NO_LABEL where there is none."""

@@ -15,18 +15,18 @@ from typing import Any
 from arriero.common.errors import UserError
 from arriero.common.untrusted import read_json, require_file_name
 from arriero.data.indexed import bin_path, idx_path
-from arriero.data.output import create
+from arriero.data.output import create_file
 
 VERSION = 1
-_OUTPUT = {
+_OUTPUT_SCHEMA = {
     "dtype": str, "sequences": int, "documents": int, "tokens": int, "bin_bytes": int, "bin_sha256": str,
     "idx_sha256": str,
 }  # fmt: skip
-RECORDS = ("in", "out", "quarantined", "empty")
-FORM = {
+RECORD_COUNTS = ("in", "out", "quarantined", "empty")
+MANIFEST_SCHEMA = {
     "version": int, "tokenizer": {"path": str, "vocab_size": int, "fingerprint": str}, "request": dict,
-    "sources": [{"sha256": str}], "records": dict.fromkeys(RECORDS, int), "text_bytes": int,
-    "largest_id": int, "outputs": {str: _OUTPUT},
+    "sources": [{"sha256": str}], "records": dict.fromkeys(RECORD_COUNTS, int), "text_bytes": int,
+    "largest_id": int, "outputs": {str: _OUTPUT_SCHEMA},
 }  # fmt: skip
 """What is read from a manifest."""
 
@@ -46,7 +46,7 @@ def write_manifest(out: str, manifest: dict[str, Any]) -> None:
     """Writes and renames the manifest, flushed to disk."""
     path = manifest_path(out)
     scratch = path.with_name(path.name + ".partial")
-    with io.TextIOWrapper(create(scratch), encoding="utf-8") as file:
+    with io.TextIOWrapper(create_file(scratch), encoding="utf-8") as file:
         json.dump({"version": VERSION, **manifest}, file, indent=1, ensure_ascii=False)
         file.write("\n")
         file.flush()
@@ -60,7 +60,7 @@ def read_manifest(out: str) -> dict[str, Any] | None:
     if not os.path.isfile(path):
         return None
     fix = "prepare the data set again with --overwrite"
-    found: dict[str, Any] = read_json(path, fix, FORM)
+    found: dict[str, Any] = read_json(path, fix, MANIFEST_SCHEMA)
     if found["version"] != VERSION:
         raise UserError(f"{path}: is of version {found['version']}, known: {VERSION}", fix)
     for name in found["outputs"]:
@@ -68,7 +68,7 @@ def read_manifest(out: str) -> dict[str, Any] | None:
     return found
 
 
-def manifest_of(prefix: str) -> tuple[str, dict[str, Any]] | None:
+def find_manifest(prefix: str) -> tuple[str, dict[str, Any]] | None:
     """Finds the manifest of a single data set: that of X_text_document is X.manifest.json.
 
     Returns:
@@ -87,7 +87,7 @@ def manifest_of(prefix: str) -> tuple[str, dict[str, Any]] | None:
     return None
 
 
-def verify(prefix: str, entry: dict[str, Any]) -> list[str]:
+def verify_checksums(prefix: str, entry: dict[str, Any]) -> list[str]:
     """Compares both files of a data set with a manifest's entry; returns what differs."""
     wrong = []
     for path, key in ((bin_path(prefix), "bin_sha256"), (idx_path(prefix), "idx_sha256")):

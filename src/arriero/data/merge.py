@@ -12,7 +12,7 @@ from arriero.common.errors import UserError
 from arriero.common.text import escape
 from arriero.common.version import __version__
 from arriero.data.indexed import IndexedDataset, IndexedWriter, idx_path
-from arriero.data.manifest import RECORDS, manifest_path, read_manifest, verify, write_manifest
+from arriero.data.manifest import RECORD_COUNTS, manifest_path, read_manifest, verify_checksums, write_manifest
 from arriero.data.output import check_output, writing_output
 
 _STEP = 1 << 22  # tokens copied at a time
@@ -29,7 +29,7 @@ def _open_all(prefixes: list[str]) -> list[dict[str, Any]]:
                 "give what --out was, not the name of a .bin",
             )
         for name, entry in found["outputs"].items():
-            if wrong := verify(f"{prefix}_{name}", entry):
+            if wrong := verify_checksums(f"{prefix}_{name}", entry):
                 raise UserError("; ".join(wrong), "prepare this set again")
         manifests.append(found)
     first = manifests[0]
@@ -100,7 +100,7 @@ def _merge(prefixes: list[str], out: str, *, overwrite: bool) -> dict[str, Any]:
 
 
 def _joined(manifests: list[dict[str, Any]], prefixes: list[str], outputs: dict[str, Any]) -> dict[str, Any]:
-    total = {key: sum(m["records"][key] for m in manifests) for key in RECORDS}
+    total = {key: sum(m["records"][key] for m in manifests) for key in RECORD_COUNTS}
     return {
         "arriero": __version__,
         "tokenizer": manifests[0]["tokenizer"],

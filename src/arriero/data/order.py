@@ -57,7 +57,7 @@ class Windows:
         return begin, end, count
 
 
-def cut_windows(sizes: np.ndarray, documents: np.ndarray, length: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+def window_starts(sizes: np.ndarray, documents: np.ndarray, length: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Start of `count` windows and of the one after them: (position in `documents`, token in that document)."""
     lengths = sizes[documents]
     ends = np.cumsum(lengths, dtype=np.int64)
@@ -89,7 +89,7 @@ class StableOrder:
             random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([self._seed, epoch])))
             documents = self._documents.copy()
             random.shuffle(documents)
-            first, offset = cut_windows(self._sizes, documents, self._length, self.samples_per_epoch)
+            first, offset = window_starts(self._sizes, documents, self._length, self.samples_per_epoch)
             shuffle = np.arange(self.samples_per_epoch, dtype=np.uint32)
             random.shuffle(shuffle)
             self._epochs[epoch] = Windows(documents, first, offset, shuffle)
@@ -133,7 +133,7 @@ class MegatronOrder:
 
         order = np.concatenate([shuffled(epochs - 1), shuffled(1)]) if separate else shuffled(epochs)
         total = (epochs * per_epoch - 1) // length
-        first, offset = cut_windows(sizes, order, length, total)
+        first, offset = window_starts(sizes, order, length, total)
         kind = np.uint32 if total < np.iinfo(np.uint32).max - 1 else np.int64
         parts = (
             [np.arange(0, before, dtype=kind), np.arange(before, total, dtype=kind)]
@@ -166,7 +166,7 @@ def choose_documents(count: int, split: tuple[float, ...], which: int, *, by: st
             number, so that a part is a fair sample and documents appended later move no earlier one.
     """
     if by == "order":  # shares are normalised, then added up: in another order a boundary may be rounded otherwise
-        ends = np.cumsum([0.0, *normalised(split)])
+        ends = np.cumsum([0.0, *normalize_weights(split)])
         low, high = (round(float(ends[which + k]) * float(count)) for k in (0, 1))
         return np.arange(low, high, dtype=np.int32)
     edges = np.cumsum([0.0, *split]) / sum(split)
@@ -201,7 +201,7 @@ def blend_stable(samples: np.ndarray, weights: list[float]) -> tuple[np.ndarray,
     return which, within
 
 
-def normalised(weights: Sequence[float]) -> list[float]:
+def normalize_weights(weights: Sequence[float]) -> list[float]:
     """Weights that sum to 1, to the bit as Megatron-LM's `normalize` makes them."""
     array = np.array(weights, np.float64)
     found: list[float] = (array / np.sum(array)).tolist()
@@ -224,7 +224,7 @@ class MegatronBlend:
     """
 
     def __init__(self, weights: Sequence[float] | None, samples: int) -> None:
-        self._weights, self.samples = (None if weights is None else normalised(weights)), samples
+        self._weights, self.samples = (None if weights is None else normalize_weights(weights)), samples
         shares = [math.ceil(samples * weight) for weight in self._weights or []]
         self.drawn = [math.ceil(share * (1 + 0.005)) for share in shares]
         self.total = sum(shares)
@@ -235,7 +235,7 @@ class MegatronBlend:
         if self._weights is None:
             self._weights, self.total = [float(n) for n in lengths], min(self.samples, sum(lengths))
         # A second time: the first quotients need not sum to 1, and a last bit decides between sets that are level.
-        self._which, self._within = blend_megatron(self.total, normalised(self._weights))
+        self._which, self._within = blend_megatron(self.total, normalize_weights(self._weights))
 
     def of(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Set number and sample number within the set of each of these samples; past the end they start over."""

@@ -16,8 +16,14 @@ from arriero.common.ranges import path_problem
 from arriero.common.text import escape
 
 _FIX = "choose another --out"
-ENDINGS = (".manifest.json", ".manifest.json.partial", ".quarantine.jsonl", ".quarantine.jsonl.partial", ".lock")
-OF_A_SET = (".bin", ".idx", ".bin.partial", ".idx.partial", ".sizes.partial", ".documents.partial")
+OUTPUT_SUFFIXES = (
+    ".manifest.json",
+    ".manifest.json.partial",
+    ".quarantine.jsonl",
+    ".quarantine.jsonl.partial",
+    ".lock",
+)
+DATASET_SUFFIXES = (".bin", ".idx", ".bin.partial", ".idx.partial", ".sizes.partial", ".documents.partial")
 
 
 def check_output(out: str, names: Iterable[str]) -> None:
@@ -32,8 +38,8 @@ def check_output(out: str, names: Iterable[str]) -> None:
     """
     if not out or out.endswith("/") or Path(out).name in ("", ".", ".."):
         raise UserError(f"--out {out!r} names no file", "give a path that the written names begin with: data/set")
-    paths = [f"{out}{ending}" for ending in ENDINGS]
-    paths += [f"{out}_{name}{ending}" for name in names for ending in OF_A_SET]
+    paths = [f"{out}{ending}" for ending in OUTPUT_SUFFIXES]
+    paths += [f"{out}_{name}{ending}" for name in names for ending in DATASET_SUFFIXES]
     for path in paths:
         if wrong := path_problem(path):
             raise UserError(f"--out: a file that it names {wrong}", "choose a shorter --out")
@@ -51,7 +57,7 @@ def make_output_directory(out: str) -> None:
     make_directory(Path(out).parent, _FIX)
 
 
-def create(path: Path) -> BinaryIO:
+def create_file(path: Path) -> BinaryIO:
     """Opens a new file for writing, in the place of an earlier one or of a link, which is not followed.
 
     Raises:

@@ -54,7 +54,7 @@ def data_files(text: str) -> dict[str, Path]:
     return found
 
 
-def exists(prefix: str) -> bool:
+def dataset_exists(prefix: str) -> bool:
     """Whether a data set has this name."""
     return is_instruction(prefix) or is_file(idx_path(prefix))
 
@@ -71,7 +71,7 @@ def parse_prefix(text: str) -> Blend:
     """
     if not text.strip():
         raise UserError("data.prefix is empty", FIX)
-    if exists(text):
+    if dataset_exists(text):
         return Blend((text,), None)
     try:
         words = shlex.split(text)
@@ -83,7 +83,7 @@ def parse_prefix(text: str) -> Blend:
         if not all(0 < w < math.inf for w in weights) or not math.isfinite(sum(weights)):
             raise UserError(f"data.prefix {escape(text)!r}: every prefix needs a weight above 0", FIX)
         return Blend(tuple(words[1::2]), tuple(weights))
-    if missing := [w for w, n in zip(words, numbers, strict=True) if n is not None and not exists(w)]:
+    if missing := [w for w, n in zip(words, numbers, strict=True) if n is not None and not dataset_exists(w)]:
         why = f"{escape(missing[0])} is no data set, and every prefix needs a weight if one has it"
         raise UserError(f"data.prefix {escape(text)!r} is no blend: {why}", FIX)
     return Blend(tuple(words), None)
@@ -96,7 +96,7 @@ def _number(word: str) -> float | None:
         return None
 
 
-def near(prefix: str) -> str:
+def suggest_prefix(prefix: str) -> str:
     """A fix that lists the data sets whose names begin alike."""
     here = Path(prefix)
     names: list[str] = []

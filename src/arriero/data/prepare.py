@@ -59,9 +59,9 @@ def _choose_engine(job: PrepareJob) -> tuple[Tokenizer, str]:
     """The tokenizer that does the work, and why it is this one. Raises UserError for --engine fast."""
     if job.config.engine == "reference":
         return job.tokenizer, ", as asked"
-    from arriero.data.fast import fast_or_reason
+    from arriero.data.fast import choose_fast_tokenizer
 
-    fast, reason = fast_or_reason(job.tokenizer, sample_texts(job))
+    fast, reason = choose_fast_tokenizer(job.tokenizer, sample_texts(job))
     if fast is None and job.config.engine == "fast":
         raise UserError(f"--engine fast: {reason}", "pip install 'arriero[fast]', or use --engine auto")
     return fast or job.tokenizer, f": {escape_message(reason)}"

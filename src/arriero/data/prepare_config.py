@@ -37,7 +37,7 @@ class PrepareConfig:
     template: str | None = None
     """stanford (the default), ascendspeed, ascendspeed-instruction, vicuna, or a TOML file."""
     loss_on: Literal["all", "last"] = "all"
-    """Chats: learn every answer, or only the last."""
+    """Chats: compute the loss on every answer, or only on the last."""
     ignore: tuple[str, ...] = ()
     """Columns of alpaca and chat records (or keys of a chat's turns), such as tools, that are left out though they are
     filled. Without it such records are set aside, since their content would be lost."""

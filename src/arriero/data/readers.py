@@ -1,7 +1,8 @@
 """Input files to records, in constant memory.
 
 Every reader yields `(number, record)`: the number counts lines (or records, where a file has no lines) from 1; the
-record is a dictionary, or a `Bad` that says why it is none. What makes the rest of a file unreadable is a UserError.
+record is a dictionary, or a `MalformedRecord` with the reason why it is none. An error after which the rest of a file
+cannot be read is a UserError.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from typing import Any, BinaryIO
 
 from arriero.common.errors import UserError
 from arriero.data.columns import read_columns
-from arriero.data.inputs import MAX_RECORD_BYTES, Meter, no_meter, open_input
-from arriero.data.json_stream import Bad, Numbered, json_records, parse_line
+from arriero.data.inputs import MAX_RECORD_BYTES, TrackRead, ignore_progress, open_input
+from arriero.data.json_stream import MalformedRecord, NumberedRecords, json_records, parse_line
 
 
-def _lines(path: Path, meter: Meter) -> Iterator[tuple[int, bytes]]:
+def _lines(path: Path, track: TrackRead) -> Iterator[tuple[int, bytes]]:
     """Numbered lines without their line ends; a UTF-8 byte order mark at the start is dropped."""
-    with open_input(path, meter) as file:
+    with open_input(path, track) as file:
         first = _line(file, path)
         if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise UserError(f"{path} is UTF-16", f"convert it: iconv -f utf-16 -t utf-8 {path}")
@@ -41,55 +42,58 @@ def _line(file: BinaryIO, path: Path) -> bytes:
     return line
 
 
-def _show(raw: bytes) -> str:
+def _abbreviate_bytes(raw: bytes) -> str:
     return raw[:2000].decode("utf-8", "backslashreplace")
 
 
-def _text(path: Path, per: str, meter: Meter) -> Numbered:
+def _text(path: Path, per: str, track: TrackRead) -> NumberedRecords:
     """A record {"text": ...} for each line, paragraph (blank lines between) or file. Blank lines are no records."""
-    first, held, size = 1, list[bytes](), 0
+    first, lines, size = 1, list[bytes](), 0
 
-    def give() -> Iterator[tuple[int, dict[str, Any] | Bad]]:
-        raw = b"\n".join(held)
-        held.clear()
+    def flush() -> Iterator[tuple[int, dict[str, Any] | MalformedRecord]]:
+        raw = b"\n".join(lines)
+        lines.clear()
         if raw.strip():
             try:
                 yield first, {"text": raw.decode("utf-8")}
             except UnicodeDecodeError as error:
-                yield first, Bad(f"invalid UTF-8 ({error.reason} at byte {error.start})", _show(raw))
+                yield (
+                    first,
+                    MalformedRecord(f"invalid UTF-8 ({error.reason} at byte {error.start})", _abbreviate_bytes(raw)),
+                )
 
-    for number, line in _lines(path, meter):
+    for number, line in _lines(path, track):
         if per != "file" and not line.strip():
-            yield from give()
+            yield from flush()
             continue
-        if not held:
+        if not lines:
             first = number
             size = 0
-        held.append(line)
+        lines.append(line)
         size += len(line)
         if size > MAX_RECORD_BYTES:
             raise UserError(f"{path}: has a record of more than {MAX_RECORD_BYTES:,} bytes", "cut it into records")
         if per == "line":
-            yield from give()
-    yield from give()
+            yield from flush()
+    yield from flush()
 
 
-def _jsonl(path: Path, meter: Meter) -> Numbered:
-    for number, line in _lines(path, meter):
+def _jsonl(path: Path, track: TrackRead) -> NumberedRecords:
+    for number, line in _lines(path, track):
         if line.strip():
             yield number, parse_line(line)
 
 
-def _json(path: Path, meter: Meter) -> Numbered:
-    return _jsonl(path, meter) if (found := json_records(path, meter)) is None else found
+def _json(path: Path, track: TrackRead) -> NumberedRecords:
+    return _jsonl(path, track) if (found := json_records(path, track)) is None else found
 
 
-def _csv(path: Path, meter: Meter) -> Numbered:
+def _csv(path: Path, track: TrackRead) -> NumberedRecords:
     csv.field_size_limit(MAX_RECORD_BYTES)
-    with open_input(path, meter) as raw:
+    with open_input(path, track) as raw:
         # Bytes that are not UTF-8 come through as lone surrogates, which the next stage refuses record by record.
         file = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        rows = csv.reader(iter(lambda: _piece(file, path), ""), strict=True)
+        rows = csv.reader(iter(lambda: _csv_line(file, path), ""), strict=True)
         header = next(rows, [])
         line = rows.line_num + 1
         while True:
@@ -102,12 +106,12 @@ def _csv(path: Path, meter: Meter) -> Numbered:
                     f"{path}: line {rows.line_num}: {error}", "repair the quoting; the rest cannot be read"
                 ) from error
             if row:
-                wrong = Bad(f"{len(row)} columns, not {len(header)}", ",".join(row)[:2000])
+                wrong = MalformedRecord(f"{len(row)} columns, not {len(header)}", ",".join(row)[:2000])
                 yield line, dict(zip(header, row, strict=True)) if len(row) == len(header) else wrong
             line = rows.line_num + 1
 
 
-def _piece(file: io.TextIOWrapper, path: Path) -> str:
+def _csv_line(file: io.TextIOWrapper, path: Path) -> str:
     line = file.readline(MAX_RECORD_BYTES + 1)
     if len(line) > MAX_RECORD_BYTES:
         raise UserError(f"{path}: has a line of more than {MAX_RECORD_BYTES:,} bytes", "cut it into records")
@@ -120,8 +124,8 @@ def read_records(
     *,
     columns: tuple[str, ...] | None = None,
     per: str = "line",
-    meter: Meter = no_meter,
-) -> Numbered:
+    track: TrackRead = ignore_progress,
+) -> NumberedRecords:
     """Records of one file.
 
     Args:
@@ -129,22 +133,22 @@ def read_records(
         kind: as `find_inputs` found it.
         columns: the columns that are needed, where a file can be read by column; None for all.
         per: what a text file's record is: line, paragraph or file.
-        meter: is given a function that says how much of the file has been read, from 0 to 1.
+        track: is given a function that says how much of the file has been read, from 0 to 1.
 
     Raises:
         UserError: the file, or the rest of it, cannot be read.
     """
     try:
         if kind == "text":
-            yield from _text(path, per, meter)
+            yield from _text(path, per, track)
         elif kind == "jsonl":
-            yield from _jsonl(path, meter)
+            yield from _jsonl(path, track)
         elif kind == "json":
-            yield from _json(path, meter)
+            yield from _json(path, track)
         elif kind == "csv":
-            yield from _csv(path, meter)
+            yield from _csv(path, track)
         else:
-            yield from read_columns(path, kind, columns, meter)
+            yield from read_columns(path, kind, columns, track)
     except UserError:
         raise
     except csv.Error as error:

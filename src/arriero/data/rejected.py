@@ -11,8 +11,8 @@ from typing import TextIO
 
 from arriero.common.errors import UserError
 from arriero.common.text import escape
-from arriero.data.output import create
-from arriero.data.pipeline import EncodedChunk, Rejected
+from arriero.data.output import create_file
+from arriero.data.pipeline import EncodedChunk, RejectedRecord
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Counts:
         self.largest_id = max(self.largest_id, chunk.largest_id)
 
     def check(self, max_bad: float) -> None:
-        """Raises UserError when nothing, or too little, of the input could be used."""
+        """Raises UserError when nothing, or too little of the input could be used."""
         bad = self.rejected - self.empty
         examples = "\n".join(f"    {line}" for line in self.first_rejected)
         if self.documents == 0:
@@ -58,11 +58,11 @@ class RejectedFile:
         self._files = files
         self._file: TextIO | None = None
 
-    def add(self, found: list[Rejected], counts: Counts, *, strict: bool) -> None:
+    def add(self, found: list[RejectedRecord], counts: Counts, *, strict: bool) -> None:
         """Writes rejected records and counts them. Raises UserError at the first one if `strict`."""
         for one in found:
-            source = str(self._files[one.place.file])
-            where = f"{source}:{one.place.number}"
+            source = str(self._files[one.location.file])
+            where = f"{source}:{one.location.number}"
             if strict:
                 fix = "mend the record, or run without --strict to set such records aside"
                 raise UserError(f"{where}: {one.reason}", fix)
@@ -70,8 +70,8 @@ class RejectedFile:
             counts.empty += one.reason.endswith((" is empty", " is blank"))
             if len(counts.first_rejected) < 3:
                 counts.first_rejected.append(escape(f"{where}: {one.reason}", 500))
-            self._file = self._file or io.TextIOWrapper(create(self._partial), encoding="utf-8")
-            line = {"file": source, "line": one.place.number, "reason": one.reason, "record": one.raw}
+            self._file = self._file or io.TextIOWrapper(create_file(self._partial), encoding="utf-8")
+            line = {"file": source, "line": one.location.number, "reason": one.reason, "record": one.raw}
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def publish(self) -> None:

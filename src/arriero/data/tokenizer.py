@@ -20,30 +20,30 @@ from arriero.common.errors import UserError
 from arriero.common.files import make_directory, write_atomic
 from arriero.common.text import escape
 from arriero.common.untrusted import read_bytes, read_json, require_inside
-from arriero.data.tokenizer_check import check_description, check_sentencepiece, in_time, sentence
+from arriero.data.tokenizer_safety import call_with_timeout, check_sentencepiece, check_tokenizer_json, library_errors
 
-VOCABULARIES = ("tokenizer.model", "tokenizer.json")
+VOCABULARY_FILES = ("tokenizer.model", "tokenizer.json")
 """The files that decide ids, in the order in which they are looked for."""
 TOKENIZER_FILES = (
-    *VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    *VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "chat_template.json", "vocab.json", "merges.txt",
 )  # fmt: skip
 """Every file that belongs to a tokenizer."""
-TEMPLATES = "additional_chat_templates"
+CHAT_TEMPLATE_DIRECTORY = "additional_chat_templates"
 """transformers' folder of further chat templates, *.jinja."""
-GENERATION = "generation_config.json"
+GENERATION_CONFIG = "generation_config.json"
 """What travels with a tokenizer into a run: how the model that both belong to is sampled."""
-_MOST_TEMPLATES = 100
+_MAX_CHAT_TEMPLATES = 100
 # Names that tokenizers give to the two ids when no configuration file says which they are.
 _KNOWN_BOS = ("<s>", "<|begin_of_text|>", "<bos>")
 _KNOWN_EOS = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
 
 
-STRETCH = 2000  # characters given to an engine at a time
+CHUNK_CHARACTERS = 2000  # characters given to an engine at a time
 _BLANK_INSIDE = re.compile("[^▁]▁")
 
 
-def cut(text: str, length: int = STRETCH) -> list[str]:
+def split_text(text: str, length: int = CHUNK_CHARACTERS) -> list[str]:
     """Divides a text before words, so that tokenising the stretches one by one gives the ids of the whole.
 
     The blank at which it divides is dropped: it is what the tokenizer puts in front of the next stretch. It must be the
@@ -87,17 +87,17 @@ class Tokenizer:
         self.bos_id: int | None = None
         self.eos_id: int | None = None
         self.notices: list[str] = []
-        self._cuts = False
+        self._splittable = False
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, one integer array a text. Raises UnicodeEncodeError for lone surrogates.
 
-        A long text goes to the engine in stretches (see `cut`): a fifth faster with sentencepiece, and a huge document
-        needs little more memory than its own.
+        A long text goes to the engine in pieces (see `split_text`): a fifth faster with sentencepiece, and a huge
+        document needs little more memory than its own.
         """
-        if not self._cuts or all(len(text) <= STRETCH for text in texts):
+        if not self._splittable or all(len(text) <= CHUNK_CHARACTERS for text in texts):
             return self._encode(texts)
-        stretches = [cut(text) for text in texts]
+        stretches = [split_text(text) for text in texts]
         found = iter(self._encode([piece for pieces in stretches for piece in pieces]))
         parts = [[next(found) for _ in pieces] for pieces in stretches]
         return [one[0] if len(one) == 1 else np.concatenate(one) for one in parts]
@@ -105,12 +105,12 @@ class Tokenizer:
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         raise NotImplementedError
 
-    def _may_cut(self, pieces: Sequence[str]) -> bool:
-        """Whether `cut` changes no id: each text gets a blank in front, and no piece goes on over a blank."""
-        if not self._adds_blank() or any(_BLANK_INSIDE.search(piece) for piece in pieces):
+    def _is_splittable(self, pieces: Sequence[str]) -> bool:
+        """Whether `split_text` changes no id: each text gets a blank in front, and no piece goes on over a blank."""
+        if not self._has_prefix_space() or any(_BLANK_INSIDE.search(piece) for piece in pieces):
             return False
         whole = "".join(f"{word} " * 40 for word in ("some", "words\n", "\tx = 1;", "é 日本", "  two", "a▁ b"))
-        split = self._encode(cut(whole, 50))
+        split = self._encode(split_text(whole, 50))
         return np.array_equal(np.concatenate(split), self._encode([whole])[0])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -121,7 +121,7 @@ class Tokenizer:
         """One id as it is written in the vocabulary."""
         raise NotImplementedError
 
-    def without_text(self, rows: int) -> np.ndarray:
+    def unused_ids(self, rows: int) -> np.ndarray:
         """The ids below `rows`, in order, that the vocabulary has no entry for."""
         return np.arange(min(self.vocab_size, rows), rows)
 
@@ -138,7 +138,7 @@ class Tokenizer:
 
         The blank is kept away by a newline in front, whose ids are cut off again. Raises UserError if they cannot be.
         """
-        if not self._adds_blank():
+        if not self._has_prefix_space():
             return self.encode_arrays(texts)
         head = self.encode_arrays(["\n"])[0]
         whole = self.encode_arrays(["\n" + text for text in texts])
@@ -151,17 +151,17 @@ class Tokenizer:
                 )
         return [ids[len(head) :] for ids in whole]
 
-    def _adds_blank(self) -> bool:
+    def _has_prefix_space(self) -> bool:
         return True
 
     def save_to(self, directory: Path) -> None:
         """Copies the tokenizer's files, and the generation_config.json beside them, into `directory`."""
-        copy_files(self.path, directory)
-        if _is_there(self.path.parent / GENERATION):
-            _copy(self.path.parent, GENERATION, directory)
+        copy_tokenizer_files(self.path, directory)
+        if _exists(self.path.parent / GENERATION_CONFIG):
+            _copy(self.path.parent, GENERATION_CONFIG, directory)
 
 
-def copy_files(source: Path, directory: Path) -> list[str]:
+def copy_tokenizer_files(source: Path, directory: Path) -> list[str]:
     """Copies a tokenizer's files: the one place that knows which they are.
 
     Args:
@@ -178,23 +178,23 @@ def copy_files(source: Path, directory: Path) -> list[str]:
     fix = "name a directory that can be written"
     make_directory(directory, fix)
     folder, named = (source, None) if source.is_dir() else (source.parent, source)
-    names = [name for name in TOKENIZER_FILES if _is_there(folder / name)]
+    names = [name for name in TOKENIZER_FILES if _exists(folder / name)]
     copied = []
     if named is not None:
-        copied = [VOCABULARIES[1] if named.suffix == ".json" else VOCABULARIES[0]]
+        copied = [VOCABULARY_FILES[1] if named.suffix == ".json" else VOCABULARY_FILES[0]]
         write_atomic(directory / copied[0], read_bytes(named, "give the tokenizer's own file"))
-        harmless = VOCABULARIES[1:] if named.name == VOCABULARIES[0] else ()
-        names = [name for name in names if name not in VOCABULARIES or name in harmless]
-    templates = sorted((folder / TEMPLATES).glob("*.jinja"))[:_MOST_TEMPLATES]
+        harmless = VOCABULARY_FILES[1:] if named.name == VOCABULARY_FILES[0] else ()
+        names = [name for name in names if name not in VOCABULARY_FILES or name in harmless]
+    templates = sorted((folder / CHAT_TEMPLATE_DIRECTORY).glob("*.jinja"))[:_MAX_CHAT_TEMPLATES]
     if templates:
-        make_directory(directory / TEMPLATES, fix)
-    for name in (*names, *(f"{TEMPLATES}/{template.name}" for template in templates)):
+        make_directory(directory / CHAT_TEMPLATE_DIRECTORY, fix)
+    for name in (*names, *(f"{CHAT_TEMPLATE_DIRECTORY}/{template.name}" for template in templates)):
         _copy(folder, name, directory)
         copied.append(name)
     return copied
 
 
-def _is_there(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     return path.exists() or path.is_symlink()
 
 
@@ -219,9 +219,9 @@ class SentencePieceTokenizer(Tokenizer):
             self.vocab_size = len(self._processor)
             pieces = self._processor.id_to_piece(list(range(self.vocab_size)))
             self.fingerprint = _hash_pieces(pieces)
-            self._cuts = self._may_cut(pieces)
-            self.bos_id = _known_id(self._processor.bos_id())
-            self.eos_id = _known_id(self._processor.eos_id())
+            self._splittable = self._is_splittable(pieces)
+            self.bos_id = _valid_id(self._processor.bos_id())
+            self.eos_id = _valid_id(self._processor.eos_id())
         except (RuntimeError, OSError, ValueError, IndexError) as error:  # ValueError: pieces that are not UTF-8
             raise UserError(
                 f"{path} is not a SentencePiece model ({str(error).splitlines()[0]})",
@@ -250,8 +250,8 @@ class JsonTokenizer(Tokenizer):
         import tokenizers
 
         super().__init__(path)
-        check_description(path)
-        with sentence(path, "is not a tokenizer.json"):
+        check_tokenizer_json(path)
+        with library_errors(path, "is not a tokenizer.json"):
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         if getattr(self._tokenizer.model, "dropout", None):
             self._tokenizer.model.dropout = None
@@ -262,7 +262,7 @@ class JsonTokenizer(Tokenizer):
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.fingerprint = _hash_pieces(sorted(vocabulary, key=vocabulary.__getitem__))
-        self._cuts = self._may_cut(list(vocabulary))
+        self._splittable = self._is_splittable(list(vocabulary))
         if not len(self._encode(["\U00013000"])[0]):  # a hieroglyph, which no small vocabulary has
             self.notices.append(f"{path}: characters that its vocabulary lacks are lost: it has no unk_token for them")
         config = _special_names(path.parent)
@@ -273,10 +273,10 @@ class JsonTokenizer(Tokenizer):
         candidates = [named] if named else list(known)
         return next((i for name in candidates if (i := self._tokenizer.token_to_id(name)) is not None), None)
 
-    def _adds_blank(self) -> bool:
-        with sentence(self.path, "cannot be written"):
+    def _has_prefix_space(self) -> bool:
+        with library_errors(self.path, "cannot be written"):
             raw = json.loads(self._tokenizer.to_str())
-        return _mentions_prefix(raw.get("normalizer")) or _mentions_prefix(raw.get("pre_tokenizer"))
+        return _adds_prefix_space(raw.get("normalizer")) or _adds_prefix_space(raw.get("pre_tokenizer"))
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         for text in texts:
@@ -287,20 +287,20 @@ class JsonTokenizer(Tokenizer):
         def call() -> list[Any]:
             return self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
 
-        with sentence(self.path, "cannot tokenize"):
-            found = in_time(self.path, sum(map(len, texts)), call)
+        with library_errors(self.path, "cannot tokenize"):
+            found = call_with_timeout(self.path, sum(map(len, texts)), call)
         return [np.array(one.ids, np.int32) for one in found]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """See `Tokenizer`."""
-        with sentence(self.path, "cannot give the text of ids"):
+        with library_errors(self.path, "cannot give the text of ids"):
             return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def piece(self, token: int) -> str:
         """See `Tokenizer`."""
         return self._tokenizer.id_to_token(int(token)) or f"<{int(token)}>"
 
-    def without_text(self, rows: int) -> np.ndarray:
+    def unused_ids(self, rows: int) -> np.ndarray:
         """See `Tokenizer`; the ids of a tokenizer.json may have gaps."""
         free = np.ones(rows, bool)
         known = np.fromiter(self._tokenizer.get_vocab(with_added_tokens=True).values(), np.int64)
@@ -312,16 +312,16 @@ def _hash_pieces(pieces: list[str]) -> str:
     return hashlib.sha256("\n".join(pieces).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _known_id(value: int) -> int | None:
+def _valid_id(value: int) -> int | None:
     return value if value >= 0 else None
 
 
-def _mentions_prefix(part: Any) -> bool:
+def _adds_prefix_space(part: Any) -> bool:
     """Whether a normalizer or pre-tokenizer of a tokenizer.json puts a blank in front of the text."""
     if not part:
         return False
     if part["type"] == "Sequence":
-        return any(_mentions_prefix(p) for p in part.get("normalizers", part.get("pretokenizers", [])))
+        return any(_adds_prefix_space(p) for p in part.get("normalizers", part.get("pretokenizers", [])))
     if part["type"] == "Metaspace":
         return part.get("prepend_scheme", "always") != "never"
     return part["type"] == "Prepend" or bool(part.get("add_prefix_space"))
@@ -346,7 +346,7 @@ def _special_names(directory: Path) -> dict[str, str]:
     return names
 
 
-def _mend(tokenizer: Tokenizer) -> None:
+def _note_legacy_config(tokenizer: Tokenizer) -> None:
     """Recognises the configuration files of early LLaMA conversions, which deny the tokenizer its BOS and EOS."""
     directory = tokenizer.path.parent
     config = _read_json(directory / "tokenizer_config.json")
@@ -377,7 +377,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """
     path = Path(path)
     if os.path.isdir(path):  # as below, False for names that no file can have
-        found = next((path / n for n in VOCABULARIES if (path / n).is_file()), None)
+        found = next((path / n for n in VOCABULARY_FILES if (path / n).is_file()), None)
         if found is None:
             raise UserError(
                 f"{escape(path)} holds no tokenizer.model and no tokenizer.json",
@@ -389,5 +389,5 @@ def load_tokenizer(path: Path) -> Tokenizer:
             f"no tokenizer at {escape(path)}", "give a directory with tokenizer.model or tokenizer.json, or such a file"
         )
     tokenizer: Tokenizer = JsonTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
-    _mend(tokenizer)
+    _note_legacy_config(tokenizer)
     return tokenizer

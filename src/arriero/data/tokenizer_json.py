@@ -16,8 +16,8 @@ from typing import Any
 from arriero.common.errors import UserError
 from arriero.common.files import write_atomic
 from arriero.common.untrusted import read_bytes, read_json, require_inside, schema_problem
-from arriero.data.tokenizer import VOCABULARIES
-from arriero.data.tokenizer_check import MAX_ID, check_sentencepiece, sentence
+from arriero.data.tokenizer import VOCABULARY_FILES
+from arriero.data.tokenizer_safety import MAX_ID, check_sentencepiece, library_errors
 
 PROBES = (
     "Hello world", "  two  blanks", "a  b   c", "tab\tand\nnewline\n\n", "naïve café — “quotes”", "日本語 и русский 🦙",
@@ -46,11 +46,11 @@ def write_tokenizer_json(model: Path, directory: Path, *, source: Path | None = 
     """
     where, raw = source or model, read_bytes(model, "copy it again")
     check_sentencepiece(where, raw)
-    with sentence(where, "is no SentencePiece model"):
-        return _write(model, raw, directory, str(where))
+    with library_errors(where, "is no SentencePiece model"):
+        return _convert(model, raw, directory, str(where))
 
 
-def _write(model: Path, content: bytes, directory: Path, where: str) -> str:
+def _convert(model: Path, content: bytes, directory: Path, where: str) -> str:
     import sentencepiece
     import tokenizers
 
@@ -59,11 +59,11 @@ def _write(model: Path, content: bytes, directory: Path, where: str) -> str:
     if _number(_fields(raw.get(2, [b""])[0]), 3, 1) != _BPE:
         return f"{where} is not a BPE model, so no tokenizer.json was written: open it with sentencepiece"
     kinds = [_number(_fields(piece), 3, 1) for piece in raw[1]]
-    built = _build(processor, kinds, _fields(raw.get(3, [b""])[0]))
+    built = _tokenizer_json(processor, kinds, _fields(raw.get(3, [b""])[0]))
     added = sorted((i, token) for token, i in added_tokens(model.parent).items() if i >= len(kinds))
     if [i for i, _ in added] != list(range(len(kinds), len(kinds) + len(added))):
         return f"{where}: added tokens leave ids out, so no tokenizer.json was written"
-    built["added_tokens"] += [_added(i, token, special=True) for i, token in added]
+    built["added_tokens"] += [_added_token(i, token, special=True) for i, token in added]
     text = json.dumps(built, ensure_ascii=False)
     fast = tokenizers.Tokenizer.from_str(text)
     fast.encode_special_tokens = True
@@ -92,7 +92,7 @@ def vocabulary_size(tokenizer: Path, *, added: bool = True) -> int:
         UserError: there is no tokenizer, or a broken one, or one with an id that no vocabulary has.
     """
     folder = tokenizer if tokenizer.is_dir() else tokenizer.parent
-    model, fast = (folder / name for name in VOCABULARIES)
+    model, fast = (folder / name for name in VOCABULARY_FILES)
     if not tokenizer.is_dir():
         model, fast = (model, tokenizer) if tokenizer.suffix == ".json" else (tokenizer, fast)
     if not (model.is_file() or fast.is_file()):
@@ -135,7 +135,7 @@ def added_tokens(folder: Path) -> dict[str, int]:
     return found
 
 
-def _build(processor: Any, kinds: list[int], normalizer: dict[int, list[Any]]) -> dict[str, Any]:
+def _tokenizer_json(processor: Any, kinds: list[int], normalizer: dict[int, list[Any]]) -> dict[str, Any]:
     size = len(processor)
     pieces = [processor.id_to_piece(i) for i in range(size)]
     special = [i for i, kind in enumerate(kinds) if kind in (_UNKNOWN, _CONTROL)]
@@ -158,9 +158,9 @@ def _build(processor: Any, kinds: list[int], normalizer: dict[int, list[Any]]) -
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return {
         "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [_added(i, pieces[i], i in special) for i in sorted(special + defined)],
+        "added_tokens": [_added_token(i, pieces[i], i in special) for i in sorted(special + defined)],
         "normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": None,
-        "post_processor": _add_bos(processor), "decoder": {"type": "Sequence", "decoders": decoders},
+        "post_processor": _bos_post_processor(processor), "decoder": {"type": "Sequence", "decoders": decoders},
         "model": {
             "type": "BPE", "dropout": None, "unk_token": processor.id_to_piece(processor.unk_id()),
             "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True,
@@ -182,12 +182,12 @@ def _merges(processor: Any, pieces: list[str], kinds: list[int]) -> list[list[st
     return [[left, right] for *_, left, right in sorted(ranked)]
 
 
-def _added(i: int, piece: str, special: bool) -> dict[str, Any]:
+def _added_token(i: int, piece: str, special: bool) -> dict[str, Any]:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": i, "content": piece, **flags, "special": special}
 
 
-def _add_bos(processor: Any) -> dict[str, Any] | None:
+def _bos_post_processor(processor: Any) -> dict[str, Any] | None:
     """LLaMA's habit: BOS in front of every text, unless the caller asks for none."""
     i = processor.bos_id()
     if i < 0:

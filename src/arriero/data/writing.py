@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from arriero.common.version import __version__
-from arriero.data.formats import BadRecordError
+from arriero.data.formats import UnusableRecordError
 from arriero.data.indexed import IndexedWriter, best_dtype
 from arriero.data.manifest import manifest_path, sha256_file, write_manifest
-from arriero.data.pipeline import Encoder, Item, Place, chunks, map_in_order
+from arriero.data.pipeline import Encoder, NumberedRecord, RecordLocation, chunks, map_in_order
 from arriero.data.prepare_config import PrepareJob
-from arriero.data.readers import Bad, read_records
+from arriero.data.readers import MalformedRecord, read_records
 from arriero.data.rejected import Counts, RejectedFile
 from arriero.data.tokenizer import Tokenizer
 
@@ -132,10 +132,10 @@ def sample_texts(job: PrepareJob, characters: int = 300_000) -> list[str]:
     for path in chosen:
         left = characters // len(chosen)
         for _, record in read_records(path, job.kind, columns=job.format.columns, per=job.config.per):
-            if isinstance(record, Bad):
+            if isinstance(record, MalformedRecord):
                 continue
-            with contextlib.suppress(BadRecordError):
-                found = [part.text[:left] for document in job.format.documents(record) for part in document]
+            with contextlib.suppress(UnusableRecordError):
+                found = [segment.text[:left] for document in job.format.documents(record) for segment in document]
                 texts += [text for text in found if text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)]
                 left -= sum(map(len, found))
             if left <= 0:
@@ -143,12 +143,12 @@ def sample_texts(job: PrepareJob, characters: int = 300_000) -> list[str]:
     return texts
 
 
-def _records(job: PrepareJob, progress: InputProgress) -> Iterator[Item]:
+def _records(job: PrepareJob, progress: InputProgress) -> Iterator[NumberedRecord]:
     for n, path in enumerate(job.files):
         progress.start_file(n)
         columns, per = job.format.columns, job.config.per
-        for number, record in read_records(path, job.kind, columns=columns, per=per, meter=progress.track):
-            yield Place(n, number), record
+        for number, record in read_records(path, job.kind, columns=columns, per=per, track=progress.track):
+            yield RecordLocation(n, number), record
 
 
 def _manifest(

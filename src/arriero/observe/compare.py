@@ -9,13 +9,13 @@ from itertools import pairwise
 
 from arriero.common.errors import UserError, closest_match
 from arriero.common.text import escape
-from arriero.observe.curves.curve import Curves, meaning
+from arriero.observe.curves.curve import Curves, canonical_name
 
 DEFAULT_QUANTITIES = ("lm_loss", "grad_norm")
 
 
 @dataclass(frozen=True)
-class Agreement:
+class QuantityComparison:
     """How far one quantity of two runs is apart, over their common iterations."""
 
     quantity: str
@@ -50,12 +50,12 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Comparison:
     """The whole comparison."""
 
     a: Curves
     b: Curves
-    agreements: list[Agreement]
+    agreements: list[QuantityComparison]
     notes: list[str]
     """What a reader should know before trusting the numbers, one sentence each."""
 
@@ -65,9 +65,9 @@ class Verdict:
         return all(x.passed for x in self.agreements)
 
 
-def judge(
+def compare_runs(
     a: Curves, b: Curves, *, quantities: tuple[str, ...] = (), max_rel: float = 0.02, logging_steps: int = 0
-) -> Verdict:
+) -> Comparison:
     """Compares `quantities` of two runs; none named means loss and gradient norm, as far as both have them.
 
     Args:
@@ -83,7 +83,7 @@ def judge(
     """
     if not (math.isfinite(max_rel) and max_rel >= 0):
         raise UserError(f"--max-rel {max_rel} is no limit", "give a number from 0 (bit for bit) up, such as 0.02")
-    a, b = _numbered(a, b, logging_steps)
+    a, b = _align_steps(a, b, logging_steps)
     if not set(a.iterations) & set(b.iterations):
         raise UserError(
             f"no common iterations: {escape(a.path)} has {_range(a.iterations)}, "
@@ -91,7 +91,7 @@ def judge(
             "compare runs that log the same steps",
         )
     notes = [*a.notes, *(note for note in b.notes if note not in a.notes), *_notes(a, b)]
-    chosen = list(dict.fromkeys(meaning(name) for name in quantities) if quantities else DEFAULT_QUANTITIES)
+    chosen = list(dict.fromkeys(canonical_name(name) for name in quantities) if quantities else DEFAULT_QUANTITIES)
     for quantity in list(chosen):
         for curves in (a, b):
             if curves.columns.get(quantity):
@@ -103,10 +103,10 @@ def judge(
             notes.append(f"{escape(curves.path)} has no {quantity}: not compared.")
             if quantity in chosen:
                 chosen.remove(quantity)
-    return Verdict(a, b, [_agreement(a, b, quantity, max_rel) for quantity in chosen], notes)
+    return Comparison(a, b, [_agreement(a, b, quantity, max_rel) for quantity in chosen], notes)
 
 
-def _agreement(a: Curves, b: Curves, quantity: str, limit: float) -> Agreement:
+def _agreement(a: Curves, b: Curves, quantity: str, limit: float) -> QuantityComparison:
     mine, theirs = a.columns[quantity], b.columns[quantity]
     common = sorted(mine.keys() & theirs.keys())
     if not common:
@@ -114,7 +114,7 @@ def _agreement(a: Curves, b: Curves, quantity: str, limit: float) -> Agreement:
         raise UserError(f"no common iterations of {quantity} in {escape(a.path)} and {escape(b.path)}", fix)
     finite = [i for i in common if math.isfinite(mine[i]) and math.isfinite(theirs[i])]
     alike = [i for i in common if not math.isfinite(mine[i]) and repr(mine[i]) == repr(theirs[i])]
-    return Agreement(
+    return QuantityComparison(
         quantity=quantity,
         iterations=finite,
         a=[mine[i] for i in finite],
@@ -132,7 +132,7 @@ def _relative(a: float, b: float) -> float:
     return abs(b - a) / abs(a) if a else math.inf
 
 
-def _numbered(a: Curves, b: Curves, logging_steps: int) -> tuple[Curves, Curves]:
+def _align_steps(a: Curves, b: Curves, logging_steps: int) -> tuple[Curves, Curves]:
     """The two with iterations that mean the same: counted lines become steps where their distance is known."""
     if not (a.numbered or b.numbered):
         if logging_steps:
@@ -142,10 +142,10 @@ def _numbered(a: Curves, b: Curves, logging_steps: int) -> tuple[Curves, Curves]
         alone = a if a.numbered else b
         fix = "give trainer_state.json instead, or the Trainer's logging_steps as --logging-steps N"
         raise UserError(f"{escape(alone.path)}: its lines name no step, and the other log's do", fix)
-    return _spread(a, logging_steps), _spread(b, logging_steps)
+    return _counted_to_steps(a, logging_steps), _counted_to_steps(b, logging_steps)
 
 
-def _spread(curves: Curves, logging_steps: int) -> Curves:
+def _counted_to_steps(curves: Curves, logging_steps: int) -> Curves:
     if not curves.numbered:
         return curves
     if not logging_steps:

@@ -15,11 +15,11 @@ from typing import Any
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory
 from arriero.common.untrusted import read_bytes, schema_problem
-from arriero.observe.lines import LineFile, Trouble
+from arriero.observe.line_file import LineFile, WriteErrors
 
 FILE = "events.jsonl"
-FORM = {"event": str, "at": float}
-NUMBERS = {"at": float, "step": float, "seconds": float, "data": float}
+EVENT_SCHEMA = {"event": str, "at": float}
+NUMBER_SCHEMA = {"at": float, "step": float, "seconds": float, "data": float}
 MAX_LINE = 10_000
 KINDS = ("productive", "checkpoint", "restart", "lost", "data wait", "other")
 
@@ -27,13 +27,14 @@ KINDS = ("productive", "checkpoint", "restart", "lost", "data wait", "other")
 class Events:
     """Appends to a run's `events.jsonl`; a line costs 20 microseconds."""
 
-    def __init__(self, out: Path, *, first: bool, since_start: float, trouble: Trouble | None = None) -> None:
-        """Notes the start of this process, `since_start` seconds ago; only the `first` of all writes anything, and
-        tells `trouble` where it cannot."""
+    def __init__(self, out: Path, *, first: bool, since_start: float, errors: WriteErrors | None = None) -> None:
+        """Records the start of this process, `since_start` seconds ago; only the `first` of all writes anything.
+
+        `errors` logs what cannot be written."""
         self._file: LineFile | None = None
         if first:
             make_directory(out, "name a directory that can be written")
-            self._file = LineFile(out / FILE, trouble or Trouble())
+            self._file = LineFile(out / FILE, errors or WriteErrors())
             self.note("begin", at=time.time() - since_start)
 
     def note(self, event: str, *, at: float | None = None, **values: Any) -> None:
@@ -64,10 +65,10 @@ def read_events(out: Path) -> list[dict[str, Any]]:
             record: Any = json.loads(line) if len(line) < MAX_LINE else None
         except (ValueError, RecursionError):
             continue
-        fits = not schema_problem(record, FORM) and not schema_problem(
-            record, {key: NUMBERS.get(key, object) for key in record}
+        fits = not schema_problem(record, EVENT_SCHEMA) and not schema_problem(
+            record, {key: NUMBER_SCHEMA.get(key, object) for key in record}
         )
-        if fits and all(math.isfinite(record.get(key, 0)) for key in NUMBERS):
+        if fits and all(math.isfinite(record.get(key, 0)) for key in NUMBER_SCHEMA):
             found.append(record)
     return found
 

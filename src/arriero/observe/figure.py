@@ -27,8 +27,8 @@ INK, BLUE, ORANGE, RED = (
     "#c53030",
 )  # told apart by colour-blind eyes, and in grey print
 
-LOSS = {"iteration": int, "lm_loss": float}
-DRAWN = {**LOSS, "consumed_tokens": int}
+LOSS_SCHEMA = {"iteration": int, "lm_loss": float}
+STEP_SCHEMA = {**LOSS_SCHEMA, "consumed_tokens": int}
 
 
 def loss_figure(metrics_path: Path, png_path: Path, *, title: str = "") -> None:
@@ -38,7 +38,7 @@ def loss_figure(metrics_path: Path, png_path: Path, *, title: str = "") -> None:
         UserError: the metrics hold no step, or cannot be read.
     """
     records = read_metrics(metrics_path, skipped=[])
-    steps = [r for r in records if r.get("kind") == "step" and not schema_problem(r, DRAWN)]
+    steps = [r for r in records if r.get("kind") == "step" and not schema_problem(r, STEP_SCHEMA)]
     if not steps:
         raise UserError(f"{metrics_path}: no training step in it", "draw the figure after the first step")
     figure, (axes,) = new_figure(height=4.5)
@@ -46,7 +46,7 @@ def loss_figure(metrics_path: Path, png_path: Path, *, title: str = "") -> None:
     checks = [
         r
         for r in records
-        if r.get("kind") == "validation" and not schema_problem(r, LOSS) and math.isfinite(r["lm_loss"])
+        if r.get("kind") == "validation" and not schema_problem(r, LOSS_SCHEMA) and math.isfinite(r["lm_loss"])
     ]
     if checks:
         last = checks[-1]["lm_loss"]

@@ -18,12 +18,12 @@ from arriero.common.errors import UserError
 from arriero.common.files import make_directory, open_regular, os_error_text, write_atomic
 from arriero.common.text import escape
 from arriero.common.untrusted import parse_json, schema_problem
-from arriero.observe.lines import LineFile, Trouble
+from arriero.observe.line_file import LineFile, WriteErrors
 
-FORM = {"iteration": int}
+RECORD_SCHEMA = {"iteration": int}
 FIX = "remove the line, or restore the file"
 MAX_BYTES, MAX_LINE = 2 << 30, 1 << 20
-VALUES = {str: (float, str, bool, None, list, dict)}
+VALUE_SCHEMA = {str: (float, str, bool, None, list, dict)}
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -130,15 +130,15 @@ class MetricsWriter:
     Use it as a context manager, or call `close`. A file that cannot be written stops nothing: see observe/lines.py.
     """
 
-    def __init__(self, path: Path, trouble: Trouble | None = None) -> None:
+    def __init__(self, path: Path, errors: WriteErrors | None = None) -> None:
         self.path = path
         make_directory(path.parent, "name a directory that can be written")
-        self._trouble = trouble or Trouble()
-        self._file = LineFile(path, self._trouble)
+        self._errors = errors or WriteErrors()
+        self._file = LineFile(path, self._errors)
 
     def write(self, metrics: StepMetrics | ValidationMetrics | RankMetrics) -> None:
         """Appends one line and hands it to the operating system at once."""
-        record = {"kind": metrics.kind} | {k: _encode(v) for k, v in asdict(metrics).items()}
+        record = {"kind": metrics.kind} | {k: _json_value(v) for k, v in asdict(metrics).items()}
         self._file.write(json.dumps(record).encode())
 
     def truncate_after(self, iteration: int) -> list[str]:
@@ -147,16 +147,16 @@ class MetricsWriter:
         Returns:
             A sentence for each line that is no metrics record; such a line stays where it is.
         """
-        self._file.drop(lambda line: json.loads(line)["iteration"] > iteration)
+        self._file.discard(lambda line: json.loads(line)["iteration"] > iteration)
         self._file.release()
         try:
             return self._truncate(iteration)
         except (OSError, UserError) as error:
-            return [] if self._trouble.includes(self.path) else [str(error)]
+            return [] if self._errors.is_failing(self.path) else [str(error)]
 
     def _truncate(self, iteration: int) -> list[str]:
         end, bad, later = 0, [], []
-        for line in _lines(self.path):
+        for line in _parse_lines(self.path):
             if isinstance(line.found, dict) and line.found["iteration"] > iteration:
                 later.append(line.start)
                 continue
@@ -209,7 +209,7 @@ def read_metrics(path: Path, *, skipped: list[str] | None = None) -> list[dict[s
         UserError: no such file, or a line that is not a metrics record, named by its number.
     """
     found = []
-    for line in _lines(path):
+    for line in _parse_lines(path):
         if not isinstance(line.found, UserError):
             found.append(line.found)
         elif skipped is None:
@@ -219,13 +219,13 @@ def read_metrics(path: Path, *, skipped: list[str] | None = None) -> list[dict[s
     return found
 
 
-class _Line(NamedTuple):
+class _ParsedLine(NamedTuple):
     start: int
     end: int
     found: dict[str, Any] | UserError
 
 
-def _lines(path: Path) -> Iterator[_Line]:
+def _parse_lines(path: Path) -> Iterator[_ParsedLine]:
     """Each whole line: its place in the file, and its record or what is wrong with it."""
     try:
         handle = open_regular(path, follow=True)
@@ -249,7 +249,7 @@ def _lines(path: Path) -> Iterator[_Line]:
             if not raw.endswith(b"\n"):
                 return  # cut off by a kill
             where = f"{escape(path)}, line {number}"
-            yield _Line(
+            yield _ParsedLine(
                 start, end, UserError(f"{where}: longer than {MAX_LINE:,} bytes", FIX) if long else _record(raw, where)
             )
             start = end
@@ -257,15 +257,15 @@ def _lines(path: Path) -> Iterator[_Line]:
 
 def _record(line: bytes, where: str) -> dict[str, Any] | UserError:
     try:
-        record = parse_json(line, where, FIX, FORM)
+        record = parse_json(line, where, FIX, RECORD_SCHEMA)
     except UserError as error:
         return error
-    if wrong := schema_problem(record, VALUES):
+    if wrong := schema_problem(record, VALUE_SCHEMA):
         return UserError(f"{where}: {escape(wrong)}", FIX)
     return {k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()}
 
 
-def _encode(value: object) -> object:
+def _json_value(value: object) -> object:
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

@@ -13,7 +13,7 @@ from arriero.common.errors import UserError
 from arriero.common.files import make_directory, open_regular, os_error_text, write_atomic
 from arriero.common.text import escape
 from arriero.common.untrusted import read_bytes, require_inside
-from arriero.data.tokenizer import GENERATION, load_tokenizer
+from arriero.data.tokenizer import GENERATION_CONFIG, load_tokenizer
 from arriero.train.facts import flat
 from arriero.train.recipe import MAX_RECIPE_BYTES, Recipe, to_toml
 
@@ -100,9 +100,9 @@ def prepare_run_directory(recipe: Recipe) -> None:
                 load_tokenizer(Path(recipe.tokenizer)).save_to(Path(made))
                 for path in sorted(path for path in Path(made).rglob("*") if path.is_file()):
                     files[str(path.relative_to(made))] = path.read_bytes()
-        if recipe.init and (Path(recipe.init) / GENERATION).is_file():
-            source = require_inside(Path(recipe.init), Path(recipe.init) / GENERATION)
-            files[GENERATION] = read_bytes(source, "restore the file, or remove it")
+        if recipe.init and (Path(recipe.init) / GENERATION_CONFIG).is_file():
+            source = require_inside(Path(recipe.init), Path(recipe.init) / GENERATION_CONFIG)
+            files[GENERATION_CONFIG] = read_bytes(source, "restore the file, or remove it")
         for name, data in files.items():
             for folder in (out / "tokenizer", (out / "tokenizer" / name).parent):
                 make_directory(folder, fix, follow=False)

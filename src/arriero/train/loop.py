@@ -53,7 +53,7 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, st
         recomputed=recipe.recompute.layers(recipe.parallel, trainer.config.num_hidden_layers),
     )  # fmt: skip
     profile = Profile(recipe.log.profile, out / "profile", ranks.rank)
-    events = Events(out, first=ranks.first, since_start=seconds_since_start(), trouble=reporter.trouble)
+    events = Events(out, first=ranks.first, since_start=seconds_since_start(), errors=reporter.trouble)
     watchdog = Watchdog(out, ranks, recipe.watch, reporter.say)
     initialize(trainer, start, reporter)
     comparison = StragglerDetector(ranks, recipe.watch, trainer.device)

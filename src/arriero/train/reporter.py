@@ -26,7 +26,7 @@ from arriero.common.text import escape, escape_message
 from arriero.common.version import __version__
 from arriero.model.config import LlamaConfig
 from arriero.observe.figure import loss_figure
-from arriero.observe.lines import LineFile, Trouble
+from arriero.observe.line_file import LineFile, WriteErrors
 from arriero.observe.logline import arriero_line, megatron_line, validation_line
 from arriero.observe.metrics import MetricsWriter, RankMetrics, StepMetrics, ValidationMetrics
 from arriero.observe.step_time import BETWEEN, IN_STEP
@@ -77,7 +77,7 @@ class Reporter:
         self._peak = peak or None
         self._recent: deque[float] = deque(maxlen=20)
         self._skipped = self._nan = 0
-        self.trouble = Trouble()
+        self.trouble = WriteErrors()
         """What is known of files of the run that cannot be written."""
         self._text: LineFile | None = None
         self._metrics: MetricsWriter | None = None

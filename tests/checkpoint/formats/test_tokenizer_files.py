@@ -20,7 +20,13 @@ from arriero.cli.export import ExportArgs
 from arriero.cli.generate import GenerateArgs
 from arriero.cli.inspect.weights import inspect
 from arriero.common.errors import UserError
-from arriero.data.tokenizer import TEMPLATES, TOKENIZER_FILES, VOCABULARIES, copy_files, load_tokenizer
+from arriero.data.tokenizer import (
+    CHAT_TEMPLATE_DIRECTORY,
+    TOKENIZER_FILES,
+    VOCABULARY_FILES,
+    copy_tokenizer_files,
+    load_tokenizer,
+)
 from arriero.data.tokenizer_json import vocabulary_size
 from arriero.model.config import LlamaConfig
 from arriero.train.directory import prepare_run_directory
@@ -60,8 +66,8 @@ def full(tmp_path, pieces):
         if not (home / name).exists():
             (home / name).write_text(json.dumps({}) if name.endswith(".json") else f"{name}\n{{{{ messages }}}}")
     (home / "added_tokens.json").write_text(json.dumps({"[PAD]": size}))
-    (home / TEMPLATES).mkdir()
-    (home / TEMPLATES / "tools.jinja").write_text("{{ tools }}")
+    (home / CHAT_TEMPLATE_DIRECTORY).mkdir()
+    (home / CHAT_TEMPLATE_DIRECTORY / "tools.jinja").write_text("{{ tools }}")
     (home / "generation_config.json").write_text(json.dumps(GENERATION))
     return home
 
@@ -263,7 +269,7 @@ def test_a_link_in_the_way_is_replaced_and_not_followed(tmp_path, pieces):
     (tmp_path / "foreign").write_text("keep")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "tokenizer.model").symlink_to(tmp_path / "foreign")
-    copy_files(pieces, tmp_path / "out")
+    copy_tokenizer_files(pieces, tmp_path / "out")
     assert (tmp_path / "foreign").read_text() == "keep"
     assert load_tokenizer(tmp_path / "out").engine == "sentencepiece"
 
@@ -274,9 +280,9 @@ def test_there_is_one_list_of_a_tokenizers_files():
     from transformers.utils import hub
 
     theirs = {base.SPECIAL_TOKENS_MAP_FILE, base.ADDED_TOKENS_FILE, base.TOKENIZER_CONFIG_FILE,
-              base.FULL_TOKENIZER_FILE, hub.CHAT_TEMPLATE_FILE, *VOCABULARIES}  # fmt: skip
+              base.FULL_TOKENIZER_FILE, hub.CHAT_TEMPLATE_FILE, *VOCABULARY_FILES}  # fmt: skip
     assert theirs <= set(TOKENIZER_FILES)
-    assert hub.CHAT_TEMPLATE_DIR == TEMPLATES
+    assert hub.CHAT_TEMPLATE_DIR == CHAT_TEMPLATE_DIRECTORY
 
 
 def test_max_shard_gb_has_a_range(tmp_path):

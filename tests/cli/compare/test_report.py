@@ -16,7 +16,7 @@ from arriero.cli.compare.command import CompareArgs, run
 from arriero.cli.compare.report import _html, _markdown, as_json, markdown, shell, write_report
 from arriero.cli.main import dispatch
 from arriero.common.errors import UserError
-from arriero.observe.compare import judge
+from arriero.observe.compare import compare_runs
 from arriero.observe.curves.curve import Curves
 
 NASTY = ["a|b", "`rm`", "<b onclick=x>", "a\nb", "\x1b[31mred", "$x$", "$\\frac{$", "*_x_*", "[l](http://x)", "# h",
@@ -33,10 +33,10 @@ def test_no_name_is_markup_in_a_report(tmp_path: Path, name: str, monkeypatch: p
         monkeypatch.setattr(report, "_draw", lambda verdict, path: path.write_bytes(b""))
     other = curves(f"other {name}")
     other.columns["lm_loss"][3] = 7.0  # so that a note names the path
-    verdict = judge(curves(name), other, max_rel=0.5)
+    verdict = compare_runs(curves(name), other, max_rel=0.5)
     write_report(verdict, tmp_path)
     text = (tmp_path / "compare.md").read_text(encoding="utf-8")
-    same = _markdown(judge(curves("plain"), Curves(Path("other plain"), other.columns, "CSV"), max_rel=0.5))
+    same = _markdown(compare_runs(curves("plain"), Curves(Path("other plain"), other.columns, "CSV"), max_rel=0.5))
     assert text.count("\n") == same.count("\n")
     assert re.findall(r"(?<!\\)[|`<#*\[]", without_command(text)) == re.findall(
         r"(?<!\\)[|`<#*\[]", without_command(same)
@@ -108,6 +108,6 @@ def test_what_is_foreign_reaches_the_terminal_as_escapes(tmp_path: Path, capsys:
 def test_numbers_at_the_ends_of_their_range(tmp_path: Path, value: float) -> None:
     a = Curves(Path("a"), {"lm_loss": {1: value, 2: -value, 3: value}}, "CSV")
     b = Curves(Path("b"), {"lm_loss": {1: -value, 2: value, 3: 1.0}}, "CSV")
-    verdict = judge(a, b)
+    verdict = compare_runs(a, b)
     write_report(verdict, tmp_path / "out")
     json.loads(json.dumps(as_json(verdict)), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))

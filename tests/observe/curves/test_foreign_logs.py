@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arriero.common.errors import UserError
-from arriero.observe.compare import judge
-from arriero.observe.curves import lines as lines_module
+from arriero.observe.compare import compare_runs
+from arriero.observe.curves import text_lines as lines_module
 from arriero.observe.curves.read import FORMATS, read_curves
 from arriero.observe.curves.tensorboard import masked_crc
 
@@ -239,20 +239,20 @@ def test_a_log_without_steps_is_spread_or_refused(tmp_path: Path) -> None:
     printed = read_curves(written(tmp_path, "out.log", TRAINER_5))
     state = read_curves(written(tmp_path, "trainer_state.json", json.dumps(STATE)))
     with pytest.raises(UserError, match="its lines name no step") as raised:
-        judge(state, printed)
+        compare_runs(state, printed)
     assert "--logging-steps N" in raised.value.fix
-    assert judge(state, printed, logging_steps=1, max_rel=0).passed
-    assert judge(printed, printed, max_rel=0).passed
-    assert set(judge(printed, printed, logging_steps=10).b.iterations) == {10, 20}
+    assert compare_runs(state, printed, logging_steps=1, max_rel=0).passed
+    assert compare_runs(printed, printed, max_rel=0).passed
+    assert set(compare_runs(printed, printed, logging_steps=10).b.iterations) == {10, 20}
     with pytest.raises(UserError, match="no effect"):
-        judge(state, state, logging_steps=10)
+        compare_runs(state, state, logging_steps=10)
 
 
 def test_a_log_with_its_first_step_apart(tmp_path: Path) -> None:
     epochs = [0.01, 0.1, 0.2, 0.3]
     text = "".join(f"{{'loss': {9 - i}, 'learning_rate': 1e-05, 'epoch': {e}}}\n" for i, e in enumerate(epochs))
     curves = read_curves(written(tmp_path, "out.log", text))
-    assert judge(curves, curves, logging_steps=10).a.columns["lm_loss"] == {1: 9, 10: 8, 20: 7, 30: 6}
+    assert compare_runs(curves, curves, logging_steps=10).a.columns["lm_loss"] == {1: 9, 10: 8, 20: 7, 30: 6}
 
 
 @pytest.mark.parametrize(

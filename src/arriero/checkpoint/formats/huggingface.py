@@ -30,7 +30,7 @@ from arriero.common.errors import UserError, join_problems
 from arriero.common.files import new_directory, write_atomic
 from arriero.common.text import escape
 from arriero.common.untrusted import parse_json, read_json, read_text, require_file_name, require_inside
-from arriero.data.tokenizer import GENERATION, VOCABULARIES, copy_files
+from arriero.data.tokenizer import GENERATION_CONFIG, VOCABULARY_FILES, copy_tokenizer_files
 from arriero.model.config import LlamaConfig, parameter_shapes
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ def write_config_and_tokenizer(
     if generation is not None:
         text = read_text(generation, FIX_GENERATION)
         parse_json(text, str(generation), FIX_GENERATION, dict)
-        write_atomic(directory / GENERATION, text)
+        write_atomic(directory / GENERATION_CONFIG, text)
     if tokenizer is not None:
         notice = copy_tokenizer(tokenizer, directory)
         if notice:
@@ -269,7 +269,7 @@ def write_config(directory: Path, config: LlamaConfig, *, dtype: str) -> None:
     kind = TORCH_NAMES[dtype]
     write_json(directory / "config.json", {**config.to_json(), "torch_dtype": kind, "dtype": kind})
     ids = {key: value for key, value in config.to_json().items() if key.endswith("token_id")}
-    write_json(directory / GENERATION, {"_from_model_config": True, **ids})
+    write_json(directory / GENERATION_CONFIG, {"_from_model_config": True, **ids})
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -287,10 +287,10 @@ def copy_tokenizer(source: Path, directory: Path) -> str:
         UserError: there is no tokenizer at `source`.
     """
     source = Path(source)
-    found = [name for name in VOCABULARIES if source.is_file() or (source / name).is_file()]
+    found = [name for name in VOCABULARY_FILES if source.is_file() or (source / name).is_file()]
     if not found:
         raise UserError(f"{source}: holds no tokenizer.model or tokenizer.json", "name the tokenizer's directory")
-    if "tokenizer.json" in copy_files(source, directory):
+    if "tokenizer.json" in copy_tokenizer_files(source, directory):
         return ""
     from arriero.data.tokenizer_json import write_tokenizer_json
 

@@ -15,8 +15,8 @@ from tyro.conf import Positional, arg
 from arriero.cli.compare.report import FIGURE, HTML, MARKDOWN, as_json, rows, sentences, write_report
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK
 from arriero.common.text import escape
-from arriero.observe.compare import DEFAULT_QUANTITIES, Verdict, judge
-from arriero.observe.curves.curve import meaning
+from arriero.observe.compare import DEFAULT_QUANTITIES, Comparison, compare_runs
+from arriero.observe.curves.curve import canonical_name
 from arriero.observe.curves.read import read_curves
 
 
@@ -42,9 +42,9 @@ class CompareArgs:
 
 def run(args: CompareArgs) -> int:
     """Reads, judges, prints, and writes the report where one is asked for; returns the exit code."""
-    wanted = {*DEFAULT_QUANTITIES, *map(meaning, args.quantity)}
+    wanted = {*DEFAULT_QUANTITIES, *map(canonical_name, args.quantity)}
     a, b = read_curves(args.a, wanted), read_curves(args.b, wanted)
-    verdict = judge(a, b, quantities=args.quantity, max_rel=args.max_rel, logging_steps=args.logging_steps)
+    verdict = compare_runs(a, b, quantities=args.quantity, max_rel=args.max_rel, logging_steps=args.logging_steps)
     if args.out is not None:
         write_report(verdict, args.out)
     if args.json:
@@ -54,7 +54,7 @@ def run(args: CompareArgs) -> int:
     return EXIT_OK if verdict.passed else EXIT_CHECK_FAILED
 
 
-def _print(verdict: Verdict, args: CompareArgs) -> None:
+def _print(verdict: Comparison, args: CompareArgs) -> None:
     console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(f"A (reference)  {escape(verdict.a.path)}\nB              {escape(verdict.b.path)}\n")
     header, *body = rows(verdict)

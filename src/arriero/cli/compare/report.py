@@ -14,20 +14,20 @@ from typing import Any
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory, os_error_text, write_atomic
 from arriero.common.text import escape
-from arriero.observe.compare import Agreement, Verdict
+from arriero.observe.compare import Comparison, QuantityComparison
 from arriero.observe.figure import BLUE, INK, ORANGE, RED, new_figure, save_figure
 
 FIGURE, MARKDOWN, HTML = "compare.png", "compare.md", "compare.html"
 
 
-def rows(verdict: Verdict) -> list[list[str]]:
+def rows(verdict: Comparison) -> list[list[str]]:
     """The result as a table: a statistic a row, a quantity a column, a header first."""
     found = [_statistics(x) for x in verdict.agreements]
     names = list(found[0])
     return [["", *(x.quantity for x in verdict.agreements)], *([name, *(f[name] for f in found)] for name in names)]
 
 
-def sentences(verdict: Verdict) -> list[str]:
+def sentences(verdict: Comparison) -> list[str]:
     """Why it failed, then the notes, one sentence each."""
     lines = []
     for x in verdict.agreements:
@@ -47,7 +47,7 @@ def sentences(verdict: Verdict) -> list[str]:
     return lines + verdict.notes
 
 
-def as_json(verdict: Verdict) -> dict[str, Any]:
+def as_json(verdict: Comparison) -> dict[str, Any]:
     """The result for a machine; infinite errors are null."""
     return {
         "passed": verdict.passed,
@@ -59,7 +59,7 @@ def as_json(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def write_report(verdict: Verdict, directory: Path) -> None:
+def write_report(verdict: Comparison, directory: Path) -> None:
     """Writes the figure, the Markdown and the HTML page (one file, the figure inside) to `directory`.
 
     Raises:
@@ -97,7 +97,7 @@ def shell(path: Path) -> str:
     return "$'" + "".join(chr(b) if 32 <= b < 127 and b not in b"\\'" else f"\\x{b:02x}" for b in raw) + "'"
 
 
-def _statistics(x: Agreement) -> dict[str, str]:
+def _statistics(x: QuantityComparison) -> dict[str, str]:
     empty = not x.iterations
     worst = "-" if empty else str(x.iterations[x.worst(1)[0]])
     return {
@@ -112,7 +112,7 @@ def _statistics(x: Agreement) -> dict[str, str]:
     }
 
 
-def _as_json(x: Agreement) -> dict[str, Any]:
+def _as_json(x: QuantityComparison) -> dict[str, Any]:
     empty = not x.iterations
     return {
         "passed": x.passed,
@@ -144,7 +144,7 @@ def _drawn(values: list[float]) -> list[float]:
     return [value if abs(value) < 1e100 else math.nan for value in values]
 
 
-def _draw(verdict: Verdict, path: Path) -> None:
+def _draw(verdict: Comparison, path: Path) -> None:
     import matplotlib
 
     with matplotlib.rc_context({"agg.path.chunksize": 10_000}), warnings.catch_warnings():  # long curves in pieces
@@ -157,7 +157,7 @@ def _label(text: str) -> str:
     return escape(text, 60).replace("\\", "/").replace("$", r"\$")
 
 
-def _figure(verdict: Verdict) -> Any:
+def _figure(verdict: Comparison) -> Any:
     """A row for each quantity: the two curves at the left, the relative error and its limit at the right."""
     figure, axes = new_figure(rows=len(verdict.agreements), columns=2, width=11, height=3.4 * len(verdict.agreements))
     a, b = map(_label, _labels(verdict))
@@ -191,7 +191,7 @@ def _figure(verdict: Verdict) -> Any:
     return figure
 
 
-def _labels(verdict: Verdict) -> tuple[str, str]:
+def _labels(verdict: Comparison) -> tuple[str, str]:
     """The shortest ends of the two paths that tell them apart."""
     a, b = ((x.path.parent if x.path.name == "metrics.jsonl" else x.path) for x in (verdict.a, verdict.b))
     for depth in range(1, max(len(a.parts), len(b.parts)) + 1):
@@ -201,7 +201,7 @@ def _labels(verdict: Verdict) -> tuple[str, str]:
     return a.name, b.name
 
 
-def _markdown(verdict: Verdict) -> str:
+def _markdown(verdict: Comparison) -> str:
     header, *body = rows(verdict)
     lines = [
         f"# Comparison: {'pass' if verdict.passed else 'FAIL'}",
@@ -236,7 +236,7 @@ def _markdown(verdict: Verdict) -> str:
     return "\n".join(lines)
 
 
-def _html(verdict: Verdict, png: bytes) -> str:
+def _html(verdict: Comparison, png: bytes) -> str:
     header, *body = rows(verdict)
     cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in body)
     titles = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)

@@ -12,9 +12,9 @@ import numpy as np
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError
 from arriero.common.files import make_directory
 from arriero.common.text import escape, escape_message
-from arriero.data.check import check_part
-from arriero.data.indexed import AGAIN, IndexedDataset, bin_path, idx_path
-from arriero.data.manifest import manifest_of, manifest_path, read_manifest, verify
+from arriero.data.check import check_token_ids
+from arriero.data.indexed import PREPARE_AGAIN, IndexedDataset, bin_path, idx_path
+from arriero.data.manifest import find_manifest, manifest_path, read_manifest, verify_checksums
 from arriero.data.prefix import indexed_sets, is_file, is_instruction
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -40,7 +40,7 @@ def recognises(path: Path) -> bool:
     return bool(_prefixes(Path(path)))
 
 
-def inspect(path: Path, *, json: bool = False, verify: bool = False, figure: Path | None = None) -> int:
+def inspect(path: Path, *, json: bool = False, verify_checksums: bool = False, figure: Path | None = None) -> int:
     """Prints what a data set holds and whether it is whole.
 
     Args:
@@ -55,7 +55,7 @@ def inspect(path: Path, *, json: bool = False, verify: bool = False, figure: Pat
     prefixes = _prefixes(Path(path))
     if not prefixes:
         raise UserError(f"no data set at {escape(path)}", "give the prefix that `arriero prepare` printed")
-    reports = [_report(prefix, deep=verify) for prefix in prefixes]
+    reports = [_report(prefix, deep=verify_checksums) for prefix in prefixes]
     if figure is not None and (whole := [r for r in reports if "lengths" in r]):
         _draw(IndexedDataset(whole[0]["prefix"]).sizes, whole[0]["prefix"], figure)
     if json:
@@ -72,7 +72,7 @@ def _report(prefix: str, *, deep: bool) -> dict[str, Any]:
     report: dict[str, Any] = {"prefix": prefix, "wrong": []}
     try:
         data = IndexedDataset(prefix)
-        found = manifest_of(prefix)
+        found = find_manifest(prefix)
     except UserError as error:
         report["wrong"].append(error.problem)
         return report
@@ -106,7 +106,7 @@ def _report(prefix: str, *, deep: bool) -> dict[str, Any]:
         report["wrong"].append(f"{escape(prefix)} has no manifest to verify against")
     try:
         ignored = -100 if prefix.endswith("_packed_labels_document") else None
-        check_part(data, vocab_size, whole=deep, ignored=ignored, whose="its tokenizer's")
+        check_token_ids(data, vocab_size, whole=deep, ignored=ignored, whose="its tokenizer's")
         report["first"] = [_show(data, i, prefix, tokenizer) for i in range(min(_SHOWN, len(data)))]
     except UserError as error:
         report["wrong"].append(error.problem)
@@ -122,7 +122,7 @@ def _check(prefix: str, entry: dict[str, Any] | None, report: dict[str, Any], *,
         for key in ("documents", "sequences", "tokens", "bin_bytes")
         if report[key] != entry[key]
     ]
-    return wrong + (verify(prefix, entry) if deep else [])
+    return wrong + (verify_checksums(prefix, entry) if deep else [])
 
 
 def _its_tokenizer(made_by: dict[str, Any]) -> Tokenizer | None:
@@ -146,7 +146,7 @@ def _show(data: IndexedDataset, i: int, prefix: str, tokenizer: Tokenizer | None
     if stem and is_instruction(stem):
         labels, inputs = (IndexedDataset(f"{stem}_packed_{name}_document") for name in ("labels", "input_ids"))
         if not np.array_equal(labels.sizes, inputs.sizes):
-            raise UserError(f"{escape(stem)}: the three packed files have different lengths", AGAIN)
+            raise UserError(f"{escape(stem)}: the three packed files have different lengths", PREPARE_AGAIN)
         learned, ids = labels[i][:_MOST] != -100, inputs[i][:_MOST]
     edges = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
     return [

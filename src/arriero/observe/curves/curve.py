@@ -27,8 +27,8 @@ OTHER_NAMES = {
     VALIDATION: ("val_loss", "eval_loss", "valid_loss", "loss_val", "val_lm_loss", "lm_loss_validation",
                  "validation_lm_loss", "validation_metrics_loss", "loss_metrics_val_loss"),
 }  # fmt: skip
-"""The names of arriero's quantities elsewhere, as `normal` writes them; the first that a log has is taken."""
-_MEANING = {other: name for name, others in OTHER_NAMES.items() for other in others}
+"""The names of arriero's quantities elsewhere, as `normalize_name` writes them; the first that a log has is taken."""
+_CANONICAL = {other: name for name, others in OTHER_NAMES.items() for other in others}
 _NUMBER = re.compile(r"[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|nan|inf(?:inity)?)", re.ASCII | re.IGNORECASE)
 
 
@@ -64,7 +64,7 @@ class Curves:
         return sorted({*self.columns, *self.other_names})
 
 
-class Collector:
+class CurvesBuilder:
     """Takes values in the order of a file and gives `Curves`; where an iteration comes twice, the later value counts.
 
     Args:
@@ -77,11 +77,11 @@ class Collector:
         self.values: Columns = {}
         self.dropped: set[str] = set()
         self.steps: set[int] = set()
-        wanted = None if only is None else {normal(name) for name in only}
+        wanted = None if only is None else {normalize_name(name) for name in only}
         self.wanted = wanted and wanted | {other for name in wanted for other in OTHER_NAMES.get(name, ())}
 
     def add(self, iteration: int, fields: dict[str, float], *, training: bool = True) -> None:
-        """Adds the values of one line, under names as `normal` writes them.
+        """Adds the values of one line, under names as `normalize_name` writes them.
 
         Raises:
             UserError: more iterations or quantities than any log has.
@@ -108,39 +108,39 @@ class Collector:
 
 
 @lru_cache(maxsize=2 * MAX_NAMES)
-def normal(name: str) -> str:
+def normalize_name(name: str) -> str:
     """A quantity's name in lower case with underscores: `lm loss`, `train/loss` and `Grad-Norm` become one form.
 
     The prefix `train_` is left out of names that stand for nothing else: `train/epoch` is `epoch`. Characters that
     are no letters, digits or underscores, such as a terminal's, do not remain.
     """
     plain = re.sub(r"\W+", "_", name[:500].lower()).strip("_")
-    if plain in _MEANING:
+    if plain in _CANONICAL:
         return plain
     return plain.removeprefix("train_") or plain
 
 
-def meaning(name: str) -> str:
+def canonical_name(name: str) -> str:
     """The name that arriero uses for a quantity: `train/loss` and `loss` are `lm_loss`."""
-    plain = normal(name)
-    return _MEANING.get(plain, plain)
+    plain = normalize_name(name)
+    return _CANONICAL.get(plain, plain)
 
 
-def twice(names: Iterable[str]) -> str:
+def first_duplicate(names: Iterable[str]) -> str:
     """The first name that occurs twice, or empty."""
     seen: set[str] = set()
     return next((name for name in names if name in seen or seen.add(name)), "")  # type: ignore[func-returns-value]
 
 
-def number(text: str) -> float | None:
+def parse_number(text: str) -> float | None:
     """A number as programs print it, or None: no blanks or underscores inside, digits of ASCII only."""
     text = text.strip()
     return float(text) if len(text) < 400 and _NUMBER.fullmatch(text) else None
 
 
-def needed(text: str, where: str, name: str) -> float:
-    """As `number`. Raises UserError, which names the place, where it is none."""
-    value = number(text)
+def require_number(text: str, where: str, name: str) -> float:
+    """As `parse_number`. Raises UserError, which names the place, where it is none."""
+    value = parse_number(text)
     if value is None:
         raise UserError(
             f"{where}: {name} is {escape(text.strip(), 80)!r}", "give a number; nan and inf are numbers here"
@@ -148,10 +148,10 @@ def needed(text: str, where: str, name: str) -> float:
     return value
 
 
-def whole(value: object) -> int | None:
+def parse_iteration(value: object) -> int | None:
     """An iteration's number, from a JSON value or a CSV cell, or None: 0 to 10^15, and whole."""
     if isinstance(value, str):  # ms-swift writes 5/100: of 100 steps the fifth
-        value = number(value.partition("/")[0])
+        value = parse_number(value.partition("/")[0])
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e15:  # NaN is not
         return None
     return int(value) if value == int(value) else None

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from arriero.common.errors import UserError
 from arriero.common.text import escape
-from arriero.observe.curves.curve import VALIDATION, Collector, Curves, needed, normal, number
-from arriero.observe.curves.lines import Line
+from arriero.observe.curves.curve import VALIDATION, Curves, CurvesBuilder, normalize_name, parse_number, require_number
+from arriero.observe.curves.text_lines import TextLine
 
 # One pattern for all of Megatron's family: Megatron has a time stamp in front, AscendSpeed none, MindSpeed's FSDP2 a
 # colon and no total, and a launcher may put `[default0]:` before everything.
@@ -32,13 +32,13 @@ _NANOGPT_VALIDATION = re.compile(r"(?:^|\s)step (\d{1,15}): train loss ([^\s,]+)
 _TRAINER = re.compile(r"\{'\w[^{}]*\}")
 _TRAINER_PAIR = re.compile(r"'([^'\\]{1,200})': (?:'([^'\\]*)'|([^\s,'}]+))")
 
-Reader = Callable[[Collector, str, str], None]
+Reader = Callable[[CurvesBuilder, str, str], None]
 
 
-def _megatron(found: Collector, text: str, where: str) -> None:
+def _megatron(found: CurvesBuilder, text: str, where: str) -> None:
     """Takes every `key: value |` of a step's line, under the key with underscores (`grad norm` is grad_norm)."""
     if match := _MEGATRON_VALIDATION.search(text):
-        value = needed(match[4], where, "lm loss value")
+        value = require_number(match[4], where, "lm loss value")
         if match[3] in (None, "validation"):
             name = f"validation{match[1].replace('-', '_')}_loss" if match[1] else VALIDATION
             found.add(int(match[2]), {name: value}, training=False)
@@ -55,26 +55,26 @@ def _megatron_fields(text: str, where: str) -> dict[str, float]:
         if not colon or not name:
             continue
         if name in ("lm_loss", "grad_norm"):
-            fields[name] = needed(value, where, name.replace("_", " "))
-        elif (one := number(value)) is not None:  # else a duration, a percentage: nothing that is compared
+            fields[name] = require_number(value, where, name.replace("_", " "))
+        elif (one := parse_number(value)) is not None:  # else a duration, a percentage: nothing that is compared
             fields[name] = one
     if "lm_loss" not in fields and not fields.get("number_of_skipped_iterations"):
         fields["lm_loss"] = math.nan  # Megatron and AscendSpeed print a loss only above zero, so a NaN vanishes
     return fields
 
 
-def _torchtitan(found: Collector, text: str, where: str) -> None:
+def _torchtitan(found: CurvesBuilder, text: str, where: str) -> None:
     """`step:  1  loss:  8.1234  grad_norm:  1.2345  memory: ...`, and `validate step:  1  loss: ...`."""
     if not (match := _TITAN.search(text)):
         return
     iteration = int(match[2].replace(",", ""))
     fields: dict[str, float] = {}
     for key, value in _PAIR.findall(text, match.start()):
-        one = number(value.replace(",", ""))
+        one = parse_number(value.replace(",", ""))
         if one is None and key == "loss" and "loss" not in fields:
-            one = needed(value, where, key)
+            one = require_number(value, where, key)
         if one is not None and key != "step":
-            fields.setdefault(normal(key), one)
+            fields.setdefault(normalize_name(key), one)
     if iteration >= 10**15 or "loss" not in fields:
         return
     if match[1]:
@@ -93,21 +93,21 @@ class _Litgpt:
     def __init__(self) -> None:
         self.micro_batch = self.step = -1
 
-    def read(self, found: Collector, text: str, where: str) -> None:
+    def read(self, found: CurvesBuilder, text: str, where: str) -> None:
         """Reads one line."""
         if (match := _LITGPT.search(text)) and "(step)" in match[4]:
             self.micro_batch, self.step = int(match[1]), int(match[2])
-            found.add(self.step, {"lm_loss": needed(match[3], where, "loss train")})
+            found.add(self.step, {"lm_loss": require_number(match[3], where, "loss train")})
         elif (match := _LITGPT_VALIDATION.search(text)) and int(match[1]) == self.micro_batch:
-            found.add(self.step, {VALIDATION: needed(match[2], where, "val loss")}, training=False)
+            found.add(self.step, {VALIDATION: require_number(match[2], where, "val loss")}, training=False)
 
 
-def _nanogpt(found: Collector, text: str, where: str) -> None:
+def _nanogpt(found: CurvesBuilder, text: str, where: str) -> None:
     """`iter 0` is the first step, 1 elsewhere; `step 250: ... val loss` was measured after 250 steps."""
     if match := _NANOGPT.search(text):
-        found.add(int(match[1]) + 1, {"lm_loss": needed(match[2], where, "loss")})
+        found.add(int(match[1]) + 1, {"lm_loss": require_number(match[2], where, "loss")})
     elif match := _NANOGPT_VALIDATION.search(text):
-        found.add(int(match[1]), {VALIDATION: needed(match[3], where, "val loss")}, training=False)
+        found.add(int(match[1]), {VALIDATION: require_number(match[3], where, "val loss")}, training=False)
 
 
 class _Trainer:
@@ -120,17 +120,17 @@ class _Trainer:
         self.count = 0
         self.epochs: list[float] = []
 
-    def read(self, found: Collector, text: str, where: str) -> None:
+    def read(self, found: CurvesBuilder, text: str, where: str) -> None:
         """Reads one line."""
         if not (match := _TRAINER.search(text)):
             return
         pairs = {key: quoted or bare for key, quoted, bare in _TRAINER_PAIR.findall(match[0])}
         if "train_runtime" in pairs:  # the summary at the end
             return
-        fields = {normal(key): one for key, text in pairs.items() if (one := number(text)) is not None}
+        fields = {normalize_name(key): one for key, text in pairs.items() if (one := parse_number(text)) is not None}
         epoch = fields.pop("epoch", math.nan)
         if "loss" in pairs:
-            needed(pairs["loss"], where, "loss")
+            require_number(pairs["loss"], where, "loss")
             self.count += 1
             self.epochs.append(epoch)
             found.add(self.count, fields)
@@ -143,7 +143,7 @@ class _Trainer:
         return self.count > 2 and first > 0 and last / first > 1.5 * self.count
 
 
-def read_log(path: Path, lines: Iterable[Line], only: Collection[str] | None) -> Curves:
+def read_log(path: Path, lines: Iterable[TextLine], only: Collection[str] | None) -> Curves:
     """Reads a console log of any of the systems above; without a step in it, the result has no iterations.
 
     Raises:
@@ -157,7 +157,7 @@ def read_log(path: Path, lines: Iterable[Line], only: Collection[str] | None) ->
         (" loss ", "nanoGPT's log", _nanogpt),
         ("{'", "Hugging Face Trainer's printed log", trainer.read),
     ]
-    collectors = [Collector(path, only) for _ in readers]
+    collectors = [CurvesBuilder(path, only) for _ in readers]
     wrong: dict[int, UserError] = {}  # of a reader whose lines these may not be, so that it counts at the end alone
     for line in lines:
         if line.cut or not (line.whole or line.text.rstrip().endswith(("|", "}"))):

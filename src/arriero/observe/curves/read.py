@@ -10,10 +10,10 @@ from arriero.common.errors import UserError
 from arriero.common.files import os_error_text
 from arriero.common.text import escape
 from arriero.observe.curves.curve import Curves
-from arriero.observe.curves.lines import Line, opened, read_lines
 from arriero.observe.curves.logs import read_log
 from arriero.observe.curves.tables import header, read_json_lines, read_table, read_trainer_state
 from arriero.observe.curves.tensorboard import is_event_file, read_events
+from arriero.observe.curves.text_lines import TextLine, open_text, read_lines
 
 FORMATS = (
     "a run directory or its metrics.jsonl; a console log of Megatron-LM, MindSpeed, AscendSpeed, arriero, torchtitan, "
@@ -23,7 +23,7 @@ FORMATS = (
 """What is read, for messages."""
 _IN_A_DIRECTORY = ("metrics.jsonl", "trainer_state.json", "trainer_log.jsonl")
 _EVENTS = "events.out.tfevents."
-_SNIFFED = 100  # lines that may stand before the first of JSON
+_MAX_SNIFFED_LINES = 100  # lines that may stand before the first of JSON
 
 
 def read_curves(path: Path, only: Collection[str] | None = None) -> Curves:
@@ -62,7 +62,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _read_file(path: Path, only: Collection[str] | None) -> Curves:
-    with opened(path) as file:
+    with open_text(path) as file:
         head = file.read(12)
         if is_event_file(head):
             return read_events(path, [path], only)
@@ -72,7 +72,7 @@ def _read_file(path: Path, only: Collection[str] | None) -> Curves:
         file.seek(0)
         lines = read_lines(file)
         before = []
-        for line in itertools.islice(lines, _SNIFFED):
+        for line in itertools.islice(lines, _MAX_SNIFFED_LINES):
             before.append(line)
             if line.cut:
                 break
@@ -83,7 +83,7 @@ def _read_file(path: Path, only: Collection[str] | None) -> Curves:
         return reader(path, itertools.chain(before, lines), only)
 
 
-def _kind(path: Path, lines: list[Line]) -> str:
+def _kind(path: Path, lines: list[TextLine]) -> str:
     """What a text is: json (lines), state (one JSON document), csv or log.
 
     A log may begin with a JSON object of its settings, so JSON is what has two such lines, or the suffix.

@@ -12,8 +12,18 @@ from typing import Any
 from arriero.common.errors import UserError
 from arriero.common.text import escape
 from arriero.common.untrusted import parse_json, read_json
-from arriero.observe.curves.curve import VALIDATION, Collector, Curves, meaning, needed, normal, number, twice, whole
-from arriero.observe.curves.lines import MAX_LINE, Line
+from arriero.observe.curves.curve import (
+    VALIDATION,
+    Curves,
+    CurvesBuilder,
+    canonical_name,
+    first_duplicate,
+    normalize_name,
+    parse_iteration,
+    parse_number,
+    require_number,
+)
+from arriero.observe.curves.text_lines import MAX_LINE, TextLine
 
 ITERATION = ("iteration", "iterations", "iter", "global_step", "trainer_global_step", "global_step_max_steps",
              "current_steps", "step", "steps", "_step")  # fmt: skip
@@ -23,7 +33,7 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _COMPARED = ("lm_loss", "grad_norm", VALIDATION)
 
 
-def read_table(path: Path, lines: Iterable[Line], only: Collection[str] | None) -> Curves:
+def read_table(path: Path, lines: Iterable[TextLine], only: Collection[str] | None) -> Curves:
     """Reads CSV with a header that names the iteration; comma, semicolon or tab between the cells.
 
     Understands what wandb exports of a chart (`RUN - train/loss`, `__MIN` and `__MAX` beside it) and of a history
@@ -41,7 +51,7 @@ def read_table(path: Path, lines: Iterable[Line], only: Collection[str] | None) 
         raise UserError(f"{escape(path)}, line 1: no column named iteration", fix)
     at = _iteration_at(names)
     columns = _quantities(path, names, at)
-    found = Collector(path, only)
+    found = CurvesBuilder(path, only)
     try:
         for row in csv.reader(source, delimiter=_delimiter(first)):
             where = f"{escape(path)}, line {source.number}"
@@ -50,8 +60,8 @@ def read_table(path: Path, lines: Iterable[Line], only: Collection[str] | None) 
             if len(row) != len(names):
                 fix = "give each column a value, or none: ,,"
                 raise UserError(f"{where}: {len(row)} values under {len(names)} columns", fix)
-            needed(row[at], where, names[at])
-            iteration = whole(row[at])
+            require_number(row[at], where, names[at])
+            iteration = parse_iteration(row[at])
             if iteration is None:
                 raise UserError(f"{where}: {names[at]} is {escape(row[at].strip(), 80)!r}", "give a whole number")
             _add_row(found, iteration, {name: row[i] for i, name in columns.items() if row[i].strip()}, where)
@@ -63,7 +73,7 @@ def read_table(path: Path, lines: Iterable[Line], only: Collection[str] | None) 
 class _Rows(Iterator[str]):
     """The lines' text for the csv module, and the number of the newest."""
 
-    def __init__(self, path: Path, lines: Iterable[Line]) -> None:
+    def __init__(self, path: Path, lines: Iterable[TextLine]) -> None:
         self.path, self.lines, self.number = path, iter(lines), 0
 
     def __next__(self) -> str:
@@ -74,7 +84,7 @@ class _Rows(Iterator[str]):
         return line.text.replace("\0", "") + "\n"
 
 
-def too_long(path: Path, line: Line) -> UserError:
+def too_long(path: Path, line: TextLine) -> UserError:
     """The error for a line of more than MAX_LINE bytes."""
     return UserError(f"{escape(path)}, line {line.number}: is longer than {MAX_LINE:,} bytes", FIX)
 
@@ -95,7 +105,7 @@ def _name(cell: str) -> str:
         return "_step"
     extreme = re.search(r"__(?:MIN|MAX)$", cell)
     _, _, quantity = cell.rpartition(" - ")  # wandb: the run's name in front
-    return "" if extreme else normal(quantity)
+    return "" if extreme else normalize_name(quantity)
 
 
 def _iteration_at(names: list[str]) -> int:
@@ -107,20 +117,20 @@ def _quantities(path: Path, names: list[str], at: int) -> dict[int, str]:
     kept = {i: name for i, name in enumerate(names) if i != at and name and name not in ITERATION}
     if names == ["wall_time", "step", "value"]:  # TensorBoard: run-NAME-tag-train_loss.csv
         tag = path.stem.rpartition("-tag-")[2] if "-tag-" in path.stem else "lm_loss"
-        return {2: normal(tag)}
-    if again := twice(kept.values()):
+        return {2: normalize_name(tag)}
+    if again := first_duplicate(kept.values()):
         fix = "export one run alone, or give each column its own name"
         raise UserError(f"{escape(path)}, line 1: two columns are {again}", fix)
     return kept
 
 
-def _add_row(found: Collector, iteration: int, cells: dict[str, str], where: str) -> None:
+def _add_row(found: CurvesBuilder, iteration: int, cells: dict[str, str], where: str) -> None:
     fields = {}
     for name, cell in cells.items():
-        value = needed(cell, where, name) if meaning(name) in _COMPARED else number(cell)
+        value = require_number(cell, where, name) if canonical_name(name) in _COMPARED else parse_number(cell)
         if value is not None:  # else a time stamp, a name: nothing that is compared
             fields[name] = value
-    training = any(meaning(name) != VALIDATION for name in fields)
+    training = any(canonical_name(name) != VALIDATION for name in fields)
     found.add(iteration, fields, training=training or not fields)
 
 
@@ -128,7 +138,7 @@ def _delimiter(header: str) -> str:
     return "\t" if "\t" in header else ";" if ";" in header else ","
 
 
-def read_json_lines(path: Path, lines: Iterable[Line], only: Collection[str] | None) -> Curves:
+def read_json_lines(path: Path, lines: Iterable[TextLine], only: Collection[str] | None) -> Curves:
     """Reads JSON objects, one a line: arriero's metrics.jsonl, LLaMA-Factory's trainer_log.jsonl, others alike.
 
     A last line that is half written, as a kill leaves it, is left out, and so are objects that name no step.
@@ -136,7 +146,7 @@ def read_json_lines(path: Path, lines: Iterable[Line], only: Collection[str] | N
     Raises:
         UserError: a line that is no JSON object, or a metrics record without its iteration, named by file and line.
     """
-    found, ours = Collector(path, only), False
+    found, ours = CurvesBuilder(path, only), False
     for line in lines:
         if line.cut:
             raise too_long(path, line)
@@ -161,19 +171,19 @@ def read_trainer_state(path: Path, only: Collection[str] | None) -> Curves:
         UserError: not JSON, or without a log_history.
     """
     state = read_json(path, "give trainer_state.json as the Trainer wrote it", ({"log_history": [{}]}, [{}]))
-    found = Collector(path, only)
+    found = CurvesBuilder(path, only)
     for i, record in enumerate(state if isinstance(state, list) else state["log_history"]):
         _add_record(found, record, f"{escape(path)}, log_history[{i}]")
     return found.curves("Hugging Face's trainer state")
 
 
-def _add_record(found: Collector, record: dict[str, Any], where: str) -> None:
+def _add_record(found: CurvesBuilder, record: dict[str, Any], where: str) -> None:
     """One JSON object; evaluations hold their own quantities, and the Trainer's summary at the end none of a step."""
     if "train_runtime" in record:
         return
-    names = {key: "_step" if key == "_step" else normal(key) for key in record}
+    names = {key: "_step" if key == "_step" else normalize_name(key) for key in record}
     key = min((k for k in record if names[k] in ITERATION), key=lambda k: ITERATION.index(names[k]), default=None)
-    iteration = None if key is None else whole(record[key])
+    iteration = None if key is None else parse_iteration(record[key])
     if iteration is None:
         if "kind" in record or key is not None:
             problem = "lacks 'iteration'" if key is None else f"{escape(key, 60)} is {escape(record[key], 60)}"
@@ -185,10 +195,10 @@ def _add_record(found: Collector, record: dict[str, Any], where: str) -> None:
         found.add(iteration, {} if loss is None else {VALIDATION: loss}, training=False)
         return
     evaluation = {k: v for k, v in values.items() if names[k].startswith(("eval_", "predict_", "test_"))}
-    if any(meaning(names[k]) == "lm_loss" for k in values):
+    if any(canonical_name(names[k]) == "lm_loss" for k in values):
         evaluation = {}  # one object with all that a step has
     fields = {names[k]: v for k, v in (evaluation or values).items()}
-    training = not evaluation and any(meaning(name) != VALIDATION for name in fields)
+    training = not evaluation and any(canonical_name(name) != VALIDATION for name in fields)
     found.add(iteration, fields, training=training)
 
 

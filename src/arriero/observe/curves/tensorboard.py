@@ -14,8 +14,8 @@ from typing import BinaryIO
 
 from arriero.common.errors import UserError
 from arriero.common.text import escape
-from arriero.observe.curves.curve import VALIDATION, Collector, Curves, meaning, normal
-from arriero.observe.curves.lines import opened
+from arriero.observe.curves.curve import VALIDATION, Curves, CurvesBuilder, canonical_name, normalize_name
+from arriero.observe.curves.text_lines import open_text
 
 MAX_RECORD = 1 << 20
 """Bytes of a record that is decoded: a scalar has about 60. Larger ones, such as images and graphs, are passed over."""
@@ -70,9 +70,9 @@ def read_events(path: Path, files: Iterable[Path], only: Collection[str] | None)
     Raises:
         UserError: a record that is damaged, named by file and byte.
     """
-    found = Collector(path, only)
+    found = CurvesBuilder(path, only)
     for file in files:
-        with opened(file) as stream:
+        with open_text(file) as stream:
             for at, data in _records(file, stream):
                 try:
                     step, scalars = _event(data)
@@ -80,8 +80,10 @@ def read_events(path: Path, files: Iterable[Path], only: Collection[str] | None)
                     raise _damaged(file, at, str(error)) from None
                 for tag, value in scalars:
                     if not tag.endswith(" vs samples"):
-                        name = normal(tag)
-                        found.add(step, {name: value}, training=meaning(name) != VALIDATION and "valid" not in name)
+                        name = normalize_name(tag)
+                        found.add(
+                            step, {name: value}, training=canonical_name(name) != VALIDATION and "valid" not in name
+                        )
     return found.curves("TensorBoard's event file")
 
 

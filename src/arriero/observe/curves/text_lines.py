@@ -21,7 +21,7 @@ _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)
 
 
 @dataclass(frozen=True)
-class Line:
+class TextLine:
     """One line of a text file."""
 
     number: int
@@ -35,7 +35,7 @@ class Line:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
+def open_text(path: Path) -> Iterator[BinaryIO]:
     """Opens a file that the user has named for reading.
 
     Raises:
@@ -55,7 +55,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
             raise UserError(f"{escape(path)}: cannot be read ({os_error_text(error)})", fix) from None
 
 
-def read_lines(file: BinaryIO) -> Iterator[Line]:
+def read_lines(file: BinaryIO) -> Iterator[TextLine]:
     """The lines of `file` in order; memory does not grow with the file or with a line.
 
     A line ends at a line feed or at a carriage return. Bytes that are not UTF-8 become U+FFFD.
@@ -69,15 +69,15 @@ def read_lines(file: BinaryIO) -> Iterator[Line]:
                 room = MAX_LINE - len(held)
                 held = b"" if passing else held + piece[:room]
                 if len(piece) > room and not passing:
-                    yield Line(number, _clean(held), False, True)
+                    yield TextLine(number, _clean(held), False, True)
                     held, passing = b"", True
                 if j < len(pieces) - 1 or i < len(feeds) - 1:
                     if not passing:
-                        yield Line(number, _clean(held), True, False)
+                        yield TextLine(number, _clean(held), True, False)
                     held, passing = b"", False
             number += i < len(feeds) - 1
     if held:
-        yield Line(number, _clean(held), False, False)
+        yield TextLine(number, _clean(held), False, False)
 
 
 def _clean(raw: bytes) -> str:

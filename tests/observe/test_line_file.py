@@ -1,4 +1,4 @@
-"""No line is lost while a file cannot be written, none is written twice, and the user is told once."""
+"""No line is lost while a file cannot be written, none is written twice, and the user is logged once."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arriero.observe import lines
+from arriero.observe import line_file as lines
 from arriero.observe.events import Events, goodput_line, read_events
-from arriero.observe.lines import LineFile, Trouble
+from arriero.observe.line_file import LineFile, WriteErrors
 
 WRITE = os.write
 
 
-def trouble() -> tuple[Trouble, list[str]]:
-    told: list[str] = []
-    return Trouble(told.append), told
+def write_errors() -> tuple[WriteErrors, list[str]]:
+    logged: list[str] = []
+    return WriteErrors(logged.append), logged
 
 
 class Disk:
@@ -45,7 +45,7 @@ def test_whatever_the_disk_does_every_line_is_there_once_and_in_order(
     tmp_path_factory: pytest.TempPathFactory, plan: list[int | None], count: int
 ) -> None:  # fmt: skip
     path = tmp_path_factory.mktemp("lines") / "metrics.jsonl"
-    found, told = trouble()
+    found, logged = write_errors()
     failing = any(step is not None and step < 0 for step in plan)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lines.os, "write", Disk(plan).write)
@@ -53,53 +53,53 @@ def test_whatever_the_disk_does_every_line_is_there_once_and_in_order(
         for number in range(count):
             file.write(b"line %d" % number)
             whole = path.read_bytes()
-            assert whole.count(b"\n") + len(file.waiting) == number + 1
+            assert whole.count(b"\n") + len(file.pending) == number + 1
         plan.clear()
         file.close()
     assert path.read_bytes() == b"".join(b"line %d\n" % number for number in range(count))
-    assert failing or told == []
-    if told:  # pairs: it fails, it works again
-        assert all("no line is lost" in line for line in told[1::2])
-        assert len(told) % 2 == 0
+    assert failing or logged == []
+    if logged:  # pairs: it fails, it works again
+        assert all("no line is lost" in line for line in logged[1::2])
+        assert len(logged) % 2 == 0
 
 
 def test_what_waits_is_bounded_and_what_is_lost_is_counted(tmp_path: Path) -> None:
-    path, (found, told) = tmp_path / "log.txt", trouble()
+    path, (found, logged) = tmp_path / "log.txt", write_errors()
     path.mkdir()
-    file = LineFile(path, found, most=1000)
+    file = LineFile(path, found, max_bytes=1000)
     for _ in range(500):
         file.write(b"123456789")
-    assert len(file.waiting) == 100
-    assert len(told) == 1
+    assert len(file.pending) == 100
+    assert len(logged) == 1
     path.rmdir()
     file.write(b"123456789")
     assert path.read_bytes() == b"123456789\n" * 100  # the one that came last found no room either
-    assert told[1:] == [f"arriero: {tmp_path}: its files are written again, and 401 lines are lost"]
+    assert logged[1:] == [f"arriero: {tmp_path}: its files are written again, and 401 lines are lost"]
     file.write(b"123456789")
     file.close()
     assert path.read_bytes() == b"123456789\n" * 101
-    assert len(told) == 2
+    assert len(logged) == 2
 
 
 def test_a_full_disk_is_one_warning_for_all_files_and_a_thing_in_the_way_one_for_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    found, told = trouble()
+    found, logged = write_errors()
     files = [LineFile(tmp_path / name, found) for name in ("log.txt", "metrics.jsonl", "events.jsonl")]
     with monkeypatch.context() as patch:
         patch.setattr(lines.os, "write", Disk([-errno.ENOSPC] * 100).write)
         for file in files * 10:
             file.write(b"x")
-    assert len(told) == 1
-    assert "No space left on device" in told[0]
+    assert len(logged) == 1
+    assert "No space left on device" in logged[0]
     for file in files:
         file.write(b"x")
-    assert len(told) == 2
+    assert len(logged) == 2
     (tmp_path / "a").mkdir()
     os.mkfifo(tmp_path / "b")
     for name in "ab":
         LineFile(tmp_path / name, found).close()
-    assert sum("a regular file" in line or "directory" in line for line in told[2:]) >= 2
+    assert sum("a regular file" in line or "directory" in line for line in logged[2:]) >= 2
 
 
 PLACES = {
@@ -114,7 +114,7 @@ PLACES = {
 
 @pytest.mark.parametrize("kind", PLACES)
 def test_nothing_else_is_written_than_the_runs_own_file(tmp_path: Path, kind: str) -> None:
-    out, path, (found, told) = tmp_path / "out", tmp_path / "run" / "log.txt", trouble()
+    out, path, (found, logged) = tmp_path / "out", tmp_path / "run" / "log.txt", write_errors()
     out.mkdir()
     path.parent.mkdir()
     (out / "theirs").write_text("alias ls=ls\n")
@@ -127,10 +127,10 @@ def test_nothing_else_is_written_than_the_runs_own_file(tmp_path: Path, kind: st
     assert [p.name for p in out.iterdir()] == ["theirs"]
     if kind == "hard link":
         assert path.read_text() == "alias ls=ls\n" + "rm -rf /\n" * 3
-        assert told == []
+        assert logged == []
     else:
-        assert len(told) == 2  # that it cannot be written, and how many lines were not
-        assert "3 lines could not be written" in told[1]
+        assert len(logged) == 2  # that it cannot be written, and how many lines were not
+        assert "3 lines could not be written" in logged[1]
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -138,7 +138,7 @@ def test_nothing_else_is_written_than_the_runs_own_file(tmp_path: Path, kind: st
 def test_half_a_line_that_a_kill_left_does_not_swallow_the_next(tmp_path: Path, before: bytes, whole: bool) -> None:
     path = tmp_path / "events.jsonl"
     path.write_bytes(before)
-    file = LineFile(path, Trouble(), whole_lines=whole)
+    file = LineFile(path, WriteErrors(), whole_lines=whole)
     file.write(b"next")
     file.close()
     kept = (

@@ -26,7 +26,10 @@ from arriero.common.untrusted import read_json
 
 MAX_ID = (1 << 24) - 1  # the largest vocabularies that are published have a million entries
 MAX_GROWTH = 64.0  # bytes that a byte of text may become; `▁` for a blank is 3
-SECONDS, CHARACTERS_A_SECOND = 60.0, 20_000  # what a call may take: the first, and for its text; engines do millions
+MIN_SECONDS, CHARACTERS_A_SECOND = (
+    60.0,
+    20_000,
+)  # what a call may take: the first, and for its text; engines do millions
 _FIX = "give the file that tokenizers wrote"
 T = TypeVar("T")
 
@@ -35,7 +38,7 @@ class TooSlowError(UserError):
     """A tokenizer takes longer than any sound one does."""
 
 
-def check_description(path: Path) -> None:
+def check_tokenizer_json(path: Path) -> None:
     """Checks a tokenizer.json. Raises UserError for ids that are too large or a text that would grow too much."""
     found = read_json(path, _FIX, {"model": dict})
     vocabulary, added = found["model"].get("vocab"), found.get("added_tokens") or []
@@ -46,7 +49,7 @@ def check_description(path: Path) -> None:
         raise UserError(f"{escape(path)}: has the id {largest:,}, above {MAX_ID:,}", "number its entries without gaps")
     for part in ("normalizer", "decoder"):
         try:
-            growth = _growth(found.get(part))
+            growth = _max_growth(found.get(part))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(f"{escape(path)}: its {part} is broken ({escape(error)})", _FIX) from None
         if growth > MAX_GROWTH:
@@ -56,12 +59,12 @@ def check_description(path: Path) -> None:
             )  # fmt: skip
 
 
-def _growth(part: Any) -> float:
+def _max_growth(part: Any) -> float:
     """How many bytes a normalizer or decoder may make of one byte. Raises ValueError and the like for a broken one."""
     kind = part["type"] if part else ""
     growth = 1.0  # the normal forms of Unicode are the library's own
     if kind == "Sequence":
-        growth = math.prod(map(_growth, part.get("normalizers") or part.get("decoders") or []))
+        growth = math.prod(map(_max_growth, part.get("normalizers") or part.get("decoders") or []))
     elif kind == "Prepend":
         growth = len(part["prepend"].encode()) / 16  # once a text
     elif kind == "Replace":
@@ -142,7 +145,7 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def sentence(path: Path, doing: str) -> Iterator[None]:
+def library_errors(path: Path, doing: str) -> Iterator[None]:
     """Turns whatever a library raises, a panic of Rust's included, into a UserError that names the tokenizer."""
     try:
         yield
@@ -156,7 +159,7 @@ def sentence(path: Path, doing: str) -> Iterator[None]:
         raise UserError(f"{escape(path)}: {doing} ({escape(first)})", _FIX) from None
 
 
-class _Helper:
+class _CallThread:
     """A thread that makes calls, one after the other, until it is let go."""
 
     def __init__(self) -> None:
@@ -182,10 +185,10 @@ class _Helper:
         self._calls.put(None)
 
 
-_own = threading.local()
+_thread_local = threading.local()
 
 
-def in_time(path: Path, characters: int, call: Callable[[], T]) -> T:
+def call_with_timeout(path: Path, characters: int, call: Callable[[], T]) -> T:
     """Calls a tokenizer in a thread that is left alone, to end with the process, if it takes too long.
 
     A thread of a pool keeps its helper: new threads would each take memory of their own from malloc.
@@ -194,17 +197,17 @@ def in_time(path: Path, characters: int, call: Callable[[], T]) -> T:
         TooSlowError: it has taken longer than its text can explain.
     """
     pooled = threading.current_thread() is not threading.main_thread()
-    helper: _Helper = (getattr(_own, "helper", None) if pooled else None) or _Helper()
+    helper: _CallThread = (getattr(_thread_local, "helper", None) if pooled else None) or _CallThread()
     if pooled:
-        _own.helper = helper
+        _thread_local.helper = helper
     result = helper.submit(call)
-    seconds = SECONDS + characters / CHARACTERS_A_SECOND
+    seconds = MIN_SECONDS + characters / CHARACTERS_A_SECOND
     try:
         return result.result(seconds)
     except FutureTimeoutError:
         if result.done():
             raise
-        _own.helper = None
+        _thread_local.helper = None
         problem = f"{escape(path)}: has not tokenized {characters:,} characters in {seconds:.0f} s"
         fix = "one of its regular expressions may never end on this text: use the model's own tokenizer"
         raise TooSlowError(problem, fix) from None
