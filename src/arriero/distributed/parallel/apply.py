@@ -27,7 +27,7 @@ from arriero.model.llama import Llama
 
 
 class WeightSource(Protocol):
-    """Whatever gives a slice of a named tensor: see weights/stream.py."""
+    """Reads slices of named tensors, such as checkpoint.tensors.stream.ViewReader."""
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> torch.Tensor:
         """The part of `name` that `index` selects."""
