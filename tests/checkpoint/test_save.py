@@ -148,7 +148,7 @@ def test_retention_keeps_the_newest_and_every_nth(
         step_directory(root, step).mkdir()
         (step_directory(root, step) / "COMMITTED").touch()
     policy = CheckpointConfig(keep=keep, keep_every=every)
-    for path in retention.expired(root, policy, whole=lambda path: True)[0]:
+    for path in retention.expired(root, policy, is_intact=lambda path: True)[0]:
         retention.delete_checkpoint(path)
     left = [step_of(p) for p in committed(root)]
     newest = steps[-keep:] if keep else steps

@@ -306,11 +306,11 @@ def test_rows_in_the_wrong_place_fail_the_proof_and_leave_nothing(tmp_path, monk
 
     def swapped(*args):
         files = real(*args)
-        gate, up = (next(i for i, p in enumerate(files[1].puts) if n in p.name) for n in ("gate_proj", "up_proj"))
-        puts = files[1].puts
-        puts[gate], puts[up] = (
-            replace(puts[gate], offset=puts[up].offset),
-            replace(puts[up], offset=puts[gate].offset),
+        gate, up = (next(i for i, p in enumerate(files[1].writes) if n in p.name) for n in ("gate_proj", "up_proj"))
+        writes = files[1].writes
+        writes[gate], writes[up] = (
+            replace(writes[gate], offset=writes[up].offset),
+            replace(writes[up], offset=writes[gate].offset),
         )
         return files
 

@@ -64,8 +64,7 @@ def open_with_config(directory: Path, config: LlamaConfig | None = None) -> tupl
     """
     directory, where = Path(directory), str(directory)
     config = config or LlamaConfig.from_json(directory)
-    tensors, config = resolve_tied_head(strip_prefixes(open_files(directory).tensors, where), config, where=where)
-    return validate_tensors(ViewReader(tensors, where=where), config, where=where), config
+    return complete_model(strip_prefixes(open_files(directory).tensors, where), config, where=where)
 
 
 def read_shape(path: Path) -> LlamaConfig:
@@ -137,6 +136,18 @@ def _open_shards(directory: Path, index: Path) -> ViewReader:
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
+def complete_model(
+    tensors: Mapping[str, TensorView], config: LlamaConfig, *, where: str
+) -> tuple[ViewReader, LlamaConfig]:
+    """A reader of all parameters, and the config, untied where the head differs from the embedding.
+
+    Raises:
+        UserError: as `validate_tensors`.
+    """
+    tensors, config = resolve_tied_head(tensors, config, where=where)
+    return validate_tensors(ViewReader(tensors, where=where), config, where=where), config
+
+
 def validate_tensors(reader: ViewReader, config: LlamaConfig, *, where: str) -> ViewReader:
     """The parameters of `config` in the model's order; a UserError lists all that is missing, extra or misshapen."""
     expected = parameter_shapes(config)
@@ -202,8 +213,8 @@ def write_huggingface(
         UserError: names or shapes disagree with the config, a value is not finite, the disk is too small.
     """
     name = dtype_name(dtype) if dtype is not None else None
-    tensors, config = resolve_tied_head(reader.tensors, config, where="the model")
-    weights = validate_tensors(ViewReader(tensors, where="the weights"), config, where="the weights").tensors
+    complete, config = complete_model(reader.tensors, config, where="the weights")
+    weights = complete.tensors
     with new_directory(directory, need_bytes=bytes_in_dtype(weights, name)) as partial:
         files = plan_safetensors(partial, weights, dtype=name, max_shard_bytes=max_shard_bytes)
         fingerprints, _ = transfer(weights, files, dtype=name, advance=advance)

@@ -18,9 +18,9 @@ from typing import Any
 
 from arriero.checkpoint.formats.dialects import Dialect, recognise
 from arriero.checkpoint.formats.foreign_config import ConfigHints, resolve_config
-from arriero.checkpoint.formats.huggingface import validate_tensors
+from arriero.checkpoint.formats.huggingface import complete_model
 from arriero.checkpoint.formats.sharding_plan import ParallelDegrees, RankTensor, ShardingPlan, merge_ranks
-from arriero.checkpoint.formats.tied import resolve_tied_head, same_values
+from arriero.checkpoint.formats.tied import same_values
 from arriero.checkpoint.tensors.stream import TensorView, ViewReader
 from arriero.checkpoint.tensors.torch_file import TorchFile
 from arriero.common.errors import UserError, join_problems
@@ -156,7 +156,7 @@ def combine_ranks(
         UserError: a file or tensor is missing, broken, extra or of another shape, or ranks contradict each other.
     """
     tensor, pipeline = max(t for t, _ in ranks) + 1, max(p for _, p in ranks) + 1
-    first, where = ranks[0, 0], str(folder)
+    first = ranks[0, 0]
     keys = {key for rank in ranks.values() for chunk in rank.chunks for key in chunk}
     dialect = recognise(keys)
     if dialect is None:
@@ -180,10 +180,8 @@ def combine_ranks(
         raise UserError(problem, FIX)
     degrees = ParallelDegrees(tensor, pipeline, len(first.chunks), padded_vocab=rows)
     pairs = list(_match(ranks, config, dialect, degrees, layers))
-    weights, config = resolve_tied_head(merge_ranks(pairs, parameter_shapes(config)), config, where=where)
-    return RankModels(
-        validate_tensors(ViewReader(weights, where=where), config, where=where), config, dialect, degrees, notes
-    )
+    reader, config = complete_model(merge_ranks(pairs, parameter_shapes(config)), config, where=str(folder))
+    return RankModels(reader, config, dialect, degrees, notes)
 
 
 def _count_layers(chunk: Mapping[str, TensorView], dialect: Dialect) -> int:

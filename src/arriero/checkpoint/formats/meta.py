@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from arriero.checkpoint.formats.foreign_config import ConfigHints
-from arriero.checkpoint.formats.huggingface import validate_tensors
-from arriero.checkpoint.formats.tied import EMBEDDING, HEAD, resolve_tied_head
+from arriero.checkpoint.formats.huggingface import complete_model
+from arriero.checkpoint.formats.tied import EMBEDDING, HEAD
 from arriero.checkpoint.tensors.stream import Slice, TensorView, ViewReader
 from arriero.checkpoint.tensors.torch_file import TorchFile
 from arriero.common.errors import UserError, join_problems
@@ -75,8 +75,8 @@ def open_meta(path: Path, hints: ConfigHints) -> tuple[ViewReader, LlamaConfig, 
     extra = sorted({name for shard in shards for name in shard} - set(tensors))
     if extra:
         raise UserError(f"{files[0]}: holds {escape(extra[0], 120)}, unknown to LLaMA", "is it a LLaMA?")
-    tensors, config = resolve_tied_head(tensors, config, where=str(path))
-    return validate_tensors(ViewReader(tensors, where=str(path)), config, where=str(path)), config, len(files), notes
+    reader, config = complete_model(tensors, config, where=str(path))
+    return reader, config, len(files), notes
 
 
 def _name(key: str) -> str:

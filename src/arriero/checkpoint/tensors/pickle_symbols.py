@@ -89,6 +89,11 @@ class _PickleMachine:
             items.append(top)
         return items[::-1]
 
+    def pop_last(self, count: int) -> list[Any]:
+        items = self.stack[-count:]
+        del self.stack[-count:]
+        return items
+
 
 def _allowed_global(module: str, name: str, where: str) -> Global:
     if not (isinstance(module, str) and isinstance(name, str)):
@@ -146,21 +151,18 @@ def _typed_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *, dtype: 
     return TensorRef(typed, non_negative_ints([offset])[0], non_negative_ints(shape), non_negative_ints(stride))
 
 
-def _append(target: Any, items: list[Any]) -> None:
+def _pairs(items: list[Any]) -> dict[Any, Any]:
+    """A dictionary of keys and values in turn."""
+    return dict(zip(map(_hashable_key, items[::2]), items[1::2], strict=True))
+
+
+def _add(target: Any, items: list[Any]) -> None:
     if isinstance(target, list):
         target.extend(items)
     elif isinstance(target, set):
         target.update(map(_hashable_key, items))
-
-
-def _set(target: Any, pairs: list[Any]) -> None:
-    if isinstance(target, dict):
-        target.update(zip(map(_hashable_key, pairs[::2]), pairs[1::2], strict=True))
-
-
-def _build(target: Any, state: Any) -> None:
-    if isinstance(target, Call):
-        target.state = state
+    elif isinstance(target, dict):
+        target.update(_pairs(items))
 
 
 def _storage(pid: Any, where: str) -> StorageRef:
@@ -231,28 +233,21 @@ def _step(m: _PickleMachine, op: str, arg: Any) -> None:  # noqa: PLR0912, PLR09
         stack.append(Call(function, (args, kwargs)))
     elif op == "BUILD":
         state = pop()
-        _build(stack[-1], state)
+        if isinstance(stack[-1], Call):
+            stack[-1].state = state
     elif op == "BINPERSID":
         stack.append(_storage(pop(), m.where))
     elif op in ("TUPLE", "LIST", "DICT", "FROZENSET"):
         items = m.pop_to_mark()
-        if op == "DICT":
-            stack.append(dict(zip(map(_hashable_key, items[::2]), items[1::2], strict=True)))
-        else:
-            stack.append(items if op == "LIST" else tuple(items))
+        stack.append(_pairs(items) if op == "DICT" else items if op == "LIST" else tuple(items))
     elif op in ("TUPLE1", "TUPLE2", "TUPLE3"):
-        count = int(op[-1])
-        items = stack[-count:]
-        del stack[-count:]
-        stack.append(tuple(items))
+        stack.append(tuple(m.pop_last(int(op[-1]))))
     elif op in ("APPEND", "SETITEM"):
-        count = 1 if op == "APPEND" else 2
-        items = stack[-count:]
-        del stack[-count:]
-        (_append if op == "APPEND" else _set)(stack[-1], items)
+        items = m.pop_last(1 if op == "APPEND" else 2)
+        _add(stack[-1], items)
     elif op in ("APPENDS", "SETITEMS", "ADDITEMS"):
         items = m.pop_to_mark()
-        (_set if op == "SETITEMS" else _append)(stack[-1], items)
+        _add(stack[-1], items)
     elif op == "POP":
         pop()
     elif op not in _IGNORED:
