@@ -207,7 +207,7 @@ _LITERALS = {
 _IGNORED = {"PROTO", "FRAME"}
 
 
-def _step(m: _PickleMachine, op: str, arg: Any) -> None:  # noqa: PLR0912, PLR0915 - one arm an opcode
+def _step(m: _PickleMachine, op: str, arg: Any) -> None:  # noqa: PLR0912 - one arm an opcode
     stack, pop = m.stack, m.stack.pop
     if op in _LITERALS:
         stack.append(arg)
