@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arriero.checkpoint import find
 from arriero.checkpoint.formats import megatron, meta, torch_dist
-from arriero.checkpoint.formats.foreign_config import ConfigHints
+from arriero.checkpoint.formats.foreign_config import ConfigHints, ForeignModel
 from arriero.checkpoint.formats.huggingface import has_weights, open_with_config, validate_tensors
 from arriero.checkpoint.load import CheckpointReader
 from arriero.checkpoint.tensors.stream import ViewReader
@@ -22,6 +23,16 @@ if TYPE_CHECKING:
     import torch
 
     from arriero.model.llama import Llama
+
+
+DETECTORS: dict[str, Callable[[Path], bool]] = {
+    "torch_dist": torch_dist.is_torch_dist, "megatron": megatron.is_rank_directory, "meta": meta.is_meta,
+}  # fmt: skip
+"""Other programs' formats, in the order in which they are tried."""
+OPENERS: dict[str, Callable[[Path, ConfigHints], ForeignModel]] = {
+    "torch_dist": torch_dist.open_torch_dist, "megatron": megatron.open_ranks, "ascendspeed": megatron.open_ranks,
+    "meta": meta.open_meta,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,12 +69,9 @@ def detect_kind(path: Path) -> str:
     if path.is_dir():
         if find.is_run(path) or find.is_checkpoint(path):
             return "run"
-        if torch_dist.is_torch_dist(path):
-            return "torch_dist"
-        if megatron.is_rank_directory(path):
-            return "megatron"
-        if meta.is_meta(path):
-            return "meta"
+        for kind, recognises in DETECTORS.items():
+            if recognises(path):
+                return kind
         if has_weights(path) or (path / "config.json").is_file():
             return "hf"
     known = "a Hugging Face directory, a run, Megatron's, AscendSpeed's or Meta's checkpoint"
@@ -102,16 +110,9 @@ def _open(path: Path, kind: str, hints: ConfigHints) -> OpenedModel:
         if damage := verify_checkpoint(directory):
             raise UserError(damage[0], "name an earlier checkpoint of the run: RUN/checkpoints/step-...")
         return OpenedModel("run", directory, reader, config, layout=directory.name)
-    if kind in ("megatron", "ascendspeed", "torch_dist"):
-        ranks = torch_dist.open_torch_dist(path, hints) if kind == "torch_dist" else megatron.open_ranks(path, hints)
-        layout = kind
-        if kind != "torch_dist":
-            kind = "ascendspeed" if ranks.dialect.inv_freq else "megatron"
-            layout = f"{ranks.dialect.name}, {ranks.degrees.describe()}"
-        return OpenedModel(kind, path, ranks.reader, ranks.config, layout=layout, assumed=ranks.notes)
-    if kind == "meta":
-        reader, config, count, notes = meta.open_meta(path, hints)
-        return OpenedModel(kind, path, reader, config, layout=f"{count} model-parallel ranks", assumed=notes)
+    if kind in OPENERS:
+        found = OPENERS[kind](path, hints)
+        return OpenedModel(found.kind, path, found.reader, found.config, layout=found.layout, assumed=found.notes)
     reader, config = open_with_config(path, None if hints.config is None else LlamaConfig.from_json(hints.config))
     return OpenedModel("hf", path, reader, config)
 

@@ -1,4 +1,4 @@
-"""The shape of models without config.json: from the user, from saved arguments, or from the tensors."""
+"""Models of other programs, and the shape of those without config.json: from the user, saved arguments or tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from arriero.checkpoint.formats.dialects import Dialect
 from arriero.checkpoint.formats.megatron_args import LLAMA3_ORIGINAL, check_arguments
 from arriero.checkpoint.tensors.pickle_symbols import Call
-from arriero.checkpoint.tensors.stream import TensorView
+from arriero.checkpoint.tensors.stream import TensorView, ViewReader
 from arriero.common.errors import UserError, join_problems
 from arriero.data.tokenizer_json import vocabulary_size
 from arriero.model.config import LlamaConfig, RopeScaling
@@ -26,6 +26,19 @@ class ConfigHints:
     """True size of the vocabulary, without padding."""
     tokenizer: Path | None = None
     """A tokenizer's directory, whose size is the vocabulary's."""
+
+
+@dataclass(frozen=True)
+class ForeignModel:
+    """A model in another program's format, opened under Hugging Face's names."""
+
+    kind: str
+    reader: ViewReader
+    config: LlamaConfig
+    layout: str
+    """How it is sharded, for messages."""
+    notes: list[str]
+    """What was assumed, one sentence each."""
 
 
 def apply_vocabulary(

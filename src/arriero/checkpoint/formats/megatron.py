@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from arriero.checkpoint.formats.dialects import Dialect, recognise
-from arriero.checkpoint.formats.foreign_config import ConfigHints, resolve_config
+from arriero.checkpoint.formats.foreign_config import ConfigHints, ForeignModel, resolve_config
 from arriero.checkpoint.formats.huggingface import complete_model
 from arriero.checkpoint.formats.sharding_plan import ParallelDegrees, RankTensor, ShardingPlan, merge_ranks
 from arriero.checkpoint.formats.tied import same_values
-from arriero.checkpoint.tensors.stream import TensorView, ViewReader
+from arriero.checkpoint.tensors.stream import TensorView
 from arriero.checkpoint.tensors.torch_file import TorchFile
 from arriero.common.errors import UserError, join_problems
 from arriero.common.text import escape
@@ -125,18 +125,7 @@ def read_rank(path: Path) -> RankModel:
     return RankModel(path, chunks, payload)
 
 
-@dataclass(frozen=True)
-class RankModels:
-    """The model of a directory of rank files."""
-
-    reader: ViewReader
-    config: LlamaConfig
-    dialect: Dialect
-    degrees: ParallelDegrees
-    notes: list[str]
-
-
-def open_ranks(path: Path, hints: ConfigHints) -> RankModels:
+def open_ranks(path: Path, hints: ConfigHints) -> ForeignModel:
     """Opens a checkpoint of rank files under Hugging Face's names; see `combine_ranks`.
 
     Args:
@@ -149,7 +138,7 @@ def open_ranks(path: Path, hints: ConfigHints) -> RankModels:
 
 def combine_ranks(
     path: Path, folder: Path, ranks: dict[tuple[int, int], RankModel], hints: ConfigHints
-) -> RankModels:  # fmt: skip
+) -> ForeignModel:  # fmt: skip
     """The whole model of the ranks of a checkpoint, by (tensor rank, stage).
 
     Raises:
@@ -181,7 +170,8 @@ def combine_ranks(
     degrees = ParallelDegrees(tensor, pipeline, len(first.chunks), padded_vocab=rows)
     pairs = list(_match(ranks, config, dialect, degrees, layers))
     reader, config = complete_model(merge_ranks(pairs, parameter_shapes(config)), config, where=str(folder))
-    return RankModels(reader, config, dialect, degrees, notes)
+    kind = "ascendspeed" if dialect.inv_freq else "megatron"
+    return ForeignModel(kind, reader, config, f"{dialect.name}, {degrees.describe()}", notes)
 
 
 def _count_layers(chunk: Mapping[str, TensorView], dialect: Dialect) -> int:

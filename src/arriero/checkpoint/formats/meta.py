@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from arriero.checkpoint.formats.foreign_config import ConfigHints
+from arriero.checkpoint.formats.foreign_config import ConfigHints, ForeignModel
 from arriero.checkpoint.formats.huggingface import complete_model
 from arriero.checkpoint.formats.tied import EMBEDDING, HEAD
-from arriero.checkpoint.tensors.stream import Slice, TensorView, ViewReader
+from arriero.checkpoint.tensors.stream import Slice, TensorView
 from arriero.checkpoint.tensors.torch_file import TorchFile
 from arriero.common.errors import UserError, join_problems
 from arriero.common.text import escape
@@ -49,11 +49,8 @@ def is_meta(path: Path) -> bool:
     return any(path.glob("consolidated.*.pth"))
 
 
-def open_meta(path: Path, hints: ConfigHints) -> tuple[ViewReader, LlamaConfig, int, list[str]]:
+def open_meta(path: Path, hints: ConfigHints) -> ForeignModel:
     """Opens Meta's files under Hugging Face's names.
-
-    Returns:
-        The reader, the shape, the number of model-parallel ranks, and what was assumed.
 
     Raises:
         UserError: params.json or a rank is missing or broken, or shapes contradict.
@@ -76,7 +73,7 @@ def open_meta(path: Path, hints: ConfigHints) -> tuple[ViewReader, LlamaConfig, 
     if extra:
         raise UserError(f"{files[0]}: holds {escape(extra[0], 120)}, unknown to LLaMA", "is it a LLaMA?")
     reader, config = complete_model(tensors, config, where=str(path))
-    return reader, config, len(files), notes
+    return ForeignModel("meta", reader, config, f"{len(files)} model-parallel ranks", notes)
 
 
 def _name(key: str) -> str:

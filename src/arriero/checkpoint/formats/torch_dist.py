@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from arriero.checkpoint.formats.foreign_config import ConfigHints
-from arriero.checkpoint.formats.megatron import TRACKER, RankModel, RankModels, combine_ranks, iteration_directory
+from arriero.checkpoint.formats.foreign_config import ConfigHints, ForeignModel
+from arriero.checkpoint.formats.megatron import TRACKER, RankModel, combine_ranks, iteration_directory
 from arriero.checkpoint.tensors.pickle_symbols import (
     MAX_PICKLE_BYTES,
     Call,
@@ -40,7 +40,7 @@ def is_torch_dist(path: Path) -> bool:
     return (folder / ".metadata").is_file()
 
 
-def open_torch_dist(path: Path, hints: ConfigHints) -> RankModels:
+def open_torch_dist(path: Path, hints: ConfigHints) -> ForeignModel:
     """Opens a distributed checkpoint under Hugging Face's names; optimizer states are left out.
 
     Raises:
@@ -50,7 +50,7 @@ def open_torch_dist(path: Path, hints: ConfigHints) -> RankModels:
     common = folder / "common.pt"  # Megatron before 0.19 keeps the arguments here
     payload = TorchFile(require_inside(folder, common)).root if common.is_file() else {}
     rank = RankModel(folder, [_unstack(_tensors(folder))], payload if isinstance(payload, dict) else {})
-    return combine_ranks(path, folder, {(0, 0): rank}, hints)
+    return replace(combine_ranks(path, folder, {(0, 0): rank}, hints), kind="torch_dist", layout="torch_dist")
 
 
 def _tensors(folder: Path) -> dict[str, TensorView]:
