@@ -31,9 +31,9 @@ from typing import Any
 
 import torch
 
+from arriero.cli.bench.measure import initialize_randomly
 from arriero.cli.bench.peak import matmul_peak
 from arriero.cli.bench.table import markdown, percent
-from arriero.cli.bench.trial import fill_randomly
 from arriero.common.device import (
     describe,
     device_name,
@@ -101,7 +101,7 @@ def ours(bench: Bench, case: Case, micro: int, **changes: Any) -> Callable[[], f
     data_config = DataConfig(prefix=str(data), split="1,0,0")
     recipe = Recipe(model=str(bench.root / "config.json"), data=data_config, train=train, device=bench.kind)  # type: ignore[arg-type]
     trainer = Trainer(recipe, Ranks(), local_rank=0, device_kind=bench.kind)
-    fill_randomly(trainer)
+    initialize_randomly(trainer)
 
     def step() -> float:
         try:

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
+from arriero.common.settings import Setting, parse
 from arriero.data.indexed import IndexedWriter
 from arriero.distributed.launch.launcher import run_processes
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.observe.events import Events
-from arriero.train.recipe import Recipe, Setting, parse
+from arriero.train.recipe import Recipe
 from arriero.train.trainer import Trainer
 from arriero.train.watch import StragglerDetector, Watchdog
 

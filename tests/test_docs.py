@@ -23,7 +23,8 @@ from pathlib import Path
 import pytest
 
 from arriero.cli.main import VERBS
-from arriero.train.recipe import Recipe, field_types
+from arriero.common.settings import field_types
+from arriero.train.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

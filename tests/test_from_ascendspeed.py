@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from arriero.cli.main import VERBS, dispatch
+from arriero.common.settings import Setting, command_line_settings, field_types, parse
+from arriero.common.toml import file_settings
 from arriero.data.formats import FORMATS, TEMPLATES
-from arriero.train.recipe import Recipe, Setting, command_line_settings, field_types, file_settings, find_bundled, parse
+from arriero.train.recipe import Recipe, find_bundled
 
 PAGE = (Path(__file__).parents[1] / "docs" / "from-ascendspeed.md").read_text(encoding="utf-8")
 SPANS = re.findall(r"`([^`]+)`", PAGE)

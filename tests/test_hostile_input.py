@@ -40,10 +40,12 @@ from arriero.checkpoint.verify import newest_intact_checkpoint
 from arriero.cli.convert import ConvertArgs, run
 from arriero.cli.main import dispatch
 from arriero.common.errors import UserError
+from arriero.common.settings import parse
+from arriero.common.toml import file_settings, to_toml
 from arriero.data import inputs, readers
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.train.loop import ResumePlan, train
-from arriero.train.recipe import Recipe, file_settings, parse, to_toml
+from arriero.train.recipe import Recipe
 
 Damage = Callable[[Path], object]
 STARTS = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "pty.spawn", "pickle.find_class",

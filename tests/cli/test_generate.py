@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from small_models import TINY, VARIANTS, random_weights, save_hf
 
 from arriero.checkpoint.open_model import load_model
-from arriero.cli.generate import GenerateArgs, choose, encode_prompt, generate, next_logits, run
+from arriero.cli.generate import GenerateArgs, encode_prompt, run
 from arriero.common.errors import UserError
+from arriero.model.generate import generate, next_logits, sample_token
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_cached_logits_are_the_uncached(tmp_path, variant, cuts):
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=20), st.floats(0.01, 1.0), st.floats(0.1, 3), st.integers(0, 99))
 @settings(max_examples=100, deadline=None)
 def test_top_p_draws_from_the_smallest_set(logits, top_p, temperature, seed):
-    draw = choose(
+    draw = sample_token(
         torch.tensor(logits), temperature=temperature, top_p=top_p, generator=torch.Generator().manual_seed(seed)
     )
     weights = [math.exp(float(torch.tensor(x)) / temperature) for x in logits]
@@ -78,7 +79,7 @@ def test_top_p_draws_from_the_smallest_set(logits, top_p, temperature, seed):
 def test_sampling_follows_the_distribution():
     logits = torch.log(torch.tensor([0.5, 0.3, 0.2]))
     generator = torch.Generator().manual_seed(0)
-    draws = [choose(logits, temperature=1.0, top_p=1.0, generator=generator) for _ in range(3000)]
+    draws = [sample_token(logits, temperature=1.0, top_p=1.0, generator=generator) for _ in range(3000)]
     shares = [draws.count(i) / 3000 for i in range(3)]
     assert shares == pytest.approx([0.5, 0.3, 0.2], abs=0.04)
 
@@ -103,7 +104,7 @@ def test_plain_and_json_show_one_text(model_dir, capsys):
 
 
 def test_end_of_text_ends_it(model_dir, capsys, monkeypatch):
-    monkeypatch.setattr("arriero.cli.generate.generate", lambda *a, **k: iter([270, 2, 271]))
+    monkeypatch.setattr("arriero.model.generate.generate", lambda *a, **k: iter([270, 2, 271]))
     run(GenerateArgs(model_dir, prompt="the", max_new_tokens=9, json=True))
     answer = json.loads(capsys.readouterr().out)
     assert answer["tokens"] == [270]

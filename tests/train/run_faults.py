@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from arriero.common.errors import CheckFailed
+from arriero.common.settings import Setting, parse
 from arriero.distributed.launch.launcher import run_processes
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.distributed.parallel.shards import local
 from arriero.train.loop import ResumePlan, train
 from arriero.train.optim import Optimizer
-from arriero.train.recipe import Recipe, Setting, parse
+from arriero.train.recipe import Recipe
 from arriero.train.trainer import Trainer
 
 STEP, BATCH, GRADIENTS = Trainer.step, Trainer.next_batch, Optimizer.collect_gradients

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from arriero.common.settings import Setting, parse
+from arriero.common.toml import file_settings
 from arriero.model.config import LlamaConfig, count_parameters
-from arriero.train.recipe import Recipe, Setting, bundled_directory, file_settings, find_bundled, parse
+from arriero.train.recipe import Recipe, bundled_directory, find_bundled
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path for path in bundled_directory().glob("*.toml") if path.stem != "demo")

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 import toy
+from arriero.common.settings import parse
+from arriero.common.toml import file_settings
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.train import garbage, loop
 from arriero.train.garbage import manual_gc
-from arriero.train.recipe import Recipe, file_settings, parse
+from arriero.train.recipe import Recipe
 from arriero.train.trainer import Trainer
 
 

@@ -19,12 +19,14 @@ import toy
 from arriero.checkpoint.digest import state_sha256
 from arriero.checkpoint.find import committed
 from arriero.common.errors import UserError
+from arriero.common.settings import parse
+from arriero.common.toml import file_settings
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.observe.events import KINDS, goodput, read_events
 from arriero.train import guard
 from arriero.train.guard import SpikeDetector
 from arriero.train.loop import ResumePlan, train
-from arriero.train.recipe import Recipe, file_settings, parse
+from arriero.train.recipe import Recipe
 from arriero.train.trainer import Trainer
 
 

@@ -15,6 +15,8 @@ import toy
 from arriero.checkpoint.find import committed
 from arriero.cli.main import dispatch
 from arriero.common.errors import EXIT_OK, EXIT_USAGE, UserError
+from arriero.common.settings import parse
+from arriero.common.toml import file_settings
 from arriero.data.batches import Batches
 from arriero.data.check import batch_notices
 from arriero.data.config import DataConfig
@@ -22,7 +24,7 @@ from arriero.data.indexed import IndexedWriter
 from arriero.data.instruct import InstructionSet
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.train.loop import ResumePlan, train
-from arriero.train.recipe import Recipe, file_settings, parse
+from arriero.train.recipe import Recipe
 from arriero.train.trainer import Trainer
 
 

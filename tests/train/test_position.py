@@ -16,12 +16,14 @@ from hypothesis import strategies as st
 import toy
 from arriero.checkpoint.find import committed
 from arriero.common.errors import UserError
+from arriero.common.settings import parse
+from arriero.common.toml import file_settings
 from arriero.data.batch import Batch
 from arriero.data.batches import Batches
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.train.loop import ResumePlan, train
 from arriero.train.position import Position, SkippedSamples, position_from_state
-from arriero.train.recipe import Recipe, file_settings, parse
+from arriero.train.recipe import Recipe
 from arriero.train.reporter import StepResult
 from arriero.train.trainer import Trainer
 

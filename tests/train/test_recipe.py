@@ -15,16 +15,10 @@ from arriero.cli.main import dispatch
 from arriero.cli.pretrain import read_command
 from arriero.common.errors import EXIT_USAGE, UserError
 from arriero.common.ranges import field_ranges, plain, range_problems
+from arriero.common.settings import Setting, command_line_settings, parse
+from arriero.common.toml import file_settings, to_toml
 from arriero.train.directory import recipe_text_problems
-from arriero.train.recipe import (
-    Recipe,
-    Setting,
-    bundled_directory,
-    command_line_settings,
-    file_settings,
-    parse,
-    to_toml,
-)
+from arriero.train.recipe import Recipe, bundled_directory
 
 
 def load(text: str, path: Path, *words: str) -> Recipe:

@@ -23,13 +23,15 @@ from arriero.checkpoint.lock import RunLock
 from arriero.checkpoint.verify import verify_checkpoint
 from arriero.cli.main import dispatch
 from arriero.common.errors import EXIT_OK, EXIT_USAGE, UserError
+from arriero.common.settings import parse
+from arriero.common.toml import file_settings
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.observe.events import Events
 from arriero.observe.profile import Profile
 from arriero.train import reporter as reporter_module
 from arriero.train.config import WatchConfig
 from arriero.train.directory import prepare_run_directory
-from arriero.train.recipe import Recipe, file_settings, parse
+from arriero.train.recipe import Recipe
 from arriero.train.reporter import Reporter, StepResult
 from arriero.train.watch import Watchdog
 from toy import CONFIG

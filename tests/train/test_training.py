@@ -15,10 +15,12 @@ import transformers
 import toy
 from arriero.checkpoint.digest import state_sha256
 from arriero.common.errors import UserError
+from arriero.common.settings import parse
+from arriero.common.toml import file_settings
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.train.loop import ResumePlan, train
 from arriero.train.precision import LossScale
-from arriero.train.recipe import Recipe, file_settings, parse
+from arriero.train.recipe import Recipe
 from arriero.train.schedule import learning_rate
 from arriero.train.trainer import Trainer
 

@@ -1,11 +1,10 @@
-"""`arriero generate`: text from a run, a checkpoint or a Hugging Face directory, with a cache of keys and values."""
+"""`arriero generate`: text from a run, a checkpoint or a Hugging Face directory."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -19,12 +18,8 @@ from arriero.common.ranges import flag, range_problems
 from arriero.common.text import escape, escape_message
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
     from arriero.data.tokenizer import Tokenizer
     from arriero.model.config import LlamaConfig
-    from arriero.model.llama import KeyValues, Llama
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ class GenerateArgs:
     device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
     """Where to compute; auto takes the accelerator that is there, or the CPU."""
     tokenizer: Path | None = None
-    """The tokenizer's directory, if it does not lie with the model."""
+    """The tokenizer's directory, if it is not beside the model."""
     json: bool = False
     """Print one JSON object: prompt, text, continuation, tokens, finish (eos or length), tokens_per_second."""
 
@@ -61,6 +56,7 @@ def run(args: GenerateArgs) -> int:
 
     from arriero.checkpoint.open_model import build, end_ids, open_model
     from arriero.data.tokenizer import load_tokenizer
+    from arriero.model.generate import generate
 
     opened = open_model(args.model)
     for note in opened.notes:
@@ -88,13 +84,13 @@ def run(args: GenerateArgs) -> int:
         temperature=args.temperature,
         top_p=args.top_p,
         seed=args.seed,
-        never=[i for i in tokenizer.unused_ids(opened.config.vocab_size).tolist() if i not in ends],
+        excluded=[i for i in tokenizer.unused_ids(opened.config.vocab_size).tolist() if i not in ends],
     ):
         if token in ends:
             break
         new.append(token)
         if not args.json:
-            printed = _show(tokenizer.decode([*prompt, *new]), printed)
+            printed = _print_complete(tokenizer.decode([*prompt, *new]), printed)
     finish = "length" if len(new) == args.max_new_tokens else "eos"
     text = tokenizer.decode([*prompt, *new])
     if args.json:
@@ -103,25 +99,25 @@ def run(args: GenerateArgs) -> int:
         answer = {"prompt": args.prompt, "text": text, "continuation": text[start:], "tokens": new}
         print(json.dumps({**answer, "finish": finish, "tokens_per_second": round(rate, 1)}, ensure_ascii=False))
     else:
-        sys.stdout.write(_visible(text[len(printed) :]) + "\n")
+        sys.stdout.write(_for_terminal(text[len(printed) :]) + "\n")
     return EXIT_OK
 
 
-def _show(text: str, before: str) -> str:
-    """Prints what is new and final: a character whose bytes are not all there yet decodes to the replacement mark."""
+def _print_complete(text: str, before: str) -> str:
+    """Prints what is new, without a last character whose bytes are incomplete: it decodes to the replacement mark."""
     ready = text.rstrip("\ufffd")
-    sys.stdout.write(_visible(ready[len(before) :]))
+    sys.stdout.write(_for_terminal(ready[len(before) :]))
     sys.stdout.flush()
     return ready if len(ready) > len(before) else before
 
 
-def _visible(text: str) -> str:
-    """The text as it is, but for control characters that a terminal would obey."""
+def _for_terminal(text: str) -> str:
+    """The text, with control characters escaped on a terminal."""
     return escape_message(text) if sys.stdout.isatty() else text
 
 
 def notices(tokenizer: Tokenizer, config: LlamaConfig, prompt: int, count: int) -> list[str]:
-    """What the user should know of this tokenizer and of `count` tokens after `prompt` with this model."""
+    """Warnings about this tokenizer, and about `count` tokens after `prompt`, with this model."""
     found = []
     if tokenizer.vocab_size > config.vocab_size:
         found.append(
@@ -141,7 +137,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str, vocab_size: int) -> list[int]
     """BOS and the text's ids.
 
     Raises:
-        UserError: nothing to begin with, not text, or an id that the model has no row for.
+        UserError: no token at all, not UTF-8, or an id beyond the model's vocabulary.
     """
     try:
         text.encode()
@@ -157,73 +153,3 @@ def encode_prompt(tokenizer: Tokenizer, text: str, vocab_size: int) -> list[int]
             "name the model's own tokenizer with --tokenizer",
         )
     return ids
-
-
-def generate(
-    model: Llama, prompt: list[int], count: int, *, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
-    never: Sequence[int] | np.ndarray = (),
-) -> Iterator[int]:  # fmt: skip
-    """Yields `count` token ids that follow `prompt`, none of `never`; the caller stops at the end-of-text id.
-
-    Keys and values are cached, except under `dynamic` rotary scaling, where a longer row turns every position anew.
-    """
-    import torch
-
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    ids = list(prompt)
-    cache: dict[str, KeyValues] | None = None
-    cached = model.config.rope_scaling.rope_type != "dynamic"
-    with torch.inference_mode():
-        for _ in range(count):
-            fresh = ids[-1:] if cache else ids
-            tokens_1L = torch.tensor([fresh], device=device)
-            if cached:
-                logits_V, cache = next_logits(model, tokens_1L, cache)
-            else:
-                logits_V = model(tokens_1L)[0, -1]
-            logits_V = logits_V.float().cpu()
-            logits_V[torch.as_tensor(never, dtype=torch.int64)] = -torch.inf
-            ids.append(choose(logits_V, temperature=temperature, top_p=top_p, generator=generator))
-            yield ids[-1]
-
-
-def next_logits(
-    model: Llama, tokens_BL: torch.Tensor, cache: dict[str, KeyValues] | None
-) -> tuple[torch.Tensor, dict[str, KeyValues]]:
-    """Logits [V] after the last of `tokens_BL` [1, L], which follow the cached positions; and the longer cache."""
-    import torch
-
-    past = 0 if not cache else next(iter(cache.values())).keys.shape[1]
-    length = tokens_BL.shape[1]
-    x_BLD = model.model.embed_tokens(tokens_BL)
-    positions = torch.arange(past, past + length, device=tokens_BL.device)
-    cos, sin = model.rope(positions, x_BLD.dtype, past + length)
-    mask = None
-    if past:  # a new token sees all before it; several see each other causally
-        mask = positions[:, None] >= torch.arange(past + length, device=tokens_BL.device)
-        mask = mask[None, None]
-    longer: dict[str, KeyValues] = {}
-    for name, layer in model.model.layers.items():
-        x_BLD, longer[name] = layer.step(x_BLD, cos, sin, mask, cache[name] if cache else None)  # type: ignore[operator]
-    return model.lm_head(model.model.norm(x_BLD[:, -1:]))[0, 0], longer
-
-
-def choose(logits_V: torch.Tensor, *, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """The next id: the likeliest at temperature 0, else a draw from the smallest set of probability `top_p`.
-
-    Raises:
-        UserError: the logits are NaN or infinite.
-    """
-    import torch
-
-    if not torch.isfinite(logits_V.max()):  # minus infinity marks ids that are never chosen
-        raise UserError("the model's logits are not finite", "try --dtype float32, or another checkpoint")
-    if temperature == 0:
-        return int(logits_V.argmax())
-    logits_V = logits_V.double() - logits_V.max()  # so that no temperature, however low, makes them infinite
-    probabilities_V = torch.softmax(logits_V / temperature, dim=-1)
-    sorted_V, ids_V = probabilities_V.sort(descending=True)
-    before_V = sorted_V.cumsum(-1) - sorted_V
-    sorted_V[before_V >= top_p] = 0  # the first is always kept
-    return int(ids_V[torch.multinomial(sorted_V, 1, generator=generator)])

@@ -6,17 +6,21 @@ import os
 import re
 import shlex
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from annotated_types import Interval
 
-from arriero.common.errors import EXIT_OK, EXIT_STOPPED, UserError, closest_match
+from arriero.cli.arguments import split_command, wants_help
+from arriero.cli.pretrain import read_command
+from arriero.common.errors import EXIT_OK, EXIT_STOPPED, UserError, closest_match, join_problems
 from arriero.common.files import make_directory, open_regular, os_error_text
 from arriero.common.ranges import PathText
+from arriero.common.settings import parse, show_flags
 from arriero.common.text import escape, escape_message
 from arriero.distributed.launch.secret import VARIABLE
+from arriero.train.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,29 @@ class SlurmArgs:
     """Where to write the batch file; empty prints it."""
 
 
-def run(words: list[str]) -> int:
+@dataclass(frozen=True)
+class LaunchArgs:
+    """`arriero launch slurm RECIPE --nodes N [--key.sub value ...]`."""
+
+    OWNERS: ClassVar = (SlurmArgs, Recipe)
+    """The dataclasses whose fields are flags of this verb."""
+    words: list[str]
+    """What follows `slurm`."""
+
+    @classmethod
+    def from_words(cls, words: list[str]) -> LaunchArgs:
+        """Checks the kind of launch; --help prints the flags and raises SystemExit."""
+        if words and words[0] not in ("slurm", "-h", "--help"):
+            raise UserError(f"launch: unknown kind '{escape(words[0])}'", closest_match(words[0], ["slurm"]))
+        if not words or wants_help(words):
+            show_flags(SlurmArgs, "arriero launch slurm RECIPE")
+            raise SystemExit(EXIT_OK)
+        return cls(words[1:])
+
+
+def run(args: LaunchArgs) -> int:
     """Prints or writes the batch file, once the recipe is known to fit the machines."""
-    if not words or words[0] != "slurm" or {"-h", "--help"} & set(words):
-        return _help(words)
-    text, file = batch_file(words[1:])
+    text, file = batch_file(args.words)
     if file:
         make_directory(Path(file).parent, "name a file that can be written with --out")
         try:
@@ -62,34 +84,19 @@ def run(words: list[str]) -> int:
     return EXIT_OK
 
 
-def _help(words: list[str]) -> int:
-    if words and words[0] not in ("slurm", "-h", "--help"):
-        raise UserError(f"launch: unknown kind '{escape(words[0])}'", closest_match(words[0], ["slurm"]))
-    from arriero.train.recipe import show_flags
-
-    show_flags(SlurmArgs, "arriero launch slurm RECIPE")
-    return EXIT_OK
-
-
 def batch_file(words: list[str]) -> tuple[str, str]:
     """The text of the batch file, and where it shall be written.
 
     Raises:
         UserError: the recipe is wrong, or it does not fit so many processes.
     """
-    from arriero.cli.pretrain import read_command
-    from arriero.common.errors import join_problems
-    from arriero.train.recipe import command_line_settings, parse
-
-    named = [words[0]] if words and not words[0].startswith("-") else []
+    named, (own,), given = split_command(words, SlurmArgs)
     if not named:
         raise UserError("no recipe named", "arriero launch slurm RECIPE --nodes N")
-    given = command_line_settings(words[1:])
-    own = {f.name for f in fields(SlurmArgs)}
-    args = parse(SlurmArgs, [s for s in given if s.key in own], prog="arriero launch slurm")
-    passed = [w for s in given if s.key not in own for w in (f"--{s.key}", *s.words)]
+    args = parse(SlurmArgs, own, prog="arriero launch slurm")
+    passed = [named, *(w for s in given for w in (f"--{s.key}", *s.words))]
     passed += ["--out", args.run] if args.run else []
-    recipe, _ = read_command(named + passed)
+    recipe, _ = read_command(passed)
     tasks = args.tasks_per_node or args.gpus_per_node
     if tasks < 1:
         raise UserError(
@@ -98,7 +105,7 @@ def batch_file(words: list[str]) -> tuple[str, str]:
     problems = _problems(args) or recipe.problems(args.nodes * tasks)
     if problems:
         raise join_problems(problems)
-    return _text(args, tasks, recipe.out, shlex.join(named + passed)), args.out
+    return _text(args, tasks, recipe.out, shlex.join(passed)), args.out
 
 
 def _problems(args: SlurmArgs) -> list[UserError]:

@@ -1,8 +1,14 @@
-"""The command line: verb -> the function that does it. Nothing heavy is imported before a verb is known."""
+"""The command line: finds a verb's module, reads its arguments and runs it. Only verbs that need torch import it.
+
+A verb is a dataclass of arguments and, beside it in the same module, `run(arguments) -> exit code`. tyro reads the
+arguments; a class with a classmethod `from_words(words)` reads them itself. Another package adds a verb by an entry
+point of the group `arriero.verbs` that names its arguments' class: `hello = "my_package.hello:HelloArgs"`.
+"""
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import signal
 import sys
 from dataclasses import dataclass
@@ -25,13 +31,13 @@ from arriero.common.version import __version__
 
 @dataclass(frozen=True)
 class Verb:
-    """Where a verb is done: `module.run` takes an `arguments` dataclass, or the bare words when that is empty."""
+    """Where a verb is: its module, the dataclass of its arguments in it, and a line about it."""
 
     module: str
     arguments: str
     summary: str
     result: Literal["files", "output"] = "output"
-    """What the verb is for. One that makes files goes on when its output can no longer be written."""
+    """What the verb is for. One that makes files continues when its output can no longer be written."""
 
 
 VERBS = {
@@ -43,9 +49,11 @@ VERBS = {
     ),
     "prepare": Verb("arriero.cli.prepare", "PrepareArgs", "text, JSON or parquet -> token files", "files"),
     "inspect": Verb("arriero.cli.inspect.command", "InspectArgs", "what a path is, and whether it is whole"),
-    "pretrain": Verb("arriero.cli.pretrain", "", "train a recipe, on one process or many", "files"),
-    "bench": Verb("arriero.cli.bench.command", "", "a recipe's speed here, the matmul peak, the best settings"),
-    "launch": Verb("arriero.cli.launch_slurm", "", "a SLURM batch file for a recipe"),
+    "pretrain": Verb("arriero.cli.pretrain", "PretrainArgs", "train a recipe, on one process or many", "files"),
+    "bench": Verb(
+        "arriero.cli.bench.command", "BenchArgs", "a recipe's speed here, the matmul peak, the best settings"
+    ),
+    "launch": Verb("arriero.cli.launch_slurm", "LaunchArgs", "a SLURM batch file for a recipe"),
     "convert": Verb(
         "arriero.cli.convert", "ConvertArgs", "weights between Hugging Face, Megatron, AscendSpeed", "files"
     ),
@@ -55,6 +63,7 @@ VERBS = {
         "arriero.cli.torture.command", "TortureArgs", "kill a small run again and again: does it always end the same?"
     ),
     "generate": Verb("arriero.cli.generate", "GenerateArgs", "text from a run or a Hugging Face directory"),
+    "completion": Verb("arriero.cli.completion", "CompletionArgs", "a script that completes words in bash or zsh"),
 }
 
 
@@ -71,10 +80,10 @@ def dispatch(words: list[str], *, last: bool = False) -> int:
         last: whether the process ends afterwards.
     """
     verb = VERBS.get(words[0]) if words else None
-    shows = not {"-h", "--help", "--verify-layout"}.isdisjoint(words)
-    with guarded_output(required=verb is None or verb.result == "output" or shows), interrupt_on_signals(last=last):
+    informs = not {"-h", "--help", "--verify-layout"}.isdisjoint(words)
+    with guarded_output(required=verb is None or verb.result == "output" or informs), interrupt_on_signals(last=last):
         try:
-            return _printed(words)
+            return _run_and_flush(words)
         except CheckFailed as error:
             print(escape_message(f"arriero: {error}"), file=sys.stderr)
             return EXIT_CHECK_FAILED
@@ -94,15 +103,15 @@ def dispatch(words: list[str], *, last: bool = False) -> int:
             return EXIT_USAGE
 
 
-def _printed(words: list[str]) -> int:
-    """Runs the command line until all that it prints has left this process."""
+def _run_and_flush(words: list[str]) -> int:
+    """Runs the command line and flushes standard output, whose errors count as this command's."""
     code = EXIT_OK
     try:
         if not words or words[0] in ("-h", "--help", "help", "-V", "--version"):
             print(f"arriero {__version__}" if words and words[0] in ("-V", "--version") else overview())
         else:
             code = run_verb(words[0], words[1:])
-    except SystemExit:  # tyro has printed its help, or what is wrong with the arguments
+    except SystemExit:  # after the help of a verb
         sys.stdout.flush()
         raise
     sys.stdout.flush()
@@ -110,24 +119,34 @@ def _printed(words: list[str]) -> int:
 
 
 def run_verb(name: str, words: list[str]) -> int:
-    """Imports the verb's module, parses its arguments with tyro and runs it."""
-    if name not in VERBS:
+    """Imports the verb's module, reads its arguments and runs it."""
+    verb = VERBS.get(name) or outside_verbs().get(name)
+    if verb is None:
         raise UserError(f"unknown verb '{escape(name)}'", closest_match(name, VERBS))
-    verb = VERBS[name]
     module = importlib.import_module(verb.module)
-    if not verb.arguments:
-        return int(module.run(words))
+    arguments = getattr(module, verb.arguments)
+    if hasattr(arguments, "from_words"):
+        return int(module.run(arguments.from_words(words)))
     from arriero.common.settings import parse_verb
 
-    cls = getattr(module, verb.arguments)
-    return int(module.run(parse_verb(cls, words, prog=f"arriero {name}", description=f"{verb.summary}.")))
+    return int(module.run(parse_verb(arguments, words, prog=f"arriero {name}", description=f"{verb.summary}.")))
+
+
+def outside_verbs() -> dict[str, Verb]:
+    """The verbs of other installed packages, by name."""
+    return {
+        point.name: Verb(
+            point.module, point.attr, f"from the package {point.dist.name if point.dist else point.module}"
+        )
+        for point in importlib.metadata.entry_points(group="arriero.verbs")
+    }
 
 
 def overview() -> str:
     """The list of verbs."""
-    lines = [f"  {name:10}{verb.summary}" for name, verb in VERBS.items()]
+    lines = [f"  {name:11}{verb.summary}" for name, verb in (outside_verbs() | VERBS).items()]
     return "\n".join(
-        ["usage: arriero VERB ... (arriero VERB --help tells more)", "", "Pre-train LLaMA models.", "", *lines]
+        ["usage: arriero VERB ... (arriero VERB --help explains it)", "", "Pre-train LLaMA models.", "", *lines]
     )
 
 

@@ -52,7 +52,7 @@ def range_problems(
         One error a field: "train.grad_clip is nan", with the fix "give a number from 0 to 1e6".
     """
     found = []
-    for key, kind, item in _leaves(value, ""):
+    for key, kind, item in leaves(value):
         if (only is None or key in only) and (wrong := value_problem(item, kind)):
             found.append(UserError(f"{name(key)} {wrong}", f"give {wanted(kind)}"))
     return found
@@ -72,12 +72,13 @@ def field_ranges(cls: type, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
+def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every dotted key of a dataclass instance and of those within it, with its annotated type and its value."""
     hints = get_type_hints(type(value), include_extras=True)
     for f in dataclasses.fields(value):
         item = getattr(value, f.name)
         if dataclasses.is_dataclass(item):
-            yield from _leaves(item, f"{prefix}{f.name}.")
+            yield from leaves(item, f"{prefix}{f.name}.")
         else:
             yield prefix + f.name, hints[f.name], item
 

@@ -12,10 +12,11 @@ from arriero.common.checkpoint_names import enclosing_checkpoint
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory, open_regular, os_error_text, write_atomic
 from arriero.common.text import escape
+from arriero.common.toml import MAX_BYTES, to_toml
 from arriero.common.untrusted import read_bytes, require_inside
 from arriero.data.tokenizer import GENERATION_CONFIG, load_tokenizer
 from arriero.train.facts import flat
-from arriero.train.recipe import MAX_RECIPE_BYTES, Recipe, to_toml
+from arriero.train.recipe import Recipe
 
 
 def out_problems(out: Path, checkpoints: Sequence[Path]) -> list[UserError]:
@@ -42,9 +43,9 @@ def recipe_text_problems(recipe: Recipe) -> list[UserError]:
             if isinstance(one, str) and not _is_text(one):
                 fix = "use a name of whole characters (UTF-8)"
                 found.append(UserError(f"{key}: {escape(one)} is not text that a recipe can hold", fix))
-    if not found and len(to_toml(recipe).encode()) > MAX_RECIPE_BYTES:
+    if not found and len(to_toml(recipe).encode()) > MAX_BYTES:
         fix = "use shorter names, such as relative paths"
-        found.append(UserError(f"the recipe is longer than the {MAX_RECIPE_BYTES:,} bytes that are read back", fix))
+        found.append(UserError(f"the recipe is longer than the {MAX_BYTES:,} bytes that are read back", fix))
     return found
 
 

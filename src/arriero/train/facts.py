@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arriero.common.files import open_regular
+from arriero.common.ranges import leaves
 from arriero.common.version import __version__
 from arriero.data.prefix import data_files, parse_prefix
 
@@ -90,13 +90,9 @@ def _as_now(older: dict[str, str], prefix: str) -> dict[str, str]:
     return found
 
 
-def flat(part: Any, prefix: str = "") -> dict[str, Any]:
+def flat(recipe: Recipe) -> dict[str, Any]:
     """Every key of a recipe, dotted, with its value."""
-    found: dict[str, Any] = {}
-    for f in dataclasses.fields(part):
-        value = getattr(part, f.name)
-        found |= flat(value, f"{prefix}{f.name}.") if dataclasses.is_dataclass(value) else {prefix + f.name: value}
-    return found
+    return {key: value for key, _, value in leaves(recipe)}
 
 
 def source_digest() -> str:

@@ -1,18 +1,15 @@
-"""The recipe: one TOML file plus `--key.sub value` on the command line, one parser, all problems at once.
+"""The recipe's schema: the dataclasses that each part of the program owns, and the checks across them.
 
-The file is flattened into the same flags that the command line gives, a later one replaces an earlier one, and tyro
-turns them into the frozen dataclasses that each part of the program owns. What each key means stands below its field.
+common/settings.py builds it from a TOML file and `--key.sub value` flags. Each field's docstring says what it means.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
-import tomllib
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from annotated_types import Interval
 
@@ -20,23 +17,13 @@ from arriero.checkpoint.config import CheckpointConfig
 from arriero.checkpoint.formats.huggingface import read_shape
 from arriero.common.errors import UserError, closest_match
 from arriero.common.ranges import PathText, path_problem, range_problems
-from arriero.common.settings import Setting, command_line_settings, field_types, parse, show_flags
 from arriero.common.text import escape
-from arriero.common.untrusted import read_text
 from arriero.data.config import DataConfig
 from arriero.distributed.parallel.config import ParallelConfig, RecomputeConfig
 from arriero.distributed.parallel.limits import compile_layout_problems, float8_problems
 from arriero.model.config import LlamaConfig
 from arriero.observe.profile import profile_problems
 from arriero.train.config import LogConfig, OptimConfig, ScheduleConfig, TrainConfig, WatchConfig
-
-__all__ = ["Recipe", "Setting", "bundled_directory", "command_line_settings", "field_types", "file_settings",
-           "find_bundled", "parse", "show_flags", "to_toml"]  # fmt: skip
-
-MAX_RECIPE_BYTES, MAX_DEPTH = 100_000, 50
-_DEEP_KEY = re.compile(
-    rf"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){{{MAX_DEPTH}}}"""
-)  # tomllib's time grows with the square of a key's parts
 
 
 @dataclass(frozen=True)
@@ -120,55 +107,6 @@ class Recipe:
         return found + self.recompute.problems(self.parallel)
 
 
-def file_settings(path: Path) -> list[Setting]:
-    """Reads a TOML recipe into settings that know their line.
-
-    Raises:
-        UserError: no such file, or not TOML.
-    """
-    try:
-        if wrong := path_problem(str(path)):
-            raise UserError(f"the recipe {wrong}", "name a TOML file, or one that comes with arriero")
-        if not path.is_file():
-            raise UserError(f"{path}: no such recipe", "name a TOML file, or one that comes with arriero")
-        text = read_text(path, "name a TOML file", MAX_RECIPE_BYTES)
-        if deep := _DEEP_KEY.search(text):
-            line = text.count("\n", 0, deep.start()) + 1
-            raise UserError(
-                f"{path}:{line}: a key of more than {MAX_DEPTH} parts", "no key of a recipe has more than two"
-            )
-        flat = _flatten(tomllib.loads(text))
-    except RecursionError:
-        raise UserError(f"{path}: not TOML that can be read: it is nested too deep", "mend it") from None
-    except ValueError as error:  # TOMLDecodeError is one; so is a number of more digits than Python reads
-        raise UserError(f"{path}: not TOML: {error}", "mend that line") from None
-    lines = _key_lines(text)
-    return [Setting(key, words, f"{path}:{lines.get(key, 1)}") for key, words in flat]
-
-
-def _flatten(table: dict[str, Any], prefix: str = "") -> list[tuple[str, list[str]]]:
-    found = []
-    for name, value in table.items():
-        key = f"{prefix}{name}".replace("-", "_")
-        if isinstance(value, dict):
-            found += _flatten(value, f"{key}.")
-        else:
-            found.append((key, [str(v) for v in value] if isinstance(value, list) else [str(value)]))
-    return found
-
-
-def _key_lines(text: str) -> dict[str, int]:
-    """The line on which each dotted key stands; tomllib does not tell."""
-    found: dict[str, int] = {}
-    table = ""
-    for number, line in enumerate(text.splitlines(), 1):
-        if header := re.match(r"\s*\[\s*([\w.-]+)\s*\]", line):
-            table = header[1] + "."
-        elif key := re.match(r"\s*([\w.-]+)\s*=", line):
-            found.setdefault((table + key[1]).replace("-", "_"), number)
-    return found
-
-
 def find_bundled(folder: str, name: str, suffix: str) -> Path:
     """`name` as a path if it is there, else the file of that name that comes with arriero.
 
@@ -198,15 +136,3 @@ def bundled_directory() -> Path:
     """Where the recipes lie: inside the installed package, or beside `src/` in a checkout."""
     inside = Path(str(resources.files("arriero"))) / "recipes"
     return inside if inside.is_dir() else Path(__file__).parents[3] / "recipes"
-
-
-def to_toml(value: Any) -> str:
-    """A recipe as TOML text, every key written out."""
-    import tomli_w
-
-    return tomli_w.dumps(_plain(value))
-
-
-def _plain(part: Any) -> dict[str, Any]:
-    values = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
-    return {key: _plain(v) if dataclasses.is_dataclass(v) else v for key, v in values.items()}

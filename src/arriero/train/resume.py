@@ -10,10 +10,12 @@ from typing import Any
 from arriero.checkpoint.state import load_state
 from arriero.checkpoint.verify import verify_metadata
 from arriero.common.errors import UserError, closest_match
+from arriero.common.settings import parse
 from arriero.common.text import escape
+from arriero.common.toml import file_settings
 from arriero.model.config import LlamaConfig
 from arriero.train.facts import flat, input_changes
-from arriero.train.recipe import Recipe, file_settings, parse
+from arriero.train.recipe import Recipe
 
 CHANGEABLE_KEYS = (
     "out", "device", "parallel.*", "recompute.*", "checkpoint.*", "log.*", "watch.*", "train.steps",

@@ -25,6 +25,8 @@ from arriero.checkpoint.verify import newest_intact_checkpoint
 from arriero.common.checkpoint_names import DAMAGED, STATE
 from arriero.common.device import synchronize, take_device
 from arriero.common.errors import UserError
+from arriero.common.settings import parse
+from arriero.common.toml import file_settings, to_toml
 from arriero.common.version import __version__
 from arriero.data.batches import Batches
 from arriero.data.prefetch import Prefetch
@@ -41,7 +43,7 @@ from arriero.train.guard import MAX_REWINDS, ReplicatedTensor, SpikeDetector, ch
 from arriero.train.optim import MOMENTS, Optimizer
 from arriero.train.position import Position, position_from_state
 from arriero.train.precision import LossScale, in_compute_dtype, store_dtype
-from arriero.train.recipe import Recipe, file_settings, parse, to_toml
+from arriero.train.recipe import Recipe
 from arriero.train.reporter import StepResult
 from arriero.train.schedule import learning_rate
 

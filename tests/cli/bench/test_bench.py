@@ -14,13 +14,15 @@ import toy
 from arriero.cli import main as cli
 from arriero.cli.bench import sweep
 from arriero.cli.bench.command import BenchConfig
-from arriero.cli.bench.trial import Result, Trial, trial
+from arriero.cli.bench.measure import Measurement, Result, new_measurement
 from arriero.common.errors import CheckFailed, UserError
+from arriero.common.settings import parse
+from arriero.common.toml import file_settings
 from arriero.distributed.launch.config import LaunchConfig
 from arriero.distributed.parallel.config import RecomputeConfig
 from arriero.model.config import LlamaConfig
 from arriero.observe.throughput import flops_per_token
-from arriero.train.recipe import Recipe, file_settings, parse
+from arriero.train.recipe import Recipe
 
 SHORT = ("--iterations", "2", "--warmup", "1")
 
@@ -119,11 +121,12 @@ def test_a_compiled_bench_says_so(recipe: Path) -> None:
     assert "first step: with the compilation and all else" in printed
 
 
-def made_up(trial: Trial, rate: float) -> Result:
-    train = trial.recipe.train
+def made_up(measurement: Measurement, rate: float) -> Result:
+    train = measurement.recipe.train
     return Result(
         device="d", model="m", layout="one process", processes=1, dtype=train.dtype, micro_batch=train.micro_batch,
-        global_batch=train.global_batch, sequence_length=train.sequence_length, recompute=trial.recipe.recompute.mode,
+        global_batch=train.global_batch, sequence_length=train.sequence_length,
+        recompute=measurement.recipe.recompute.mode,
         data="random tokens", iterations=1, seconds_per_step=1.0, samples_per_second_per_device=1.0,
         tokens_per_second_per_device=rate, tflops=1.0, mfu=0.5, mfu_full=0.5, hfu=None, peak_tflops=2.0,
         peak_source="measured", first_step_seconds=1.0, peak_memory_gb=1.0, last_loss=5.0,
@@ -137,17 +140,17 @@ def test_a_sweep_stops_at_what_does_not_fit_and_writes_the_fastest(
     tried: list[tuple[int, str]] = []
     compiled: list[tuple[int, str]] = []
 
-    def run_trial(trial: Trial, processes: int, launch: Any) -> Result:
-        micro, mode = trial.recipe.train.micro_batch, trial.recipe.recompute.mode
-        (compiled if trial.recipe.train.compile else tried).append((micro, mode))
+    def run_measurement(measurement: Measurement, processes: int, launch: Any) -> Result:
+        micro, mode = measurement.recipe.train.micro_batch, measurement.recipe.recompute.mode
+        (compiled if measurement.recipe.train.compile else tried).append((micro, mode))
         if micro > {"none": 2, "selective": 4, "full": 8}[mode]:
             raise UserError("out of memory", "lower it")
-        gain = 1.5 if trial.recipe.train.compile else 1.0
-        return made_up(trial, gain * micro * {"none": 1.0, "selective": 0.95, "full": 0.9}[mode])
+        gain = 1.5 if measurement.recipe.train.compile else 1.0
+        return made_up(measurement, gain * micro * {"none": 1.0, "selective": 0.95, "full": 0.9}[mode])
 
-    monkeypatch.setattr(sweep, "run_trial", run_trial)
+    monkeypatch.setattr(sweep, "run_measurement", run_measurement)
     whole = parse(Recipe, file_settings(recipe), prog="test")
-    first = trial(whole, "cpu", tmp_path, iterations=1, warmup=1)
+    first = new_measurement(whole, "cpu", tmp_path, iterations=1, warmup=1)
     found = sweep.sweep(first, 1, LaunchConfig())
     assert [pair for pair in tried if pair[1] == "none"] == [(1, "none"), (2, "none"), (4, "none")]
     assert [t.reason for t in found if t.recompute.mode == "none"] == ["", "", "out of memory", ""]
@@ -169,7 +172,7 @@ def test_a_sweep_stops_at_what_does_not_fit_and_writes_the_fastest(
 
 def test_a_sweep_in_which_nothing_fits() -> None:
     with pytest.raises(CheckFailed, match="no setting fits"):
-        sweep.best([sweep.Tried(1, RecomputeConfig(), None, "out of memory")])
+        sweep.best([sweep.SweepResult(1, RecomputeConfig(), None, "out of memory")])
 
 
 def test_micro_batches_divide_the_share() -> None:

@@ -22,11 +22,11 @@ def test_killed_and_killed_again_it_ends_the_same(tmp_path: Path) -> None:
 
 
 def test_a_run_that_ends_otherwise_fails() -> None:
-    tally = torture.Tally(runs=1, ends=[("other", [])])
+    results = torture.KillResults(runs=1, outcomes=[("other", [])])
     with pytest.raises(CheckFailed, match="1 of 1 runs ended otherwise"):
-        torture.report(torture.TortureArgs(json=True), ("sha", []), tally, {}, 1.0)
+        torture.report(torture.TortureArgs(json=True), ("sha", []), results, {}, 1.0)
     with pytest.raises(CheckFailed, match="0 of 0 runs"):
-        torture.report(torture.TortureArgs(json=True), ("sha", []), torture.Tally(), {"tensor 2": 1e-3}, 1.0)
+        torture.report(torture.TortureArgs(json=True), ("sha", []), torture.KillResults(), {"tensor 2": 1e-3}, 1.0)
 
 
 def test_impossible_orders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -146,9 +146,9 @@ def test_the_batch_file_is_whole_and_bash(tmp_path: Path, capsys: pytest.Capture
 def test_a_batch_file_for_a_recipe_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     with pytest.raises(UserError, match="3 data-parallel"):
-        launch_slurm.run(["slurm", str(recipe), "--nodes", "3", "--gpus-per-node", "1"])
+        launch_slurm.batch_file([str(recipe), "--nodes", "3", "--gpus-per-node", "1"])
     with pytest.raises(UserError, match="did you mean 'slurm'"):
-        launch_slurm.run(["slrum"])
+        launch_slurm.LaunchArgs.from_words(["slrum"])
 
 
 def meeting(port: int, *, node_rank: int = 0, address: str = "127.0.0.1") -> FixedRankRendezvous:

@@ -182,9 +182,9 @@ def test_ports_of_jobs_differ() -> None:
     ],
 )
 def test_values_that_do_not_belong_into_a_batch_file(tmp_path: Path, flag: str, value: str, named: str) -> None:
-    words = ["slurm", str(write_recipe(tmp_path)), "--gpus-per-node", "1", flag, value]
+    words = [str(write_recipe(tmp_path)), "--gpus-per-node", "1", flag, value]
     with pytest.raises(UserError, match=named):
-        launch_slurm.run(words)
+        launch_slurm.batch_file(words)
 
 
 @pytest.mark.parametrize("time", ["UNLIMITED", "30", "2-0", "1-12:00:00"])

@@ -16,11 +16,12 @@ import torch
 from torch._dynamo.utils import counters
 from torch.distributed import distributed_c10d
 
+from arriero.common.settings import Setting, parse
 from arriero.distributed.launch.launcher import run_processes
 from arriero.distributed.launch.objects import PICKLE_FUNCTIONS
 from arriero.distributed.launch.worker import run_in_process_group
 from arriero.distributed.parallel.mesh import Ranks
-from arriero.train.recipe import Recipe, Setting, parse
+from arriero.train.recipe import Recipe
 from arriero.train.trainer import Trainer
 
 PICKLES: list[str] = []

@@ -23,12 +23,14 @@ from arriero.cli.main import dispatch
 from arriero.common import device
 from arriero.common.device import float8_units
 from arriero.common.errors import EXIT_OK, EXIT_USAGE, UserError
+from arriero.common.settings import parse
+from arriero.common.toml import file_settings
 from arriero.distributed.parallel import apply, float8
 from arriero.distributed.parallel.config import ParallelConfig, RecomputeConfig
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.model.llama import Llama
 from arriero.train.preflight import check
-from arriero.train.recipe import Recipe, file_settings, parse
+from arriero.train.recipe import Recipe
 from arriero.train.trainer import Trainer
 
 # Sizes that float8 takes, also in halves; the toy's own heads are too narrow.

@@ -5,36 +5,29 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
-import tyro
 from annotated_types import Interval
 
+from arriero.cli.arguments import print_sections, recipe_sections, split_command, wants_help
+from arriero.cli.bench.measure import new_measurement, run_measurement
 from arriero.cli.bench.peak import Peak, matmul_peak
 from arriero.cli.bench.sweep import check_target, sweep, sweep_table, write_best
 from arriero.cli.bench.table import as_json, peak_table, result_table
-from arriero.cli.bench.trial import run_trial, trial
 from arriero.common.device import describe, device_type, matmul_dtypes, take_device
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError, join_problems
 from arriero.common.ranges import PathText, flag, range_problems
+from arriero.common.settings import Setting, parse
 from arriero.common.text import escape_message
+from arriero.common.toml import file_settings
 from arriero.distributed.launch.config import LaunchConfig, resolve_launch_env
 from arriero.distributed.launch.launcher import ProcessFailed, run_processes
 from arriero.distributed.launch.worker import RankInfo, is_launched_externally
 from arriero.train.memory import memory_problems
 from arriero.train.preflight import machine_problems
-from arriero.train.recipe import (
-    Recipe,
-    Setting,
-    command_line_settings,
-    field_types,
-    file_settings,
-    find_bundled,
-    parse,
-    show_flags,
-)
+from arriero.train.recipe import Recipe, find_bundled
 from arriero.train.run import process_count
 
 
@@ -67,28 +60,48 @@ class BenchConfig:
         return found
 
 
-def run(words: list[str]) -> int:
+@dataclass(frozen=True)
+class BenchArgs:
     """`arriero bench RECIPE [--key.sub value ...]`, or `arriero bench --peak`."""
-    if {"-h", "--help"} & set(words):
-        print_help()
-        return EXIT_OK
-    config, launch, named, settings = read_command(words)
+
+    OWNERS: ClassVar = (BenchConfig, LaunchConfig, Recipe)
+    """The dataclasses whose fields are flags of this verb."""
+    config: BenchConfig
+    launch: LaunchConfig
+    recipe: str
+    """The recipe's name; may be empty."""
+    settings: list[Setting]
+    """The recipe's keys of the command line."""
+
+    @classmethod
+    def from_words(cls, words: list[str]) -> BenchArgs:
+        """Reads the words after `bench`; --help prints the flags, or one section of them, and raises SystemExit."""
+        if not wants_help(words):
+            return read_command(words)
+        sections = {"bench": BenchConfig, "launch": LaunchConfig, **recipe_sections()}
+        print_sections(words, usage="arriero bench [RECIPE]", sections=sections, complete=(BenchConfig, LaunchConfig))
+        print(
+            "Every key of a recipe may be given as in arriero pretrain. Random weights are trained, and no run is kept."
+        )
+        raise SystemExit(EXIT_OK)
+
+
+def run(args: BenchArgs) -> int:
+    """Measures the device's matmul peak, or a recipe; returns the exit code."""
     try:
-        return bench_peak(config, launch, settings) if config.peak else bench(config, launch, named, settings)
+        if args.config.peak:
+            return bench_peak(args.config, args.launch, args.settings)
+        return bench(args.config, args.launch, args.recipe, args.settings)
     except ProcessFailed as error:
         print(escape_message(f"arriero: {error}"), file=sys.stderr)
         return EXIT_CHECK_FAILED
 
 
-def read_command(words: list[str]) -> tuple[BenchConfig, LaunchConfig, str, list[Setting]]:
+def read_command(words: list[str]) -> BenchArgs:
     """Bench's own flags, the launch's, the recipe's name and the recipe's keys, from the words after `bench`."""
-    named, words = (words[0], words[1:]) if words and not words[0].startswith("-") else ("", words)
-    given = command_line_settings(words)
-    own, starting = field_types(BenchConfig), field_types(LaunchConfig)
-    flags = [replace(s, words=s.words or ["True"]) if own.get(s.key) is bool else s for s in given]
-    config = parse(BenchConfig, [s for s in flags if s.key in own], prog="arriero bench")
-    launch = parse(LaunchConfig, [s for s in flags if s.key in starting], prog="arriero bench")
-    rest = [s for s in given if s.key not in own and s.key not in starting]
+    named, (own, launched), rest = split_command(words, BenchConfig, LaunchConfig)
+    config = parse(BenchConfig, own, prog="arriero bench")
+    launch = parse(LaunchConfig, launched, prog="arriero bench")
     problems = config.problems()
     if config.peak and (named or any(s.key != "device" for s in rest)):
         problems.append(UserError("--peak measures the device, not a recipe", "leave the recipe and its keys out"))
@@ -96,7 +109,7 @@ def read_command(words: list[str]) -> tuple[BenchConfig, LaunchConfig, str, list
         problems.append(UserError("no recipe named", "arriero bench RECIPE, such as: arriero bench llama-7b-zero-8p"))
     if problems:
         raise join_problems(problems)
-    return config, launch, named, rest
+    return BenchArgs(config, launch, named, rest)
 
 
 def bench(config: BenchConfig, launch: LaunchConfig, named: str, settings: list[Setting]) -> int:
@@ -112,7 +125,7 @@ def bench(config: BenchConfig, launch: LaunchConfig, named: str, settings: list[
             raise UserError("--sweep starts its own processes, on one machine", "start it without torchrun or --nodes")
         check_target(config.write)
     with tempfile.TemporaryDirectory(prefix="arriero-bench-") as root:
-        first = trial(
+        first = new_measurement(
             recipe, kind, Path(root), iterations=config.iterations, warmup=config.warmup,
             memory_limit=config.memory_limit,
         )  # fmt: skip
@@ -121,7 +134,7 @@ def bench(config: BenchConfig, launch: LaunchConfig, named: str, settings: list[
             print(as_json(results) if config.json else sweep_table(results))
             write_best(recipe, results, config.write)
             return EXIT_OK
-        result = run_trial(first, here, launch)
+        result = run_measurement(first, here, launch)
     if result is not None:
         print(as_json(result) if config.json else result_table(result))
     return EXIT_OK
@@ -146,7 +159,7 @@ def check(config: BenchConfig, recipe: Recipe, processes: int, kind: str, here: 
 
 
 @dataclass(frozen=True)
-class PeakJob:
+class PeakRequest:
     """What every process of `--peak` is handed."""
 
     device_kind: str
@@ -154,34 +167,20 @@ class PeakJob:
 
 
 def bench_peak(config: BenchConfig, launch: LaunchConfig, settings: list[Setting]) -> int:
-    """Measures matmuls; with --nproc-per-node, in several processes at once, of which the first speaks."""
+    """Measures matmuls; with --nproc-per-node, in several processes at once, of which the first one's are printed."""
     recipe = parse(Recipe, settings, prog="arriero bench")
     launch = resolve_launch_env(launch, os.environ)
     kind = device_type(recipe.device)
     if is_launched_externally() or launch.nodes > 1:
         raise UserError("--peak is about one machine", "start it without torchrun or --nodes")
     here = process_count(recipe, launch, kind) if launch.nproc_per_node else 1
-    print(run_processes(measure_peak, PeakJob(kind, config.json), here, launch=launch)[0])
+    print(run_processes(measure_peak, PeakRequest(kind, config.json), here, launch=launch)[0])
     return EXIT_OK
 
 
-def measure_peak(job: PeakJob) -> str:
+def measure_peak(job: PeakRequest) -> str:
     """What each process does; returns the text to print."""
     info = RankInfo.from_environment()
     device = take_device(job.device_kind, info.local_rank)
     peaks: list[Peak] = [matmul_peak(device, dtype) for dtype in matmul_dtypes(job.device_kind)]
     return as_json(peaks) if job.json else peak_table(describe(job.device_kind), peaks)
-
-
-def print_help() -> None:
-    """Bench's flags; the recipe's are `pretrain`'s."""
-
-    @dataclass(frozen=True)
-    class Bench:
-        bench: Annotated[BenchConfig, tyro.conf.arg(name="")] = field(default_factory=BenchConfig)
-        launch: Annotated[LaunchConfig, tyro.conf.arg(name="")] = field(default_factory=LaunchConfig)
-
-    print("usage: arriero bench RECIPE [--key.sub value ...]\n       arriero bench --peak\n")
-    print("Trains some iterations with random weights, writes no run, and prints the table. Every key of a recipe may")
-    print("be given as in arriero pretrain.\n")
-    show_flags(Bench, "arriero bench [RECIPE]")

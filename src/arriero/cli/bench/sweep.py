@@ -6,28 +6,29 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from arriero.cli.bench.measure import Measurement, Result, ran_out_of_memory, run_measurement
 from arriero.cli.bench.table import markdown, percent
-from arriero.cli.bench.trial import Result, Trial, ran_out, run_trial
 from arriero.common.device import available_memory
 from arriero.common.errors import CheckFailed, UserError
 from arriero.common.files import write_atomic
 from arriero.common.text import escape
+from arriero.common.toml import to_toml
 from arriero.distributed.launch.config import LaunchConfig
 from arriero.distributed.parallel.config import RecomputeConfig
 from arriero.distributed.parallel.limits import compile_layout_problems
 from arriero.train.preflight import compile_machine_problems
-from arriero.train.recipe import Recipe, to_toml
+from arriero.train.recipe import Recipe
 
 POLICIES = (
     RecomputeConfig(), RecomputeConfig("selective"), RecomputeConfig("selective", keep=("attention",)),
     RecomputeConfig("full"),
 )  # fmt: skip
-"""From most memory to least: a policy is left at the first micro batch that does not fit."""
+"""From most memory to least. No larger micro batch is tried after one that does not fit."""
 
 
 @dataclass(frozen=True)
-class Tried:
-    """One setting, and what came of it."""
+class SweepResult:
+    """One setting and its measurement."""
 
     micro_batch: int
     recompute: RecomputeConfig
@@ -45,23 +46,23 @@ class Tried:
         return self.recompute.mode + kept
 
 
-def sweep(trial: Trial, processes: int, launch: LaunchConfig) -> list[Tried]:
+def sweep(measurement: Measurement, processes: int, launch: LaunchConfig) -> list[SweepResult]:
     """Runs every setting that is possible with the recipe's layout and batch, the global batch staying what it is.
 
-    Compilation is tried last, at the fastest micro batch of each policy: it takes its time, and what it brings depends
-    little on the micro batch. Where it cannot work, it is left out.
+    Compilation is tried last, at the fastest micro batch of each policy: it is slow, and its gain depends little on the
+    micro batch. Where it cannot work, it is left out.
     """
-    recipe = trial.recipe
-    if not trial.memory_limit and trial.device_kind == "cpu":
-        trial = replace(trial, memory_limit=0.9 * available_memory() / processes / 1e9)
+    recipe = measurement.recipe
+    if not measurement.memory_limit and measurement.device_kind == "cpu":
+        measurement = replace(measurement, memory_limit=0.9 * available_memory() / processes / 1e9)
     data = max(1, processes // recipe.parallel.model_parallel)
     sizes = micro_batches(recipe.train.global_batch // data)
-    found: list[Tried] = []
+    found: list[SweepResult] = []
 
-    def run(candidate: Recipe) -> Tried:
+    def run(candidate: Recipe) -> SweepResult:
         known = next((t.result for t in found if t.result is not None), None)
-        peak = (known.peak_tflops, known.peak_source) if known is not None else trial.peak
-        tried = attempt(replace(trial, recipe=candidate, peak=peak), processes, launch)
+        peak = (known.peak_tflops, known.peak_source) if known is not None else measurement.peak
+        tried = try_setting(replace(measurement, recipe=candidate, peak=peak), processes, launch)
         found.append(tried)
         print(_name(tried), file=sys.stderr, flush=True)
         return tried
@@ -73,13 +74,13 @@ def sweep(trial: Trial, processes: int, launch: LaunchConfig) -> list[Tried]:
                 continue
             if run(candidate).result is None:
                 break
-    if not compile_machine_problems(trial.device_kind) and not compile_layout_problems(recipe.parallel):
+    if not compile_machine_problems(measurement.device_kind) and not compile_layout_problems(recipe.parallel):
         for tried in fastest_of_each_policy(found):
             run(with_settings(recipe, tried.micro_batch, tried.recompute, compiled=True))
     return found
 
 
-def fastest_of_each_policy(tried: list[Tried]) -> list[Tried]:
+def fastest_of_each_policy(tried: list[SweepResult]) -> list[SweepResult]:
     """The fastest of each policy that fitted into memory."""
     policies = dict.fromkeys(t.recompute for t in tried if t.result is not None)
     return [best([t for t in tried if t.recompute == policy]) for policy in policies]
@@ -96,19 +97,19 @@ def with_settings(recipe: Recipe, micro_batch: int, recompute: RecomputeConfig, 
     return replace(recipe, train=train, recompute=recompute)
 
 
-def attempt(trial: Trial, processes: int, launch: LaunchConfig) -> Tried:
-    """One setting; to run out of memory is a result."""
-    train = trial.recipe.train
-    setting = Tried(train.micro_batch, trial.recipe.recompute, None, compiled=train.compile)
+def try_setting(measurement: Measurement, processes: int, launch: LaunchConfig) -> SweepResult:
+    """Measures one setting; running out of memory is a result."""
+    train = measurement.recipe.train
+    setting = SweepResult(train.micro_batch, measurement.recipe.recompute, None, compiled=train.compile)
     try:
-        return replace(setting, result=run_trial(trial, processes, launch))
+        return replace(setting, result=run_measurement(measurement, processes, launch))
     except UserError as error:
-        if not (ran_out(trial) or "out of memory" in error.problem):
+        if not (ran_out_of_memory(measurement) or "out of memory" in error.problem):
             raise
         return replace(setting, reason=error.problem)
 
 
-def best(tried: list[Tried]) -> Tried:
+def best(tried: list[SweepResult]) -> SweepResult:
     """The fastest.
 
     Raises:
@@ -120,7 +121,7 @@ def best(tried: list[Tried]) -> Tried:
     return max(fitting, key=lambda t: t.result.tokens_per_second_per_device if t.result else 0.0)
 
 
-def sweep_table(tried: list[Tried]) -> str:
+def sweep_table(tried: list[SweepResult]) -> str:
     """Every setting in a row, and the best below."""
     rows = []
     for t in tried:
@@ -147,7 +148,7 @@ def check_target(path: str) -> None:
         raise UserError(f"--write {path}: no such directory", "make it first")
 
 
-def write_best(recipe: Recipe, tried: list[Tried], path: str) -> None:
+def write_best(recipe: Recipe, tried: list[SweepResult], path: str) -> None:
     """Writes the recipe as it was given, with the best settings, if a path is named."""
     if not path:
         return
@@ -159,7 +160,7 @@ def write_best(recipe: Recipe, tried: list[Tried], path: str) -> None:
     print(f"wrote {escape(path)}", file=sys.stderr)
 
 
-def _name(tried: Tried) -> str:
+def _name(tried: SweepResult) -> str:
     r = tried.result
     outcome = tried.reason if r is None else f"{r.tokens_per_second_per_device:.0f} tokens/s/p"
     compiled = ", compiled" if tried.compiled else ""

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
+from arriero.cli.bench.measure import Result
 from arriero.cli.bench.peak import Peak
-from arriero.cli.bench.trial import Result
 from arriero.observe.throughput import peak_flops
 
 

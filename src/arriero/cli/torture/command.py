@@ -1,8 +1,8 @@
-"""`arriero torture`: a run is killed again and again, wherever a run can die, and must end as if never touched.
+"""`arriero torture`: kills a run at random moments and checks that the resumed run gives the undisturbed run's numbers.
 
-The recipe is trained at reduced width on the CPU, once in peace and then under fire. Whatever is killed is started
-again with the same command line. In the end the SHA-256 of weights and moments, and the loss of every step, must be
-those of the peaceful run; and a checkpoint of the tortured run must give the same numbers under other layouts.
+The recipe is trained at reduced width on the CPU, first without kills, then with kills; after each, the same command
+line is started again. The SHA-256 of the final weights and moments and the loss of every step must equal those of the
+undisturbed run, and a checkpoint of a killed run must give the same numbers under other layouts.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from annotated_types import Interval
 from rich.console import Console
 from rich.table import Table
 
-from arriero.cli.torture.outcome import EVERY, STEPS, Outcome
-from arriero.cli.torture.rack import KINDS, Rack, Tally
+from arriero.cli.torture.harness import KILL_KINDS, KillHarness, KillResults
+from arriero.cli.torture.outcome import MIDDLE_STEP, Outcome
 from arriero.common.errors import EXIT_OK, CheckFailed, UserError
 from arriero.common.files import make_directory
 from arriero.common.ranges import PathText
@@ -46,47 +46,49 @@ class TortureArgs:
 
 
 def run(args: TortureArgs) -> int:
-    """Runs the torture and prints what came of it."""
+    """Runs the harness and prints its results; returns the exit code."""
     root = Path(args.out or tempfile.mkdtemp(prefix="arriero-torture-"))
     if args.out and root.exists() and any(root.iterdir()):
         raise UserError(f"{root}: is not empty", "name a directory that is new")
     make_directory(root, "name a directory that can be written with --out")
     try:
-        rack = Rack(root, recipe=args.recipe, processes=args.processes, kills=args.kills, seed=args.seed)
+        harness = KillHarness(root, recipe=args.recipe, processes=args.processes, kills=args.kills, seed=args.seed)
         began = time.monotonic()
-        peace = rack.in_peace()
-        tally = rack.under_fire()
-        others = rack.under_other_layouts()
-        return report(args, peace, tally, others, time.monotonic() - began)
+        undisturbed = harness.run_undisturbed()
+        results = harness.run_with_kills()
+        others = harness.resume_under_other_layouts()
+        return report(args, undisturbed, results, others, time.monotonic() - began)
     finally:
         if not args.out:
             shutil.rmtree(root, ignore_errors=True)
 
 
-def report(args: TortureArgs, peace: Outcome, tally: Tally, others: dict[str, float], seconds: float) -> int:
-    """Prints the verdict; raises CheckFailed if a run ended otherwise than in peace."""
+def report(
+    args: TortureArgs, undisturbed: Outcome, results: KillResults, others: dict[str, float], seconds: float
+) -> int:
+    """Prints the results; raises CheckFailed if a run's outcome differs from the undisturbed run's."""
     from arriero.train.verify_layout import LIMIT
 
-    wrong = sum(end != peace for end in tally.ends)
+    wrong = sum(end != undisturbed for end in results.outcomes)
     same_elsewhere = all(value <= LIMIT for value in others.values())
     facts = {
-        "kills": dict(tally.kills), "resumes": tally.resumes, "lost steps": tally.lost_steps,
-        "runs completed": tally.runs, "runs that ended otherwise": wrong, "sha256": peace[0],
+        "kills": dict(results.kills), "resumes": results.resumes, "lost steps": results.lost_steps,
+        "runs completed": results.runs, "runs that ended otherwise": wrong, "sha256": undisturbed[0],
         "other layouts": others, "seconds": round(seconds, 1),
     }  # fmt: skip
     if args.json:
         print(json.dumps(facts, indent=1))
     else:
         table = Table("killed", "times", box=None)
-        for kind, text in KINDS.items():
-            table.add_row(text, str(tally.kills[kind]))
+        for kind, text in KILL_KINDS.items():
+            table.add_row(text, str(results.kills[kind]))
         console = Console(soft_wrap=True)
         console.print(table)
-        print(f"{tally.kills.total()} kills, {tally.resumes} new starts, {tally.lost_steps} steps done twice, "
-              f"{tally.runs} runs completed in {seconds:.0f} s")  # fmt: skip
+        print(f"{results.kills.total()} kills, {results.resumes} new starts, {results.lost_steps} steps done twice, "
+              f"{results.runs} runs completed in {seconds:.0f} s")  # fmt: skip
         for name, value in others.items():
-            print(f"resumed from step {EVERY * (STEPS // EVERY // 2)} on {name}: final state within {value:.1e}")
-        print(f"final SHA-256 {peace[0]}: {'never changed' if not wrong else f'CHANGED in {wrong} runs'}")
+            print(f"resumed from step {MIDDLE_STEP} on {name}: final state within {value:.1e}")
+        print(f"final SHA-256 {undisturbed[0]}: {'never changed' if not wrong else f'CHANGED in {wrong} runs'}")
     if wrong or not same_elsewhere:
-        raise CheckFailed(f"{wrong} of {tally.runs} runs ended otherwise; other layouts: {others}, limit {LIMIT:g}")
+        raise CheckFailed(f"{wrong} of {results.runs} runs ended otherwise; other layouts: {others}, limit {LIMIT:g}")
     return EXIT_OK

@@ -1,4 +1,4 @@
-"""Making one operation of a save fail, as `checkpoint/disk.py` lets it: by an error, or by the death of the process."""
+"""Fault injection: makes one disk operation of a save (`checkpoint/disk.py`) raise an error or kill the process."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from arriero.distributed.launch.worker import ROUND_VARIABLE
 
 @dataclass
 class Fault:
-    """What happens at the operation `number` (from 1) of the process `rank`, and at all that follow if it `stays`."""
+    """A fault at operation `number` (from 1) of rank `rank`; a `persistent` one also at every later operation."""
 
     what: str
-    """kill ends the process, torn ends it in the middle of what it writes, the name of an error such as ENOSPC raises
-    it."""
+    """kill: SIGKILL before it; torn: SIGKILL after half of a write; the name of an errno such as ENOSPC: OSError."""
     number: int
-    stays: bool = False
+    persistent: bool = False
     rank: int = 0
     _count: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
@@ -40,12 +39,12 @@ class Fault:
         return cls(found[1], int(found[2]), bool(found[3]), int(found[4] or 0))
 
     def __call__(self, path: Path, write_half: Callable[[], object] | None) -> None:
-        """Ahead of each operation; only the first start of a job is hurt, so that a restart can be watched."""
+        """Called before each operation. After a restart no fault is injected, so that the restart succeeds."""
         if os.environ.get(ROUND_VARIABLE, "0") != "0":
             return
         now = next(self._count)
         if int(os.environ.get("RANK", "0")) != self.rank or not (
-            now == self.number or (self.stays and now > self.number)
+            now == self.number or (self.persistent and now > self.number)
         ):
             return
         if self.what == "torn" and write_half is not None:
@@ -57,5 +56,5 @@ class Fault:
 
 
 def install(text: str) -> None:
-    """Makes an operation of this process, or of those that are forked from it, fail as `text` says; empty: none."""
+    """Injects the fault described by `text` into this process and its forks; an empty text removes it."""
     disk.before_operation = Fault.parse(text) if text else disk.no_fault

@@ -1,4 +1,4 @@
-"""What a run left behind: how far it came, and what its end is, to the last bit."""
+"""The state of a run read from its files: the last step, and the final state and losses to the last bit."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 
 from arriero.common.errors import CheckFailed
 
-STEPS, EVERY = 40, 3
-"""Steps of a run, and between its checkpoints."""
+STEPS, CHECKPOINT_EVERY = 40, 3
+"""Steps of a run, and steps between its checkpoints."""
+MIDDLE_STEP = CHECKPOINT_EVERY * (STEPS // CHECKPOINT_EVERY // 2)
+"""The checkpoint that is kept for other layouts."""
 
 
 Outcome = tuple[str, list[tuple[int, str]]]
@@ -21,14 +23,14 @@ def log_size(out: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def tail(out: Path, since: int = -1) -> str:
-    """What a run has printed since byte `since`, or last."""
+def log_tail(out: Path, since: int = -1) -> str:
+    """The log of a run from byte `since` on, or its last 2000 bytes."""
     data = out.with_suffix(".log").read_bytes()
     return data[since if since >= 0 else -2000 :].decode(errors="replace")
 
 
 def last_step(out: Path) -> int:
-    """The last step that the metrics know."""
+    """The last step in metrics.jsonl."""
     path = out / "metrics.jsonl"
     lines = path.read_bytes().splitlines() if path.exists() else []
     for line in reversed(lines):
@@ -39,7 +41,7 @@ def last_step(out: Path) -> int:
     return 0
 
 
-def outcome(out: Path) -> Outcome:
+def run_outcome(out: Path) -> Outcome:
     """SHA-256 of the final state, and the loss of every step to the last bit."""
     from arriero.checkpoint.digest import state_sha256
     from arriero.checkpoint.directory import step_directory

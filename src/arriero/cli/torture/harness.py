@@ -1,4 +1,4 @@
-"""Starts a run, kills it somewhere, starts it again."""
+"""Starts a run, kills it at a random moment, and starts it again, until the wanted number of kills is reached."""
 
 from __future__ import annotations
 
@@ -13,13 +13,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from arriero.cli.torture.fault import install
-from arriero.cli.torture.outcome import EVERY, STEPS, Outcome, largest_difference, last_step, log_size, outcome, tail
+from arriero.cli.torture.outcome import (
+    CHECKPOINT_EVERY,
+    MIDDLE_STEP,
+    STEPS,
+    Outcome,
+    largest_difference,
+    last_step,
+    log_size,
+    log_tail,
+    run_outcome,
+)
 from arriero.common.errors import EXIT_OK, EXIT_STOPPED, CheckFailed, join_problems
 
-DEAD = (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM)  # by the signal, or by a SIGTERM that came too early
-PATIENCE = 240.0
-"""Seconds in which a start must come to an end, killed or not."""
-KINDS = {
+KILLED_EXIT_CODES = (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM)
+"""Of a start that a signal ended; the last one if SIGTERM came before the handlers were installed."""
+RUN_TIMEOUT = 240.0
+"""Seconds after which a start that has not ended fails the check."""
+KILL_KINDS = {
     "rank": "SIGKILL to one process",
     "all": "SIGKILL to all processes and the launcher",
     "launcher": "SIGKILL to the launcher alone",
@@ -30,23 +41,25 @@ KINDS = {
 
 
 @dataclass
-class Tally:
-    """What happened."""
+class KillResults:
+    """Counts over all runs of `run_with_kills`."""
 
     kills: Counter[str] = field(default_factory=Counter)
     resumes: int = 0
     lost_steps: int = 0
     runs: int = 0
-    ends: list[Outcome] = field(default_factory=list)
-    """Of every run that was completed."""
+    outcomes: list[Outcome] = field(default_factory=list)
+    """The outcome of each completed run."""
 
 
-class Rack:
-    """Starts, kills and starts again."""
+class KillHarness:
+    """Starts runs of one recipe in `root`, kills them and resumes them."""
 
     def __init__(self, root: Path, *, recipe: str, processes: int, kills: int, seed: int) -> None:
         """`recipe` is empty for the small model on 2 x tensor and 2 x data parallel, or names one."""
-        from arriero.train.recipe import Recipe, file_settings, find_bundled, parse, to_toml
+        from arriero.common.settings import parse
+        from arriero.common.toml import file_settings, to_toml
+        from arriero.train.recipe import Recipe, find_bundled
         from arriero.train.verify_layout import reduced
 
         self.kills, self.root, self.random = kills, root, random.Random(seed)
@@ -62,16 +75,15 @@ class Rack:
         small = reduced(whole, self.processes, root)
         small = replace(
             small, train=replace(small.train, steps=STEPS), log=replace(small.log, every=1),
-            checkpoint=replace(small.checkpoint, every=EVERY, keep=2, keep_every=EVERY * (STEPS // EVERY // 2)),
+            checkpoint=replace(small.checkpoint, every=CHECKPOINT_EVERY, keep=2, keep_every=MIDDLE_STEP),
         )  # fmt: skip
-        self.middle = small.checkpoint.keep_every
         self.file = root / "recipe.toml"
         self.file.write_text(to_toml(small), encoding="utf-8")
-        self.marks: dict[Path, int] = {}
-        """How long each run's log was when its last start ended."""
+        self.log_sizes: dict[Path, int] = {}
+        """Bytes of each run's log at the end of its last start."""
 
-    def start(self, out: Path, *words: str, processes: int | None = None, fault: str = "") -> int:
-        """Starts `arriero pretrain --resume auto` as a process group of its own; returns the launcher's number."""
+    def start_run(self, out: Path, *words: str, processes: int | None = None, fault: str = "") -> int:
+        """Starts `arriero pretrain --resume auto` as a process group of its own; returns the launcher's process id."""
         log = os.open(self.root / f"{out.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
         command = ["pretrain", str(self.file), "--out", str(out), "--resume", "auto", *words]
         command += ["--nproc-per-node", str(processes or self.processes)]
@@ -94,32 +106,34 @@ class Rack:
         os.close(log)
         return pid
 
-    def in_peace(self) -> Outcome:
-        """The run that nobody disturbs: its SHA-256 and its losses."""
-        out = self.root / "peace"
-        code = wait(self.start(out))
+    def run_undisturbed(self) -> Outcome:
+        """Runs without kills; returns the SHA-256 of the final state and the losses."""
+        out = self.root / "undisturbed"
+        code = wait_for_exit(self.start_run(out))
         if code != EXIT_OK:
-            raise CheckFailed(f"the undisturbed run ended with {code}: see {self.root / 'peace.log'}\n{tail(out)}")
-        return outcome(out)
+            raise CheckFailed(
+                f"the undisturbed run ended with {code}: see {self.root / 'undisturbed.log'}\n{log_tail(out)}"
+            )
+        return run_outcome(out)
 
-    def under_fire(self) -> Tally:
-        """Kills until it is enough; every run is brought to its end and its outcome noted."""
-        tally = Tally()
-        out = self.root / "fire-0"
+    def run_with_kills(self) -> KillResults:
+        """Starts and kills runs until the number of kills is reached; every run is completed."""
+        results = KillResults()
+        out = self.root / "killed-0"
         while True:
-            kind = self.random.choice(list(KINDS)) if tally.kills.total() < self.kills else ""
-            code = self.life(out, kind, tally)
+            kind = self.random.choice(list(KILL_KINDS)) if results.kills.total() < self.kills else ""
+            code = self.run_once(out, kind, results)
             if code == EXIT_OK:
-                tally.ends.append(outcome(out))
-                tally.runs += 1
-                if tally.kills.total() >= self.kills:
-                    return tally
-                out = self.root / f"fire-{tally.runs}"
+                results.outcomes.append(run_outcome(out))
+                results.runs += 1
+                if results.kills.total() >= self.kills:
+                    return results
+                out = self.root / f"killed-{results.runs}"
             else:
-                tally.resumes += 1
+                results.resumes += 1
 
-    def life(self, out: Path, kind: str, tally: Tally) -> int:
-        """One start of a run, and its end by `kind`, if it does not end before; returns the exit code."""
+    def run_once(self, out: Path, kind: str, results: KillResults) -> int:
+        """Starts a run once and kills it by `kind` unless it ends before; returns the exit code."""
         from arriero.checkpoint.find import committed
         from arriero.common.checkpoint_names import step_of
 
@@ -128,46 +142,46 @@ class Rack:
             words = ["--max-restarts", "1"]  # half of them are brought back by the launcher itself
         if kind in ("save", "torn"):
             fault = self.choose_fault("kill" if kind == "save" else "torn")
-        pid = self.start(out, *words, fault=fault)
-        if kind in ("rank", "all", "launcher", "term") and self.aim(pid, out):
-            shoot(pid, kind, self.random)
-            tally.kills[kind] += 1
-        code = wait(pid)
-        if code not in (EXIT_OK, EXIT_STOPPED, 1, *DEAD):
+        pid = self.start_run(out, *words, fault=fault)
+        if kind in ("rank", "all", "launcher", "term") and self.wait_for_kill_time(pid, out):
+            send_kill(pid, kind, self.random)
+            results.kills[kind] += 1
+        code = wait_for_exit(pid)
+        if code not in (EXIT_OK, EXIT_STOPPED, 1, *KILLED_EXIT_CODES):
             raise CheckFailed(
-                f"a start ended with exit code {code}: see {self.root / (out.name + '.log')}\n{tail(out)}"
+                f"a start ended with exit code {code}: see {self.root / (out.name + '.log')}\n{log_tail(out)}"
             )
-        if fault and "killed by SIGKILL" in tail(out, since=self.marks.get(out, 0)):
-            tally.kills[kind] += 1
-        self.marks[out] = log_size(out)
+        if fault and "killed by SIGKILL" in log_tail(out, since=self.log_sizes.get(out, 0)):
+            results.kills[kind] += 1
+        self.log_sizes[out] = log_size(out)
         done, saved = last_step(out), committed(out / "checkpoints")
-        tally.lost_steps += 0 if code == EXIT_OK else max(0, done - (step_of(saved[-1]) if saved else 0))
+        results.lost_steps += 0 if code == EXIT_OK else max(0, done - (step_of(saved[-1]) if saved else 0))
         return code
 
     def choose_fault(self, what: str) -> str:
-        """One of the operations of the first three saves of a start; half of the time, one that commits a save."""
+        """A fault at a random operation of the first three saves; half of the time on rank 0, where a save commits."""
         from arriero.checkpoint.directory import read_json, step_directory
         from arriero.checkpoint.shards import data_file
 
         rank, nth = self.random.randrange(self.processes), self.random.randint(1, 3)
         if self.random.random() < 0.5:
             rank = 0
-        file = data_file(step_directory(self.root / "peace" / "checkpoints", STEPS), rank)
+        file = data_file(step_directory(self.root / "undisturbed" / "checkpoints", STEPS), rank)
         tensors = read_json(file.with_suffix(".json"))["tensors"]
         own = sum(len(t["sha256"]) for t in tensors.values()) + 5  # header, sync, index and its sync, directory
         commits = 18 if rank == 0 else 0  # state, texts, manifest, rename, marker, and the directory made before
         at = nth * (own + commits) - (self.random.randint(0, commits) if rank == 0 else self.random.randint(0, own))
         return f"{what}@{at}:{rank}"
 
-    def aim(self, pid: int, out: Path) -> bool:
-        """Waits for the moment: some steps on, or some time in the start-up; False if the run ended first."""
+    def wait_for_kill_time(self, pid: int, out: Path) -> bool:
+        """Waits for a random step, or a random time in the start-up; returns False if the run ended before."""
         early = self.random.random() < 0.15
-        until = time.monotonic() + (self.random.uniform(0, 2) if early else PATIENCE)
-        begun, further = None, self.random.randint(1, 4 * EVERY)
+        until = time.monotonic() + (self.random.uniform(0, 2) if early else RUN_TIMEOUT)
+        begun, further = None, self.random.randint(1, 4 * CHECKPOINT_EVERY)
         while time.monotonic() < until:
             if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 return False
-            if log_size(out) > self.marks.get(out, 0) and not early:
+            if log_size(out) > self.log_sizes.get(out, 0) and not early:
                 now = last_step(out)
                 begun = now if begun is None and now else begun
                 if begun is not None and now >= begun + further:
@@ -176,17 +190,18 @@ class Rack:
             time.sleep(0.01)
         return True
 
-    def under_other_layouts(self) -> dict[str, float]:
-        """Largest relative difference of the final state when the tortured run's middle goes on under other layouts."""
+    def resume_under_other_layouts(self) -> dict[str, float]:
+        """Resumes a killed run's middle checkpoint under other layouts; returns the largest relative difference of each
+        final state from the undisturbed run's."""
         from arriero.checkpoint.directory import step_directory
 
-        middle = step_directory(self.root / "fire-0" / "checkpoints", self.middle)
-        end = step_directory(self.root / "peace" / "checkpoints", STEPS)
+        middle = step_directory(self.root / "killed-0" / "checkpoints", MIDDLE_STEP)
+        end = step_directory(self.root / "undisturbed" / "checkpoints", STEPS)
         found: dict[str, float] = {}
         for name, (processes, words) in other_layouts(self.processes).items():
-            out = self.root / f"other-{len(found)}"
+            out = self.root / f"other-layout-{len(found)}"
             shutil.copytree(middle, out / "checkpoints" / middle.name)
-            code = wait(self.start(out, *words, processes=processes))
+            code = wait_for_exit(self.start_run(out, *words, processes=processes))
             if code != EXIT_OK:
                 raise CheckFailed(f"resumed on {name} it ended with {code}: see {self.root / (out.name + '.log')}")
             found[name] = largest_difference(step_directory(out / "checkpoints", STEPS), end)
@@ -194,7 +209,7 @@ class Rack:
 
 
 def other_layouts(processes: int) -> dict[str, tuple[int, list[str]]]:
-    """Three ways of running what `processes` ran: name -> (processes, words)."""
+    """Three other layouts: name -> (processes, flags)."""
     plain = ["--parallel.tensor-parallel", "1", "--parallel.pipeline-parallel", "1", "--parallel.context-parallel", "1"]
     plain += ["--parallel.sequence-parallel", "false", "--parallel.zero-stage"]
     return {
@@ -204,20 +219,20 @@ def other_layouts(processes: int) -> dict[str, tuple[int, list[str]]]:
     }
 
 
-def shoot(launcher: int, kind: str, chance: random.Random) -> None:
-    """Sends the signal."""
+def send_kill(launcher: int, kind: str, chance: random.Random) -> None:
+    """Sends the signal of this kind of kill."""
     if kind == "term":
         os.kill(launcher, signal.SIGTERM)
     elif kind == "all":
         os.killpg(launcher, signal.SIGKILL)
     elif kind == "launcher":
         os.kill(launcher, signal.SIGKILL)
-    elif victims := children(launcher):
+    elif victims := child_processes(launcher):
         os.kill(chance.choice(victims), signal.SIGKILL)
 
 
-def children(parent: int) -> list[int]:
-    """The processes that `parent` has started and that live."""
+def child_processes(parent: int) -> list[int]:
+    """The running child processes of `parent`."""
     from arriero.distributed.launch.worker_monitor import process_state
 
     found = []
@@ -228,13 +243,13 @@ def children(parent: int) -> list[int]:
     return sorted(found)
 
 
-def wait(pid: int) -> int:
-    """The exit code, negative for a signal; what is left of the group is waited for, and killed if it stays."""
-    until = time.monotonic() + PATIENCE
+def wait_for_exit(pid: int) -> int:
+    """The exit code, negative for a signal. Kills the process group at the time-out and raises CheckFailed."""
+    until = time.monotonic() + RUN_TIMEOUT
     while not (done := os.waitpid(pid, os.WNOHANG))[0]:
         if time.monotonic() > until:
             os.killpg(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            raise CheckFailed(f"a start did not end within {PATIENCE:g} s")
+            raise CheckFailed(f"a start did not end within {RUN_TIMEOUT:g} s")
         time.sleep(0.01)
     return os.waitstatus_to_exitcode(done[1])

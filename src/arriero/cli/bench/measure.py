@@ -1,7 +1,7 @@
-"""One trial: some iterations of a recipe in processes of its own, with random weights, and nothing written.
+"""Measures some iterations of a recipe in processes of its own, with random weights; no run is written.
 
-Running out of memory is a result. An accelerator says so; a CPU process that passes the limit ends itself, before the
-kernel would end something else.
+Running out of memory is a result: an accelerator raises an error, and a CPU process that passes the limit ends itself
+before the kernel kills another one.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from arriero.train.verify_layout import describe as describe_layout
 from arriero.train.verify_layout import write_random_data
 
 OUT_OF_MEMORY = "out-of-memory"
-"""The file that a process without memory leaves in the trial's directory."""
+"""The file that a process writes into the measurement's directory when it runs out of memory."""
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What every process is handed."""
+class Measurement:
+    """What every process receives."""
 
     recipe: Recipe
     device_kind: str
@@ -53,7 +53,7 @@ class Trial:
     model: str
     """The shape's name."""
     data: str
-    """Where the tokens come from, for a person."""
+    """Where the tokens come from, as text for the table."""
     memory_limit: float = 0.0
     """GB of one process; 0 for none."""
     peak: tuple[float, str] = (0.0, "")
@@ -94,8 +94,10 @@ class Result:
     """Whether the layers were compiled (train.compile)."""
 
 
-def trial(recipe: Recipe, kind: str, root: Path, *, iterations: int, warmup: int, memory_limit: float = 0.0) -> Trial:
-    """Makes a recipe fit for a trial: its own data where it is there, else random tokens; no validation, no `init`."""
+def new_measurement(
+    recipe: Recipe, kind: str, root: Path, *, iterations: int, warmup: int, memory_limit: float = 0.0
+) -> Measurement:
+    """Prepares a recipe: its own data if present, else random tokens; without validation and without `init`."""
     config = recipe.model_config()
     (root / "config.json").write_text(json.dumps(config.to_json()))
     data, source = recipe.data, f"the recipe's data, {recipe.data.prefix}"
@@ -112,10 +114,10 @@ def trial(recipe: Recipe, kind: str, root: Path, *, iterations: int, warmup: int
         recipe, model=str(root / "config.json"), init="", tokenizer="", data=data, train=train, schedule=schedule
     )
     peak = (recipe.log.peak_tflops, "given as log.peak_tflops") if recipe.log.peak_tflops else (0.0, "")
-    return Trial(fit, kind, root, iterations, warmup, name.name, source, memory_limit, peak)
+    return Measurement(fit, kind, root, iterations, warmup, name.name, source, memory_limit, peak)
 
 
-def run_trial(trial: Trial, processes: int, launch: LaunchConfig | None = None) -> Result | None:
+def run_measurement(measurement: Measurement, processes: int, launch: LaunchConfig | None = None) -> Result | None:
     """Runs it in new processes, or in this one where it is one of several already; None where this is not rank 0.
 
     Raises:
@@ -123,70 +125,75 @@ def run_trial(trial: Trial, processes: int, launch: LaunchConfig | None = None) 
         ProcessFailed: a process failed for another reason.
     """
     for name in (OUT_OF_MEMORY, "result.json"):
-        (trial.root / name).unlink(missing_ok=True)
+        (measurement.root / name).unlink(missing_ok=True)
     try:
         if is_launched_externally():
-            run_in_process_group(work, trial)
+            run_in_process_group(run_worker, measurement)
         else:
-            run_processes(work, trial, processes, launch=launch)
+            run_processes(run_worker, measurement, processes, launch=launch)
     except ProcessFailed as error:
-        if (note := trial.root / OUT_OF_MEMORY).exists():
+        if (note := measurement.root / OUT_OF_MEMORY).exists():
             raise UserError(note.read_text(), "lower train.micro_batch, or set recompute.mode") from None
         if "SIGKILL" in str(error):
             raise UserError(f"out of memory, it seems: {error}", "lower train.micro_batch") from None
         raise
-    found = trial.root / "result.json"
+    found = measurement.root / "result.json"
     return Result(**json.loads(found.read_text())) if found.exists() else None
 
 
-def ran_out(trial: Trial) -> bool:
-    """Whether a process of the trial left word that memory ran out."""
-    return (trial.root / OUT_OF_MEMORY).exists()
+def ran_out_of_memory(measurement: Measurement) -> bool:
+    """Whether a process of the measurement ran out of memory."""
+    return (measurement.root / OUT_OF_MEMORY).exists()
 
 
-def work(trial: Trial) -> None:
+def run_worker(measurement: Measurement) -> None:
     """What each process does."""
     try:
-        with MemoryGuard(trial) if trial.memory_limit and trial.device_kind == "cpu" else nullcontext():
-            measure(trial)
+        with (
+            MemoryGuard(measurement) if measurement.memory_limit and measurement.device_kind == "cpu" else nullcontext()
+        ):
+            measure(measurement)
     except (RuntimeError, MemoryError) as error:
         cpu = "can't allocate memory" in str(error)
         if not (cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))):
             raise
-        (trial.root / OUT_OF_MEMORY).write_text("out of memory")
+        (measurement.root / OUT_OF_MEMORY).write_text("out of memory")
         raise UserError("out of memory", "lower train.micro_batch, or set recompute.mode") from None
 
 
-def measure(trial: Trial) -> None:
+def measure(measurement: Measurement) -> None:
     """Trains warm-up and measured iterations; the first process writes the result."""
-    recipe, kind = trial.recipe, trial.device_kind
+    recipe, kind = measurement.recipe, measurement.device_kind
     ranks = Ranks.build(recipe.parallel, kind)
     trainer = Trainer(recipe, ranks, local_rank=int(os.environ.get("LOCAL_RANK", "0")), device_kind=kind)
-    fill_randomly(trainer)
+    initialize_randomly(trainer)
     seconds: list[float] = []
-    for step in range(trial.warmup + trial.iterations):
-        if step == trial.warmup:
-            settle(ranks, kind)
+    for step in range(measurement.warmup + measurement.iterations):
+        if step == measurement.warmup:
+            wait_for_all_ranks(ranks, kind)
             began = time.perf_counter()
         start = time.perf_counter()
         result = trainer.step()
         seconds.append(time.perf_counter() - start)
     synchronize(kind)
-    each = (time.perf_counter() - began) / trial.iterations
-    memory, config, device = largest(peak_memory(kind), ranks), trainer.config, trainer.device
+    each = (time.perf_counter() - began) / measurement.iterations
+    memory = max_over_ranks(peak_memory(kind), ranks)
+    config, device = trainer.config, trainer.device
     del trainer  # the peak's matrices need room
-    peak = known_peak(trial, device)
+    peak = find_peak(measurement, device)
     if ranks.first:
-        row = conclude(trial, config, ranks, each, peak, first_step_seconds=seconds[0], memory=memory, last=result)
-        (trial.root / "result.json").write_text(json.dumps(asdict(row)))
+        row = build_result(
+            measurement, config, ranks, each, peak, first_step_seconds=seconds[0], memory=memory, last=result
+        )
+        (measurement.root / "result.json").write_text(json.dumps(asdict(row)))
 
 
-def conclude(
-    trial: Trial, config: LlamaConfig, ranks: Ranks, seconds: float, peak: tuple[float, str], *,
+def build_result(
+    measurement: Measurement, config: LlamaConfig, ranks: Ranks, seconds: float, peak: tuple[float, str], *,
     first_step_seconds: float, memory: float, last: StepResult,
 ) -> Result:  # fmt: skip
-    """The row that follows from the time of a step."""
-    recipe, train, recompute = trial.recipe, trial.recipe.train, trial.recipe.recompute
+    """The table row computed from the seconds of a step."""
+    recipe, train, recompute = measurement.recipe, measurement.recipe.train, measurement.recipe.recompute
     samples = train.global_batch / seconds / ranks.world
     tokens = samples * train.sequence_length
     figures = throughput(
@@ -194,10 +201,11 @@ def conclude(
         layers=recompute.layers(recipe.parallel, config.num_hidden_layers), keep=recompute.kept,
     )  # fmt: skip
     return Result(
-        device=describe(trial.device_kind), model=trial.model, layout=describe_layout(recipe.parallel, ranks.world),
+        device=describe(measurement.device_kind), model=measurement.model,
+        layout=describe_layout(recipe.parallel, ranks.world),
         processes=ranks.world, dtype=train.dtype, micro_batch=train.micro_batch, global_batch=train.global_batch,
         sequence_length=train.sequence_length, recompute=recompute.mode,
-        data=trial.data, iterations=trial.iterations,
+        data=measurement.data, iterations=measurement.iterations,
         seconds_per_step=seconds, samples_per_second_per_device=samples, tokens_per_second_per_device=tokens,
         tflops=figures.tflops, mfu=figures.mfu, mfu_full=figures.mfu_full, hfu=figures.hfu, peak_tflops=peak[0],
         peak_source=peak[1], first_step_seconds=first_step_seconds, peak_memory_gb=memory / 1e9, last_loss=last.loss,
@@ -205,11 +213,11 @@ def conclude(
     )  # fmt: skip
 
 
-def known_peak(trial: Trial, device: torch.device) -> tuple[float, str]:
+def find_peak(measurement: Measurement, device: torch.device) -> tuple[float, str]:
     """The device's peak as given, as its data sheet has it, or measured now by all processes at once."""
-    dtype = trial.recipe.train.dtype
-    if trial.peak[0]:
-        return trial.peak
+    dtype = measurement.recipe.train.dtype
+    if measurement.peak[0]:
+        return measurement.peak
     name = device_name(device.type)
     if sheet := peak_flops(name, dtype):
         return sheet / 1e12, f"the data sheet of {name}"
@@ -220,8 +228,8 @@ def known_peak(trial: Trial, device: torch.device) -> tuple[float, str]:
 
 
 @torch.no_grad()
-def fill_randomly(trainer: Trainer) -> None:
-    """Normal weights made on the device, quicker than `InitialWeights`: they depend on the layout, as no run's may."""
+def initialize_randomly(trainer: Trainer) -> None:
+    """Normal weights drawn on the device: quicker than `InitialWeights`, but different in each layout."""
     torch.manual_seed(trainer.recipe.seed)
     for part in trainer.parts:
         for parameter in part.parameters():
@@ -230,13 +238,13 @@ def fill_randomly(trainer: Trainer) -> None:
     trainer.optimizer.start(None, updates=0)
 
 
-def settle(ranks: Ranks, kind: str) -> None:
-    """Lets all processes arrive, so that none measures another's start."""
+def wait_for_all_ranks(ranks: Ranks, kind: str) -> None:
+    """A barrier, so that no process's time includes another's start-up."""
     synchronize(kind)
     ranks.barrier()
 
 
-def largest(value: float, ranks: Ranks) -> float:
+def max_over_ranks(value: float, ranks: Ranks) -> float:
     """The largest `value` among the processes; through gloo, on the CPU."""
     tensor = torch.tensor(value, dtype=torch.float64)
     if ranks.mesh is not None:
@@ -245,18 +253,20 @@ def largest(value: float, ranks: Ranks) -> float:
 
 
 class MemoryGuard:
-    """Ends this process when its resident memory passes the trial's limit; looks every 20 ms on a thread."""
+    """Ends this process when its resident memory passes the measurement's limit; a thread checks every 20 ms."""
 
-    def __init__(self, trial: Trial) -> None:
-        self.trial, self._done = trial, threading.Event()
+    def __init__(self, measurement: Measurement) -> None:
+        self.measurement, self._done = measurement, threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def _watch(self) -> None:
-        limit = self.trial.memory_limit * 1e9
+        limit = self.measurement.memory_limit * 1e9
         while not self._done.wait(0.02):
             if (used := resident_memory()) > limit:
-                text = f"out of memory: a process held {used / 1e9:.2f} GB, more than {self.trial.memory_limit:.2f}"
-                (self.trial.root / OUT_OF_MEMORY).write_text(text)
+                text = (
+                    f"out of memory: a process held {used / 1e9:.2f} GB, more than {self.measurement.memory_limit:.2f}"
+                )
+                (self.measurement.root / OUT_OF_MEMORY).write_text(text)
                 os._exit(1)
 
     def __enter__(self) -> MemoryGuard:
