@@ -35,12 +35,12 @@ from arriero.cli.bench.measure import initialize_randomly
 from arriero.cli.bench.peak import matmul_peak
 from arriero.cli.bench.table import markdown, percent
 from arriero.common.device import (
-    describe,
+    device_description,
     device_name,
     device_type,
     peak_memory,
+    select_device,
     synchronize,
-    take_device,
     tune_allocator,
 )
 from arriero.data.config import DataConfig
@@ -232,7 +232,7 @@ def clean(kind: str) -> None:
 
 def run(bench: Bench, tiny: bool, budget: float) -> dict[str, Any]:
     began = time.perf_counter()
-    device = take_device(bench.kind, 0)
+    device = select_device(bench.kind, 0)
     before = matmul_peak(device, "bfloat16", seconds=0.2 if tiny else 3.0)
     clean(bench.kind)
     sheet = (peak_flops(device_name(bench.kind), "bfloat16") or 0.0) / 1e12
@@ -257,7 +257,7 @@ def run(bench: Bench, tiny: bool, budget: float) -> dict[str, Any]:
     if importlib.util.find_spec("transformers"):
         versions["transformers"] = importlib.import_module("transformers").__version__
     return {
-        "device": describe(bench.kind), "versions": versions, "data_sheet_tflops": sheet or None,
+        "device": device_description(bench.kind), "versions": versions, "data_sheet_tflops": sheet or None,
         "matmul_tflops_before": before.tflops, "matmul_tflops_after": after.tflops, "rows": rows,
         "seconds": time.perf_counter() - began,
     }  # fmt: skip

@@ -36,7 +36,7 @@ from turns import Player, PlayerError
 from arriero.checkpoint.formats.huggingface import write_huggingface
 from arriero.cli.bench.peak import matmul_peak
 from arriero.cli.bench.table import markdown, percent
-from arriero.common.device import describe
+from arriero.common.device import device_description
 from arriero.data.batches import Batches
 from arriero.data.config import DataConfig
 from arriero.model.config import LlamaConfig
@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     name = "tiny" if args.tiny else args.shape
     config = shape(name)
     torch.set_num_threads(args.threads)
-    device = describe("cpu")
+    device = device_description("cpu")
     torch.set_num_threads(1)  # the peak of one core: CPU seconds are one core's
     wanted = args.only or list(contenders())
     absent = {contender: missing(contender) for contender in wanted}

@@ -40,7 +40,7 @@ def test_what_a_person_reads_fits_60_columns(
     assert max(len(line) for line in out.splitlines()) <= 60
     assert "FAIL" in out
     assert "GLOO_SOCKET_IFNAME" in out
-    assert out.rstrip().endswith("mend what says FAIL")
+    assert out.rstrip().endswith("fix what says FAIL")
 
 
 def test_packages_missing_old_and_optional(monkeypatch: pytest.MonkeyPatch) -> None:

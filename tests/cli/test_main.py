@@ -100,6 +100,7 @@ REFUSED = {
     "device": (["--device", "npu"], "not available"),
     "stray word": (["stray"], "stray"),
     "no value": (["--train.steps"], "train.steps"),
+    "watch": (["--watch.seconds", "1e-320"], "give a number from 0.1 on, or 0 to turn it off"),
     "processes": (["--nproc-per-node", "-1"], "nproc-per-node"),
 }
 
@@ -126,6 +127,15 @@ def test_a_finished_run_is_not_overwritten(run: Path) -> None:
     assert "already holds a run" in printed
     assert f"--resume {run / 'run'}" in printed
     assert (run / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_nothing_is_written_among_a_runs_checkpoints(run: Path) -> None:
+    checkpoints = run / "run" / "checkpoints"
+    before = sorted(checkpoints.iterdir())
+    refused = "where only a run's checkpoints belong"
+    assert refused in toy.arriero("pretrain", run / "toy.toml", "--out", checkpoints / "x", code=2)
+    assert refused in toy.arriero("torture", "--kills", "1", "--out", checkpoints / "x" / "y", code=2)
+    assert sorted(checkpoints.iterdir()) == before
 
 
 def test_no_recipe_and_missing_recipe() -> None:

@@ -48,8 +48,8 @@ def test_any_division_of_the_work_is_torchs_cross_entropy(
     sizes: tuple[int, int, int], matmul: int, softmax: int, scale: float, seed: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head, "logits_at_once", lambda kind: matmul)
-        patch.setattr(head, "softmax_at_once", lambda kind: softmax)
+        patch.setattr(head, "logits_chunk_size", lambda kind: matmul)
+        patch.setattr(head, "softmax_chunk_size", lambda kind: softmax)
         x, weight, labels = inputs(*sizes, seed)
         for got, want in zip(ours(x, weight, labels, scale), reference(x, weight, labels, scale), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)

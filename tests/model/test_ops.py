@@ -272,8 +272,8 @@ def test_fused_operators_are_npus_alone() -> None:
 
 
 def test_only_npu_needs_the_cpu_to_sum_float64() -> None:
-    assert [device.sums_on_host(kind, torch.float64) for kind in ("cpu", "cuda", "npu")] == [False, False, True]
-    assert not device.sums_on_host("npu", torch.float32)
+    assert [device.reduces_on_host(kind, torch.float64) for kind in ("cpu", "cuda", "npu")] == [False, False, True]
+    assert not device.reduces_on_host("npu", torch.float32)
 
 
 def test_grouped_heads_under_a_mask_are_spread_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +290,7 @@ def test_grouped_heads_under_a_mask_are_spread_for_cuda(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
     ops.causal_attention(q, k, v)
-    monkeypatch.setattr(ops.device, "masked_heads_are_spread", lambda kind: True)
+    monkeypatch.setattr(ops.device, "expands_kv_heads_under_mask", lambda kind: True)
     ops.causal_attention(q, k, v)
     assert seen == [(2, True), (2, True)]  # causal attention shares heads everywhere
     assert torch.equal(ops.causal_attention(q, k, v, mask), expected)

@@ -112,7 +112,7 @@ def test_in_float64_the_divisor_is_exact_and_the_plain_formula_is_met(
     *, divides: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel would take the divisor in float32, and two layouts whose norms differ in the last bit would part."""
-    monkeypatch.setattr("arriero.train.optim.fused_update_divides", lambda kind: divides)
+    monkeypatch.setattr("arriero.train.optim.fused_adamw_takes_grad_scale", lambda kind: divides)
     ours, theirs = pair(torch.float64)
     optimizer, reference = Optimizer([ours], OptimConfig(), Ranks()), torch_adamw(theirs, OptimConfig(), foreach=False)
     optimizer.start(None, updates=0)
@@ -126,10 +126,10 @@ def test_in_float64_the_divisor_is_exact_and_the_plain_formula_is_met(
 
 
 def test_a_device_whose_kernel_does_not_divide_gets_multiplied_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {kind: device.fused_update_divides(kind) for kind in device.BACKENDS} == {
+    assert {kind: device.fused_adamw_takes_grad_scale(kind) for kind in device.BACKENDS} == {
         "cpu": True, "cuda": True, "npu": False,
     }  # fmt: skip
-    monkeypatch.setattr("arriero.train.optim.fused_update_divides", lambda kind: False)
+    monkeypatch.setattr("arriero.train.optim.fused_adamw_takes_grad_scale", lambda kind: False)
     ours, theirs = pair()
     optimizer, reference = Optimizer([ours], OptimConfig(), Ranks()), torch_adamw(theirs, OptimConfig(), fused=True)
     optimizer.start(None, updates=0)

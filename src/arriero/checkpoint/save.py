@@ -23,7 +23,7 @@ from arriero.checkpoint.retention import delete_checkpoint, expired, is_uncommit
 from arriero.checkpoint.shards import TensorShard, data_file, write_shards
 from arriero.checkpoint.verify import verify_checkpoint
 from arriero.common.checkpoint_names import STATE
-from arriero.common.device import host_room, synchronize
+from arriero.common.device import empty_host_tensor, synchronize
 from arriero.common.errors import UserError
 from arriero.common.files import DISK_FULL
 from arriero.distributed.parallel.mesh import Ranks
@@ -117,7 +117,7 @@ class Saver:
     def _host_buffer(self, key: str, value: Tensor) -> Tensor:
         buffer = self._copies.get(key)
         if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
-            buffer = self._copies[key] = host_room(value)
+            buffer = self._copies[key] = empty_host_tensor(value)
         return buffer
 
     def _copy(self, key: str, value: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ from arriero.data.demo_corpus import corpus_texts, train_tokenizer, write_corpus
 
 VOCABULARY = 2048  # the demo model's, see recipes/models/demo.json
 LIMIT = "1e-10"
-"""The relative error that the two runs may have. They differ by the order of their sums alone: by 1e-15 in float64
-(ten seeds, 1 to 4 threads), but in float32 by 1e-6 to 1e-5, as seed, threads and processor have it."""
+"""Largest relative difference of the two runs. They differ only in the order of sums: by 1e-15 in float64 (ten seeds, 1
+to 4 threads), in float32 by 1e-6 to 1e-5, depending on seed, threads and processor."""
 COMPARED_STEPS = "10"
 
 
@@ -45,8 +45,8 @@ class DemoArgs:
 def run(args: DemoArgs) -> int:
     """Runs the demo; 0 if every step worked, 1 if one failed or the two compared runs differ."""
     out = args.out
-    _make_room(out, overwrite=args.overwrite)
-    began = time.perf_counter()
+    _prepare_directory(out, overwrite=args.overwrite)
+    started = time.perf_counter()
     data, model = out / "data", out / "huggingface"
     main, one, two = out / "one-process", out / "one-process-float64", out / "tensor-parallel-2-float64"
     _heading("Text: the documentation of Python's standard library, as Alpaca records")
@@ -57,27 +57,27 @@ def run(args: DemoArgs) -> int:
     _heading("Token files")
     tokenizer, prefix = str(data / "tokenizer"), str(data / "python_docs")
     documents = ["--format", "alpaca", "--tokenizer", tokenizer, "--out", prefix]
-    _needed("prepare", str(data / "python_docs.parquet"), *documents)
+    _run_or_fail("prepare", str(data / "python_docs.parquet"), *documents)
     named = ["--data.prefix", f"{prefix}_text_document", "--tokenizer", tokenizer]
     _heading("Pre-train on one process")
     decay = ["--schedule.decay-steps", str(args.steps)]
-    _needed("pretrain", "demo", *named, *decay, "--train.steps", str(args.steps), "--out", str(main))
+    _run_or_fail("pretrain", "demo", *named, *decay, "--train.steps", str(args.steps), "--out", str(main))
     _heading("The recipe's first ten steps in float64: on one process, and on two tensor-parallel ones")
     short = ["--train.dtype", "float64", "--train.steps", COMPARED_STEPS, "--log.every", "5", "--train.eval-every", "0"]
-    _needed("pretrain", "demo", *named, *short, "--out", str(one))
-    _needed("pretrain", "demo", *named, *short, "--parallel.tensor-parallel", "2", "--out", str(two))
+    _run_or_fail("pretrain", "demo", *named, *short, "--out", str(one))
+    _run_or_fail("pretrain", "demo", *named, *short, "--parallel.tensor-parallel", "2", "--out", str(two))
     _heading("Are they the same run?")
-    code = _arriero("compare", str(one), str(two), "--max-rel", LIMIT, "--out", str(out / "compare"))
+    code = _run_arriero("compare", str(one), str(two), "--max-rel", LIMIT, "--out", str(out / "compare"))
     _heading("A Hugging Face directory, reloaded, and text from it")
-    _needed("export", str(main), str(model))
-    _needed("generate", str(model), "--prompt", "Document the function os.path.", "--max-new-tokens", "60")
-    _close(out, time.perf_counter() - began)
+    _run_or_fail("export", str(main), str(model))
+    _run_or_fail("generate", str(model), "--prompt", "Document the function os.path.", "--max-new-tokens", "60")
+    _print_summary(out, time.perf_counter() - started)
     if code:
         print(f"\nFAILED: the comparison ended with exit code {code}; see {escape(out / 'compare' / 'compare.md')}")
     return EXIT_CHECK_FAILED if code else 0
 
 
-def _make_room(out: Path, *, overwrite: bool) -> None:
+def _prepare_directory(out: Path, *, overwrite: bool) -> None:
     """Makes an empty directory; removes an earlier demo. Raises UserError if it holds anything else."""
     other = "name another directory with --out"
     make_directory(out, other)
@@ -98,7 +98,7 @@ def _heading(text: str) -> None:
 
 
 def program() -> str:
-    """How the user's shell starts this arriero: `arriero` where PATH leads to it, else its path."""
+    """How the user's shell starts this arriero: `arriero` if PATH finds it, else its path."""
     script = Path(sys.executable).parent / "arriero"
     found = shutil.which("arriero")
     if found and Path(found).resolve() == script.resolve():
@@ -109,20 +109,20 @@ def program() -> str:
     return shlex.quote(str(script.relative_to(here) if script.is_relative_to(here) else script))
 
 
-def _arriero(*words: str) -> int:
-    """Shows a command and runs it; returns its exit code."""
+def _run_arriero(*words: str) -> int:
+    """Prints a command and runs it; returns its exit code."""
     print(f"$ {program()} {shlex.join(words)}", flush=True)
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return subprocess.run([sys.executable, "-m", "arriero", *words], env=environment, check=False).returncode
 
 
-def _needed(*words: str) -> None:
-    """As `_arriero`. Raises CheckFailed if it fails."""
-    if code := _arriero(*words):
+def _run_or_fail(*words: str) -> None:
+    """As `_run_arriero`; raises CheckFailed if the command fails."""
+    if code := _run_arriero(*words):
         raise CheckFailed(f"arriero {words[0]} ended with exit code {code}")
 
 
-def _close(out: Path, seconds: float) -> None:
+def _print_summary(out: Path, seconds: float) -> None:
     rows = [
         ("loss curve", out / "one-process" / "loss.png"),
         ("comparison", out / "compare" / "compare.md"),
@@ -136,7 +136,7 @@ def _close(out: Path, seconds: float) -> None:
     model, main, tokenizer = (shlex.quote(str(out / part)) for part in ("huggingface", "one-process", "data/tokenizer"))
     print("Next:")
     print(f'  {program()} generate {model} --prompt "Document the module " --temperature 0.8')
-    print(f"  {program()} pretrain --resume {main} --train.steps 300     # goes on where it stopped")
+    print(f"  {program()} pretrain --resume {main} --train.steps 300     # continues where it stopped")
     print(f"  {program()} inspect {main}")
     print("Your own text (YOUR.txt):")
     print(f"  {program()} prepare YOUR.txt --tokenizer {tokenizer} --out runs/yours")

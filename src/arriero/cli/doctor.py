@@ -51,19 +51,19 @@ class DoctorArgs:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     status: str
     """ok; absent (optional, and not there); warn (training works, but not on all there is); FAIL (it cannot work)."""
     found: str
-    """What is there, for a person."""
+    """What was found, as text."""
     fix: str = ""
-    """The line or sentence that mends it."""
+    """The command or sentence that fixes it."""
 
 
 def run(args: DoctorArgs) -> int:
-    """Looks, prints, and returns the exit code."""
+    """Examines the machine, prints the findings and returns the exit code."""
     findings = list(examine())
     passed = all(f.status != "FAIL" for f in findings)
     if args.json:
@@ -74,7 +74,7 @@ def run(args: DoctorArgs) -> int:
 
 
 def examine() -> Iterator[Finding]:
-    """Every finding, the machine first; torch's absence ends it, since nothing else can be asked."""
+    """Every finding, the machine first; without torch, devices and back ends are left out."""
     yield from _machine()
     packages = list(_packages())
     torch_finding = _torch()
@@ -98,7 +98,7 @@ def _machine() -> Iterator[Finding]:
 
 
 def _memory() -> tuple[float, float]:
-    """Total and available memory in GiB; a container's own limit, where it has one, counts as the total."""
+    """Total and available memory in GiB; the total is a container's limit, where it has one."""
     page, pages = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
     total = free = page * pages
     try:
@@ -109,7 +109,7 @@ def _memory() -> tuple[float, float]:
             total = int(limit)
             free = min(free, total - int(Path("/sys/fs/cgroup/memory.current").read_text()))
     except (OSError, TypeError):
-        pass  # not Linux, or no control group: what sysconf says stands
+        pass  # not Linux, or no control group: keep sysconf's numbers
     return total / 2**30, free / 2**30
 
 
@@ -121,7 +121,7 @@ def _torch() -> Finding:
     except RuntimeError as error:  # importing torch imports torch_npu too, where that is installed
         return _broken_autoload(error)
     floor = next((floor for name, floor, _ in _declared() if name == "torch"), "")
-    new = _numbers(torch.__version__) >= _numbers(floor)
+    new = _version_tuple(torch.__version__) >= _version_tuple(floor)
     found = f"{torch.__version__}, {torch.get_num_threads()} threads a process"
     return Finding("torch", "ok" if new else "FAIL", found, "" if new else f"pip install 'torch{floor}'")
 
@@ -182,7 +182,7 @@ def _back_ends() -> Iterator[Finding]:
 
 
 def _two_processes(back_end: str, *, timeout: float = 60) -> str:
-    """Sums a tensor over two processes; returns why that failed, or nothing."""
+    """All-reduces a tensor over two processes; returns why that failed, or ""."""
     with tempfile.TemporaryDirectory() as directory:
         processes = [
             subprocess.Popen(
@@ -209,7 +209,7 @@ def _two_processes(back_end: str, *, timeout: float = 60) -> str:
 
 
 def _packages() -> Iterator[Finding]:
-    """Every dependency that the installed arriero declares, the optional ones with what they are for."""
+    """Every dependency that the installed arriero declares, the optional ones with their purpose."""
     declared = _declared()
     if not declared:
         yield Finding("arriero", "absent", "runs from its sources, not installed", "pip install -e .")
@@ -222,10 +222,10 @@ def _packages() -> Iterator[Finding]:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             if extra == "npu" and not os.path.exists(_NPU_DRIVER):
-                fix = ""  # without an NPU's software it would keep torch from being imported at all
+                fix = ""  # without an NPU's software, importing torch would fail
             yield Finding(name, "absent" if extra else "FAIL", f"not installed{purpose}", fix)
             continue
-        new = _numbers(version) >= _numbers(floor)
+        new = _version_tuple(version) >= _version_tuple(floor)
         found = f"{version}{purpose}" if new else f"{version}, older than {floor.lstrip('>=')}{purpose}"
         yield Finding(name, "ok" if new else "FAIL", found, "" if new else fix)
 
@@ -246,7 +246,7 @@ def _requirement(line: str) -> tuple[str, str, str]:
     return (found[1], found[2].strip(" ()"), extra[1] if extra else "") if found else (line, "", "")
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def _version_tuple(version: str) -> tuple[int, ...]:
     return tuple(int(n) for n in re.findall(r"\d+", version.partition("+")[0])[:3])
 
 
@@ -262,5 +262,5 @@ def _print(findings: list[Finding], passed: bool) -> None:
         if finding.fix:
             table.add_row("", "", f"{'to add it' if finding.status == 'absent' else 'fix'}: {finding.fix}")
     console.print(table)
-    verdict = "training can work here" if passed else "training cannot work here as it should: mend what says FAIL"
+    verdict = "training can work here" if passed else "training cannot work here as it should: fix what says FAIL"
     console.print(f"\n{verdict}", style="bold green" if passed else "bold red")

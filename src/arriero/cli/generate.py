@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from annotated_types import Interval
 from tyro.conf import Positional
 
-from arriero.common.device import device_type, take_device
+from arriero.common.device import device_type, select_device
 from arriero.common.errors import EXIT_OK, UserError, join_problems
 from arriero.common.ranges import flag, range_problems
 from arriero.common.text import escape, escape_message
@@ -72,7 +72,7 @@ def run(args: GenerateArgs) -> int:
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     if dtype is None and kind == "cpu" and opened.reader.dtype("model.norm.weight") == torch.float16:
         dtype = torch.float32
-    model = build(opened.reader, opened.config, dtype, take_device(kind, 0))
+    model = build(opened.reader, opened.config, dtype, select_device(kind, 0))
     ends = end_ids(opened, tokenizer.eos_id)
     started = time.perf_counter()
     new: list[int] = []

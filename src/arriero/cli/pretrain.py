@@ -78,7 +78,9 @@ def read_command(words: list[str]) -> tuple[Recipe, RunOptions]:
     changes = tuple(key.replace("-", "_") for key in start.allow_change)
     start = replace(start, resume=resume, allow_change=changes)
     if start.allow_change and not resume:
-        raise UserError("--allow-change without --resume has no effect", "leave it out, or say what is resumed")
+        raise UserError(
+            "--allow-change without --resume has no effect", "leave it out, or name what is resumed with --resume"
+        )
     return parse(Recipe, settings, prog="arriero pretrain"), start
 
 

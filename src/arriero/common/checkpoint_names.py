@@ -18,6 +18,17 @@ def step_of(path: Path) -> int:
     return int(found[1]) if found and path.name == f"step-{int(found[1]):08d}" else -1
 
 
+def inside_checkpoints_of_run(path: Path) -> Path | None:
+    """The `checkpoints` directory of a run in which `path` lies, links followed: only checkpoints belong there."""
+    try:
+        for p in path.resolve().parents:
+            if p.name == "checkpoints" and (p.parent / "recipe.toml").is_file() and (p.parent / "env.json").is_file():
+                return p
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have, or links in a circle
+        pass
+    return None
+
+
 def enclosing_checkpoint(path: Path) -> Path | None:
     """The checkpoint that `path` is or lies in, links followed, or whose place it would take: nothing may be written
     there."""

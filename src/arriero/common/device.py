@@ -1,7 +1,7 @@
-"""The one place that knows devices: cpu with gloo, cuda with nccl, npu with hccl.
+"""All that depends on the kind of device: cpu with gloo, cuda with nccl, npu with hccl.
 
-Everything goes through `torch.accelerator`; a vendor's package is imported by torch itself (its autoload entry point).
-torch is imported inside the functions, so that the command line can read this module's names at no cost.
+Devices are reached through `torch.accelerator`; torch imports a vendor's package itself (autoload entry point). torch
+is imported inside the functions, so that importing this module is cheap.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ if TYPE_CHECKING:
     import torch
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
-_KEPT = contextlib.ExitStack()
-"""Settings that hold as long as the process."""
+_process_contexts = contextlib.ExitStack()
+"""Context managers that stay entered as long as the process."""
 DEVICE_CHOICES = ("auto", *BACKENDS)
 
 
 def device_type(wanted: str = "auto") -> str:
-    """The device type to train on: `wanted`, or the accelerator that is there, or cpu.
+    """The device type to train on: `wanted`, or for auto the available accelerator, else cpu.
 
     `check_available` matters: with torch_npu installed and no device, torch still names npu as current.
 
     Raises:
-        UserError: the wanted device is not there.
+        UserError: the wanted device is not available.
     """
     import torch
 
     from arriero.common.errors import UserError
 
-    # By the driver's management library, which leaves this process free to fork: CUDA itself does not survive that.
+    # Asks NVML instead of CUDA: a process in which CUDA is initialized cannot be forked.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     found = torch.accelerator.current_accelerator(check_available=True)
     if wanted == "auto":
@@ -54,14 +54,14 @@ def device_count(kind: str) -> int:
 
 
 def device_name(kind: str) -> str:
-    """The name that the peak table knows, such as `NVIDIA H100 80GB HBM3`; `cpu` for the CPU."""
+    """The name under which observe/throughput.py lists its peak, such as `NVIDIA H100 80GB HBM3`; `cpu` for the CPU."""
     import torch
 
     return "cpu" if kind == "cpu" else str(torch.get_device_module(kind).get_device_name())
 
 
-def take_device(kind: str, local_rank: int) -> torch.device:
-    """Makes device number `local_rank` this process's own and returns it."""
+def select_device(kind: str, local_rank: int) -> torch.device:
+    """Selects device number `local_rank` for this process and returns it."""
     import torch
 
     if kind == "cpu":
@@ -74,9 +74,9 @@ def take_device(kind: str, local_rank: int) -> torch.device:
 
 @functools.cache
 def prefer_cudnn_attention() -> None:
-    """From Hopper on, has cuDNN's attention tried before the flash kernel: it takes 0.6 of its time on an H100.
+    """From Hopper on, prefers cuDNN's attention to the flash kernel: it takes 0.6 of its time on an H100.
 
-    For good, and not around each call: torch.compile looks at it when it traces.
+    Set for the whole process, not around each call, because torch.compile reads the setting when it traces.
     """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -88,7 +88,7 @@ def prefer_cudnn_attention() -> None:
             SDPBackend.EFFICIENT_ATTENTION,
             SDPBackend.MATH,
         ]
-        _KEPT.enter_context(sdpa_kernel(order, set_priority=True))
+        _process_contexts.enter_context(sdpa_kernel(order, set_priority=True))
 
 
 def process_group_backend(kind: str) -> str:
@@ -98,7 +98,7 @@ def process_group_backend(kind: str) -> str:
 
 def fused_operators(kind: str) -> Any:
     """The vendor's package whose fused operators model/npu.py calls: torch_npu on npu, None elsewhere or without it."""
-    return _torch_npu() if kind == "npu" else None  # apart from the cached function, which torch.compile warns of
+    return _torch_npu() if kind == "npu" else None  # not cached itself: torch.compile warns of cached functions
 
 
 @functools.cache
@@ -106,48 +106,48 @@ def _torch_npu() -> Any:
     return importlib.import_module("torch_npu") if importlib.util.find_spec("torch_npu") else None
 
 
-def sums_on_host(kind: str, dtype: torch.dtype) -> bool:
-    """Whether a collective sum of this dtype must be done on the CPU: HCCL's all-reduce knows no float64."""
+def reduces_on_host(kind: str, dtype: torch.dtype) -> bool:
+    """Whether a collective sum of this dtype must be done on the CPU: HCCL's all-reduce has no float64."""
     import torch
 
     return kind == "npu" and dtype == torch.float64
 
 
 def synchronize(kind: str) -> None:
-    """Waits until the device has done all that it was given."""
+    """Waits until the device has completed all queued work."""
     import torch
 
     if kind != "cpu":
         torch.accelerator.synchronize()
 
 
-def host_room(like: torch.Tensor) -> torch.Tensor:
-    """Memory on the host for a copy of a tensor, page-locked where that lets the copy run beside the computation."""
+def empty_host_tensor(like: torch.Tensor) -> torch.Tensor:
+    """An uninitialized host tensor for a copy of `like`; pinned on CUDA, so that the copy overlaps computation."""
     import torch
 
     return torch.empty(like.shape, dtype=like.dtype, pin_memory=like.device.type == "cuda")
 
 
-def masked_heads_are_spread(kind: str) -> bool:
-    """Whether attention under a mask should be given keys and values for every query head.
+def expands_kv_heads_under_mask(kind: str) -> bool:
+    """Whether keys and values are repeated for every query head where attention has a mask.
 
-    On CUDA the flash kernel alone shares heads, and it takes no mask; torch would then hold all scores in memory.
+    On CUDA only the flash kernel supports grouped heads, and it takes no mask; torch would materialize all scores.
     """
     return kind == "cuda"
 
 
-def logits_at_once(kind: str) -> int:
-    """Logits of one matmul of the output head, and of its gradient's: large enough to keep the device busy."""
+def logits_chunk_size(kind: str) -> int:
+    """Logits computed by one matmul of the output head, and of its gradient: large enough to fill the device."""
     return 2**27 if kind == "cpu" else 2**28
 
 
-def softmax_at_once(kind: str) -> int:
-    """Logits whose softmax is taken in one go: on a CPU what its caches hold in float32, elsewhere all of them."""
+def softmax_chunk_size(kind: str) -> int:
+    """Logits of one softmax: on a CPU as many as its caches hold in float32, elsewhere all of a matmul's."""
     return 2**20 if kind == "cpu" else 2**28
 
 
-def fused_update_divides(kind: str) -> bool:
-    """Whether torch's fused AdamW divides float32 gradients itself, by its `grad_scale`: it saves a pass over them."""
+def fused_adamw_takes_grad_scale(kind: str) -> bool:
+    """Whether torch's fused AdamW takes `grad_scale` and divides float32 gradients itself, which saves a pass."""
     return kind in ("cpu", "cuda")
 
 
@@ -167,20 +167,20 @@ def matmul_dtypes(kind: str) -> tuple[str, ...]:
     )
 
 
-def float8_casts(kind: str) -> bool:
-    """Whether torch casts to 8-bit floats on this device: an NPU's was never seen to."""
+def supports_float8_casts(kind: str) -> bool:
+    """Whether torch casts to 8-bit floats on this device; untested on an NPU, so taken as no."""
     return kind != "npu"
 
 
-def float8_units(kind: str) -> bool:
-    """Whether this process's device multiplies 8-bit floats itself: NVIDIA's from compute capability 8.9 (Ada)."""
+def has_float8_units(kind: str) -> bool:
+    """Whether this process's device has 8-bit float matmuls: NVIDIA's from compute capability 8.9 (Ada)."""
     import torch
 
     return kind == "cuda" and torch.cuda.get_device_capability() >= (8, 9)
 
 
-def describe(kind: str) -> str:
-    """The device for a person: its own name, or the CPU's with the threads of this process."""
+def device_description(kind: str) -> str:
+    """The device's name for tables; for a CPU with the number of this process's threads."""
     import torch
 
     if kind != "cpu":
@@ -190,7 +190,7 @@ def describe(kind: str) -> str:
 
 
 def peak_memory(kind: str) -> float:
-    """Bytes that this process held at most: the device's allocations, or on the CPU the resident set."""
+    """Peak bytes of this process: the device's allocations, or on the CPU the resident set."""
     import torch
 
     return _kilobytes("VmHWM") if kind == "cpu" else float(torch.get_device_module(kind).max_memory_allocated())
@@ -202,17 +202,17 @@ def resident_memory() -> float:
 
 
 def available_memory() -> float:
-    """Bytes that the kernel can still give to all processes together, by its own estimate; 0 where it says none."""
+    """The kernel's estimate of the bytes that processes can still allocate (MemAvailable); 0 if unknown."""
     return float(_proc("meminfo", "MemAvailable").removesuffix("kB") or 0) * 1024
 
 
 def machine_memory() -> float:
-    """Bytes of memory and swap that this process's machine or container has; 0 where the kernel says none."""
+    """Bytes of memory and swap that this process's machine or container has; 0 if unknown."""
     total = sum(float(_proc("meminfo", key).removesuffix("kB") or 0) * 1024 for key in ("MemTotal", "SwapTotal"))
     limits = [total] if total else []
     for file in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container: control groups, version 2 and 1
         with contextlib.suppress(OSError, ValueError), open(f"/sys/fs/cgroup/{file}", encoding="utf-8") as text:
-            limits.append(float(text.read()))  # "max" is no number
+            limits.append(float(text.read()))  # "max": no limit
     return min(limits, default=0.0)
 
 
@@ -221,7 +221,7 @@ def _kilobytes(key: str) -> float:
 
 
 def _proc(file: str, key: str) -> str:
-    """What stands behind `key:` in a file of Linux's /proc; empty elsewhere."""
+    """The value after `key:` in a file of Linux's /proc; empty elsewhere."""
     try:
         with open(f"/proc/{file}", encoding="utf-8") as lines:
             return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
@@ -230,10 +230,9 @@ def _proc(file: str, key: str) -> str:
 
 
 def tune_allocator() -> None:
-    """Keeps glibc from giving memory back to the kernel at every step: a quarter of a CPU step's time.
+    """Stops glibc from returning memory to the kernel at every step, which takes a quarter of a CPU step's time.
 
-    The settings are those of MALLOC_MMAP_MAX_, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_, made by `mallopt` so that no
-    environment variable is needed; without glibc it does nothing.
+    By `mallopt`, as MALLOC_MMAP_MAX_, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_ would; without glibc it does nothing.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -246,6 +245,6 @@ def tune_allocator() -> None:
 
 
 def trim_memory() -> None:
-    """Gives memory that was freed back to the kernel, where glibc keeps it: after something large has gone."""
+    """Returns freed memory to the kernel, after something large was freed; without glibc it does nothing."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)

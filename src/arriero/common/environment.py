@@ -1,4 +1,4 @@
-"""Numbers from environment variables, which torchrun, srun or a user has set."""
+"""Numbers from environment variables, set by torchrun, srun or a user."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def environment_number(
     Args:
         environment: such as os.environ.
         name: of the variable.
-        low: the least that fits.
-        high: the greatest that fits.
-        fix: what the user should do where it does not fit.
-        default: where the variable is missing or empty; None if it must be there.
+        low: the smallest valid number.
+        high: the largest valid number.
+        fix: what the user should do about an invalid one.
+        default: for a variable that is missing or empty; None if it is required.
 
     Raises:
         UserError: missing, no number, or out of range; names the variable.

@@ -16,7 +16,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from arriero.common.checkpoint_names import enclosing_checkpoint
+from arriero.common.checkpoint_names import enclosing_checkpoint, inside_checkpoints_of_run
 from arriero.common.errors import UserError
 from arriero.common.text import escape
 
@@ -167,8 +167,10 @@ def make_directory(path: Path, fix: str, *, follow: bool = True) -> None:
         UserError: it cannot be made, is no directory, is a link that is not to be followed, or lies in a committed
             checkpoint, into which nothing is written.
     """
-    if checkpoint := enclosing_checkpoint(path):
-        raise UserError(f"{escape(path)}: is or lies in the checkpoint {escape(checkpoint)}, which is only read", fix)
+    if holder := enclosing_checkpoint(path):
+        raise UserError(f"{escape(path)}: is or lies in the checkpoint {escape(holder)}, which is only read", fix)
+    if holder := inside_checkpoints_of_run(path):
+        raise UserError(f"{escape(path)}: lies in {escape(holder)}, where only a run's checkpoints belong", fix)
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not follow and path.is_symlink():

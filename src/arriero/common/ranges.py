@@ -1,4 +1,4 @@
-"""The range of every number that a user or a file may set: it stands beside its field, and one function checks it.
+"""The range of every number that a user or a file may set: an annotation of the field, checked by one function.
 
 `steps: Annotated[int, Interval(ge=1, le=1_000_000)] = 1000` is a field with its range; `Len` bounds a list's length.
 The annotations are those of the library annotated-types. NaN and the infinities are outside every range.
@@ -27,33 +27,30 @@ _FLOAT = re.compile(r"[+-]?(?:([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,9})?|inf|
 
 
 class PathText:
-    """Marks a text that names a file or directory."""
+    """Annotation of a text that names a file or directory."""
 
 
 def read_number(kind: type, text: str) -> Any:
-    """The int or float that `text` is, in ASCII digits: int() also takes `1_000`, blanks and other scripts' digits.
+    """The int or float written in `text` in ASCII digits; int() would also take `1_000`, blanks and other digits.
 
-    What is not written as such a number is returned as it is, for `range_problems` to report with all others.
+    Any other text is returned unchanged, so that `range_problems` reports it with all other problems.
     """
     return kind(text) if (_INTEGER if kind is int else _FLOAT).fullmatch(text) else text
 
 
-def range_problems(
-    value: Any, name: Callable[[str], str] = lambda key: key, only: set[str] | None = None
-) -> list[UserError]:
+def range_problems(value: Any, name: Callable[[str], str] = lambda key: key) -> list[UserError]:
     """All values of a dataclass, and of those within it, that are outside their field's range.
 
     Args:
         value: an instance of a dataclass.
-        name: makes the name that a message begins with of a dotted key.
-        only: the dotted keys to check; all by default.
+        name: makes the first words of a message from a dotted key.
 
     Returns:
         One error a field: "train.grad_clip is nan", with the fix "give a number from 0 to 1e6".
     """
     found = []
     for key, kind, item in leaves(value):
-        if (only is None or key in only) and (wrong := value_problem(item, kind)):
+        if wrong := value_problem(item, kind):
             found.append(UserError(f"{name(key)} {wrong}", f"give {wanted(kind)}"))
     return found
 
@@ -106,7 +103,7 @@ def element(kind: Any, index: int = 0) -> Any:
 
 
 def value_problem(value: Any, kind: Any) -> str:
-    """What is wrong with a value of this type and range, as a message ends: "is nan"; empty where it fits."""
+    """What is wrong with a value of this type and range, as the end of a message: "is nan"; empty if it is valid."""
     base = plain(kind)
     origin = get_origin(base)
     wrong = ""
@@ -130,7 +127,7 @@ def value_problem(value: Any, kind: Any) -> str:
 
 
 def path_problem(path: str) -> str:
-    """Why no file can have this name; empty where one can."""
+    """Why no file can have this name, as the end of a message; empty if it is valid."""
     raw = os.fsencode(path) if _encodes(path, "surrogateescape") else b"\0"
     if b"\0" in raw:
         return f"is {_short(path)}, which no file can be named"

@@ -181,7 +181,7 @@ def _tyro_message(box: str) -> str:
 
 
 def field_types(cls: type) -> dict[str, Any]:
-    """Every key that `cls` knows, dotted, with its type."""
+    """Every key of `cls`, dotted, with its type."""
     return {key: plain(kind) for key, kind in field_ranges(cls).items()}
 
 

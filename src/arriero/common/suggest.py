@@ -1,12 +1,12 @@
-"""What was probably meant by an unknown key: compared by its last part, and by the names that other programs use."""
+"""Suggestions for an unknown key: by its last part, by other programs' names for it, and by similarity."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-MOST = 3
-NEAR = 0.65
+MAX_SUGGESTIONS = 3
+MIN_SIMILARITY = 0.65
 
 OTHER_NAMES: dict[str, str] = {
     "train.compile": "torch_compile",
@@ -63,7 +63,7 @@ OTHER_NAMES: dict[str, str] = {
     "schedule.warmup_steps": "lr_warmup_iters warmup_iters warmup num_warmup_steps",
     "tokenizer": "tokenizer_model tokenizer_path tokenizer_name_or_path",
 }
-"""The names of Megatron-LM, DeepSpeed, Hugging Face's trainer, torchtitan, litgpt and nanoGPT for arriero's keys."""
+"""arriero's keys -> their names in Megatron-LM, DeepSpeed, Hugging Face's trainer, torchtitan, litgpt and nanoGPT."""
 
 
 def suggestion(key: str, known: Iterable[str]) -> str:
@@ -80,18 +80,18 @@ def suggestion(key: str, known: Iterable[str]) -> str:
     found = found or [name for name, others in OTHER_NAMES.items() if last in others.split() and name in names]
     found = found or [name for name in names if name.startswith(f"{wanted}.")]
     if not found:
-        scores = {name: _likeness(wanted, last, name) for name in names}
+        scores = {name: _similarity(wanted, last, name) for name in names}
         best = max(scores.values(), default=0.0)
-        found = [name for name in names if scores[name] >= max(NEAR, best - 0.05)]
+        found = [name for name in names if scores[name] >= max(MIN_SIMILARITY, best - 0.05)]
         found.sort(key=lambda name: -scores[name])
-    quoted = [repr(name) for name in found[:MOST]]
+    quoted = [repr(name) for name in found[:MAX_SUGGESTIONS]]
     if not quoted:
         return "--help lists every key"
     return f"did you mean {' or '.join([', '.join(quoted[:-1]), quoted[-1]] if quoted[1:] else quoted)}?"
 
 
-def _likeness(wanted: str, last: str, name: str) -> float:
-    """From 0 to 1: of the whole keys, or nearly as good, of their last parts."""
+def _similarity(wanted: str, last: str, name: str) -> float:
+    """From 0 to 1: of the whole keys, or, weighted 0.95, of their last parts."""
     name = name.lstrip("-").replace("-", "_")
     whole = difflib.SequenceMatcher(None, wanted, name).ratio()
     return max(whole, 0.95 * difflib.SequenceMatcher(None, last, name.rsplit(".", 1)[-1]).ratio())

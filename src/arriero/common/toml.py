@@ -36,9 +36,9 @@ def file_settings(path: Path) -> list[Setting]:
             raise UserError(f"{path}:{line}: a key of more than {MAX_DEPTH} parts", "no key has more than two")
         flat = _flatten(tomllib.loads(text))
     except RecursionError:
-        raise UserError(f"{path}: not TOML that can be read: it is nested too deep", "mend it") from None
+        raise UserError(f"{path}: not TOML that can be read: it is nested too deep", "correct it") from None
     except ValueError as error:  # TOMLDecodeError is one; so is a number of more digits than Python reads
-        raise UserError(f"{path}: not TOML: {error}", "mend that line") from None
+        raise UserError(f"{path}: not TOML: {error}", "correct that line") from None
     lines = _key_lines(text)
     return [Setting(key, words, f"{path}:{lines.get(key, 1)}") for key, words in flat]
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from arriero.common.device import logits_at_once, softmax_at_once
+from arriero.common.device import logits_chunk_size, softmax_chunk_size
 from arriero.model.cpu import product
 
 IGNORE_INDEX = -100
@@ -106,10 +106,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale = torch.full((), options.scale, dtype=wide, device=device)  # a number would be compiled in
         parts: list[Tensor] = []
         weight_grad: Tensor | None = None
-        rows = even_chunk(len(x_ND), logits_at_once(device.type) // V)
+        rows = even_chunk(len(x_ND), logits_chunk_size(device.type) // V)
         for x, labels in zip(x_ND.split(rows), labels_N.split(rows), strict=True):
             logits = product(x, weight_VD)
-            few = even_chunk(len(x), softmax_at_once(device.type) // V)
+            few = even_chunk(len(x), softmax_chunk_size(device.type) // V)
             for some, of in zip(logits.split(few), labels.split(few), strict=True):
                 total += options.chunk(some, of, scale, options.cut, options.train)
             if options.train:

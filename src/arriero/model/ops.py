@@ -107,7 +107,7 @@ def causal_attention(q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, mask: Tenso
         return out
     q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLGK, v_BLGK))
     grouped = q.shape[1] != k.shape[1]
-    if grouped and mask is not None and device.masked_heads_are_spread(q.device.type):
+    if grouped and mask is not None and device.expands_kv_heads_under_mask(q.device.type):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         grouped = False
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)

@@ -13,6 +13,8 @@ from arriero.common.ranges import range_problems
 from arriero.distributed.launch.config import LaunchConfig
 from arriero.distributed.parallel.config import Float8Recipe
 
+MIN_WATCH_SECONDS = 0.1
+"""A shorter limit of a step's time would write stacks at every step."""
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 
 
@@ -166,7 +168,11 @@ class WatchConfig:
 
     def problems(self) -> list[UserError]:
         """All that is impossible about it."""
-        return range_problems(self, "watch.{}".format)
+        found = range_problems(self, "watch.{}".format)
+        if not found and 0 < self.seconds < MIN_WATCH_SECONDS:
+            fix = f"give a number from {MIN_WATCH_SECONDS:g} on, or 0 to turn it off"
+            found.append(UserError(f"watch.seconds is {self.seconds:g}", fix))
+        return found
 
 
 @dataclass(frozen=True)

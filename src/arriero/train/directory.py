@@ -8,7 +8,7 @@ from pathlib import Path
 
 from arriero.checkpoint.find import committed, run_of
 from arriero.checkpoint.size import checkpoint_bytes, directory_bytes, disk_usage, format_bytes
-from arriero.common.checkpoint_names import enclosing_checkpoint
+from arriero.common.checkpoint_names import enclosing_checkpoint, inside_checkpoints_of_run
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory, open_regular, os_error_text, write_atomic
 from arriero.common.text import escape
@@ -24,6 +24,9 @@ def out_problems(out: Path, checkpoints: Sequence[Path]) -> list[UserError]:
     if holder := enclosing_checkpoint(out):
         fix = f"write elsewhere with --out, or go on from it with --resume {escape(holder)}"
         return [UserError(f"out: {escape(out)} is or lies in the checkpoint {escape(holder)}, which is only read", fix)]
+    if holder := inside_checkpoints_of_run(out):
+        problem = f"out: {escape(out)} lies in {escape(holder)}, where only a run's checkpoints belong"
+        return [UserError(problem, "write elsewhere with --out")]
     try:
         elsewhere = out.resolve() not in {run.resolve() for path in checkpoints if (run := run_of(path))}
     except (OSError, ValueError, RuntimeError) as error:

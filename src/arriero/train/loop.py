@@ -9,7 +9,7 @@ from pathlib import Path
 from arriero.checkpoint.find import committed
 from arriero.checkpoint.save import SaveResult, raise_if_last_save_failed
 from arriero.checkpoint.verify import newest_intact_checkpoint
-from arriero.common.device import device_name, float8_units
+from arriero.common.device import device_name, has_float8_units
 from arriero.common.errors import UserError
 from arriero.common.signals import Phase, set_phase, stop_requested
 from arriero.common.text import escape
@@ -122,7 +122,7 @@ def initialize(trainer: Trainer, start: ResumePlan, reporter: Reporter) -> None:
         )
     trainer.start(checkpoint)
     reporter.resume_after(trainer.done)
-    if trainer.recipe.train.float8 != "none" and not float8_units(trainer.kind):
+    if trainer.recipe.train.float8 != "none" and not has_float8_units(trainer.kind):
         reporter.say(" float8 is emulated: this device has no units for it; same rounding, and no time is saved")
     for line in (*start.notices, *(f" note: {notice}" for notice in trainer.config.notices)):
         reporter.say(line)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from arriero.common.device import fused_update_divides
+from arriero.common.device import fused_adamw_takes_grad_scale
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.distributed.parallel.shards import Shard, local, local_gradient, shards
 from arriero.model.llama import Llama
@@ -94,7 +94,7 @@ class Optimizer:
         """Updates the parameters at rate `lr` with the gradients over `divisor`; the gradients are lost thereby."""
         scale = None
         if divisor != 1.0:
-            if fused_update_divides(self.device.type) and self._updates_in_float32():
+            if fused_adamw_takes_grad_scale(self.device.type) and self._updates_in_float32():
                 scale = torch.tensor(divisor, dtype=torch.float32, device=self.device)
             else:
                 torch._foreach_mul_(list(self.gradients.values()), 1.0 / divisor)

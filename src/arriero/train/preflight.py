@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from sys import version_info
 
-from arriero.common.device import float8_casts
+from arriero.common.device import supports_float8_casts
 from arriero.common.errors import UserError, join_problems
 from arriero.data.check import batch_notices, check_data_against, size_notices
 from arriero.data.tokenizer import load_tokenizer
@@ -33,10 +33,29 @@ def machine_problems(recipe: Recipe, kind: str) -> list[UserError]:
     problems: list[UserError] = []
     if recipe.optim.offload and kind == "cpu":
         problems.append(UserError("optim.offload has no effect on the CPU", "leave it out"))
-    if recipe.train.float8 != "none" and not float8_casts(kind):
+    if recipe.train.float8 != "none" and not supports_float8_casts(kind):
         problems.append(UserError(f"train.float8 does not work on {kind}", "use train.float8 none"))
     if recipe.train.compile:
         problems += compile_machine_problems(kind)
+    return problems
+
+
+def step_problems(recipe: Recipe, processes: int, *, kind: str, here: int, memory: bool = True) -> list[UserError]:
+    """What keeps this machine from running the recipe's steps, whatever its data and `out` are.
+
+    Args:
+        recipe: what shall be run.
+        processes: on how many.
+        kind: of device: cpu, cuda or npu.
+        here: processes whose memory is this machine's.
+        memory: whether to estimate if the CPU's memory suffices.
+    """
+    problems = recipe.layout_problems(processes)
+    for part in (recipe.optim, recipe.schedule, recipe.log):
+        problems += part.problems()
+    problems += machine_problems(recipe, kind)
+    if not problems and memory and kind == "cpu":
+        return memory_problems(recipe, processes, here)[0]
     return problems
 
 

@@ -23,7 +23,7 @@ from arriero.checkpoint.shards import TensorShard
 from arriero.checkpoint.state import load_state
 from arriero.checkpoint.verify import newest_intact_checkpoint
 from arriero.common.checkpoint_names import DAMAGED, STATE
-from arriero.common.device import synchronize, take_device
+from arriero.common.device import select_device, synchronize
 from arriero.common.errors import UserError
 from arriero.common.settings import parse
 from arriero.common.toml import file_settings, to_toml
@@ -83,7 +83,7 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str) -> None:
         self.recipe, self.ranks, self.kind = recipe, ranks, device_kind
-        self.device = take_device(device_kind, local_rank)
+        self.device = select_device(device_kind, local_rank)
         self.config = recipe.model_config()
         self.compute = getattr(torch, recipe.train.dtype)
         train = recipe.train

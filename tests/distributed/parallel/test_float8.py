@@ -21,7 +21,7 @@ import toy
 from arriero.checkpoint.digest import state_sha256
 from arriero.cli.main import dispatch
 from arriero.common import device
-from arriero.common.device import float8_units
+from arriero.common.device import has_float8_units
 from arriero.common.errors import EXIT_OK, EXIT_USAGE, UserError
 from arriero.common.settings import parse
 from arriero.common.toml import file_settings
@@ -249,9 +249,9 @@ def test_the_device_decides_whether_it_is_emulated(
     capability: tuple[int, int], units: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert float8_units("cuda") is units
-    assert not device.float8_units("cpu")
-    monkeypatch.setattr(apply, "float8_units", lambda kind: float8_units("cuda"))
+    assert has_float8_units("cuda") is units
+    assert not device.has_float8_units("cpu")
+    monkeypatch.setattr(apply, "has_float8_units", lambda kind: has_float8_units("cuda"))
     part = apply.build_model_parts(
         CONFIG, ParallelConfig(), RecomputeConfig(), Ranks(), length=32, device=torch.device("cpu"),
         store=torch.float32, compute=torch.bfloat16, float8="rowwise",

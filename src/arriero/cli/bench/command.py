@@ -16,7 +16,7 @@ from arriero.cli.bench.measure import new_measurement, run_measurement
 from arriero.cli.bench.peak import Peak, matmul_peak
 from arriero.cli.bench.sweep import check_target, sweep, sweep_table, write_best
 from arriero.cli.bench.table import as_json, peak_table, result_table
-from arriero.common.device import describe, device_type, matmul_dtypes, take_device
+from arriero.common.device import device_description, device_type, matmul_dtypes, select_device
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError, join_problems
 from arriero.common.ranges import PathText, flag, range_problems
 from arriero.common.settings import Setting, parse
@@ -25,8 +25,7 @@ from arriero.common.toml import file_settings
 from arriero.distributed.launch.config import LaunchConfig, resolve_launch_env
 from arriero.distributed.launch.launcher import ProcessFailed, run_processes
 from arriero.distributed.launch.worker import RankInfo, is_launched_externally
-from arriero.train.memory import memory_problems
-from arriero.train.preflight import machine_problems
+from arriero.train.preflight import step_problems
 from arriero.train.recipe import Recipe, find_bundled
 from arriero.train.run import process_count
 
@@ -118,8 +117,8 @@ def bench(config: BenchConfig, launch: LaunchConfig, named: str, settings: list[
     recipe = parse(Recipe, before + settings, prog="arriero bench")
     launch = resolve_launch_env(launch, os.environ)
     kind = device_type(recipe.device)
-    here = process_count(recipe, launch, kind)
-    check(config, recipe, here * max(1, launch.nodes), kind, here)
+    local_processes = process_count(recipe, launch, kind)
+    check(config, recipe, local_processes * max(1, launch.nodes), kind, local_processes)
     if config.sweep:
         if is_launched_externally() or launch.nodes > 1:
             raise UserError("--sweep starts its own processes, on one machine", "start it without torchrun or --nodes")
@@ -130,28 +129,24 @@ def bench(config: BenchConfig, launch: LaunchConfig, named: str, settings: list[
             memory_limit=config.memory_limit,
         )  # fmt: skip
         if config.sweep:
-            results = sweep(first, here, launch)
+            results = sweep(first, local_processes, launch)
             print(as_json(results) if config.json else sweep_table(results))
             write_best(recipe, results, config.write)
             return EXIT_OK
-        result = run_measurement(first, here, launch)
+        result = run_measurement(first, local_processes, launch)
     if result is not None:
         print(as_json(result) if config.json else result_table(result))
     return EXIT_OK
 
 
-def check(config: BenchConfig, recipe: Recipe, processes: int, kind: str, here: int) -> None:
+def check(config: BenchConfig, recipe: Recipe, processes: int, kind: str, local_processes: int) -> None:
     """Refuses what cannot work before anything is started. Data, tokenizer and `out` may be missing.
 
     Raises:
         UserError: all that is wrong.
     """
-    problems = recipe.layout_problems(processes)
-    for part in (recipe.optim, recipe.schedule, recipe.log):
-        problems += part.problems()
-    problems += machine_problems(recipe, kind)
-    if not problems and kind == "cpu" and not config.sweep:
-        problems += memory_problems(recipe, processes, 1 if is_launched_externally() else here)[0]
+    local = 1 if is_launched_externally() else local_processes
+    problems = step_problems(recipe, processes, kind=kind, here=local, memory=not config.sweep)
     if config.memory_limit and kind != "cpu":
         problems.append(UserError("--memory-limit has no effect on an accelerator: its memory is the limit", "drop it"))
     if problems:
@@ -160,7 +155,7 @@ def check(config: BenchConfig, recipe: Recipe, processes: int, kind: str, here: 
 
 @dataclass(frozen=True)
 class PeakRequest:
-    """What every process of `--peak` is handed."""
+    """What every process of `--peak` receives."""
 
     device_kind: str
     json: bool
@@ -173,14 +168,14 @@ def bench_peak(config: BenchConfig, launch: LaunchConfig, settings: list[Setting
     kind = device_type(recipe.device)
     if is_launched_externally() or launch.nodes > 1:
         raise UserError("--peak is about one machine", "start it without torchrun or --nodes")
-    here = process_count(recipe, launch, kind) if launch.nproc_per_node else 1
-    print(run_processes(measure_peak, PeakRequest(kind, config.json), here, launch=launch)[0])
+    local_processes = process_count(recipe, launch, kind) if launch.nproc_per_node else 1
+    print(run_processes(measure_peak, PeakRequest(kind, config.json), local_processes, launch=launch)[0])
     return EXIT_OK
 
 
 def measure_peak(job: PeakRequest) -> str:
     """What each process does; returns the text to print."""
     info = RankInfo.from_environment()
-    device = take_device(job.device_kind, info.local_rank)
+    device = select_device(job.device_kind, info.local_rank)
     peaks: list[Peak] = [matmul_peak(device, dtype) for dtype in matmul_dtypes(job.device_kind)]
-    return as_json(peaks) if job.json else peak_table(describe(job.device_kind), peaks)
+    return as_json(peaks) if job.json else peak_table(device_description(job.device_kind), peaks)

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from arriero.cli.bench.peak import matmul_peak
-from arriero.common.device import describe, device_name, peak_memory, resident_memory, synchronize
+from arriero.common.device import device_description, device_name, peak_memory, resident_memory, synchronize
 from arriero.common.errors import UserError
 from arriero.data.config import DataConfig
 from arriero.distributed.launch.config import LaunchConfig
@@ -201,7 +201,7 @@ def build_result(
         layers=recompute.layers(recipe.parallel, config.num_hidden_layers), keep=recompute.kept,
     )  # fmt: skip
     return Result(
-        device=describe(measurement.device_kind), model=measurement.model,
+        device=device_description(measurement.device_kind), model=measurement.model,
         layout=describe_layout(recipe.parallel, ranks.world),
         processes=ranks.world, dtype=train.dtype, micro_batch=train.micro_batch, global_batch=train.global_batch,
         sequence_length=train.sequence_length, recompute=recompute.mode,

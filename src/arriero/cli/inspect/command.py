@@ -1,4 +1,4 @@
-"""The verb `inspect`: what a path is, and whether it is whole. Each part of the program knows its own files."""
+"""The verb `inspect`: what a path is, and whether it is whole. Each kind of path has a module beside this one."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import tyro
 
 from arriero.common.errors import UserError
 
-# Asked in this order: a run holds checkpoints, and a checkpoint holds a config.json as a Hugging Face directory does.
+# Tried in this order: a run holds checkpoints, and a checkpoint holds a config.json as a Hugging Face directory does.
 KINDS = ("arriero.cli.inspect.run", "arriero.cli.inspect.dataset", "arriero.cli.inspect.weights")
 
 
 @dataclass(frozen=True)
 class InspectArgs:
-    """Say what a data set, checkpoint, run or model directory is, and whether it is whole."""
+    """Print what a data set, checkpoint, run or model directory is, and whether it is whole."""
 
     path: tyro.conf.Positional[Path]
     """A run, one of its checkpoints, a data set's prefix, a Hugging Face directory or a neighbour's checkpoint."""
@@ -29,7 +29,7 @@ class InspectArgs:
 
 
 def run(args: InspectArgs) -> int:
-    """Finds the part that knows the path and lets it answer; exit code 1 if it is not whole."""
+    """Inspects the path by the first module that recognises it; returns 1 if it is not whole."""
     for name in KINDS:
         part = importlib.import_module(name)
         if part.recognises(args.path):
@@ -40,4 +40,4 @@ def run(args: InspectArgs) -> int:
     if not args.path.exists():
         raise UserError(f"{args.path}: no such file or directory", "name a path, or a data set's prefix without .bin")
     fix = "name a run, a checkpoint, a data set's prefix, or a directory with a config.json or weights"
-    raise UserError(f"{args.path}: not of a kind that arriero knows", fix)
+    raise UserError(f"{args.path}: not of a kind that arriero reads", fix)

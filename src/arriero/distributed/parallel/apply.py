@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from arriero.common.device import float8_units
+from arriero.common.device import has_float8_units
 from arriero.common.errors import UserError
 from arriero.distributed.parallel.compiled import apply_compile
 from arriero.distributed.parallel.config import Float8Recipe, ParallelConfig, RecomputeConfig
@@ -72,7 +72,7 @@ def build_model_parts(
             model = Llama(config).to(store)
         if parallel.pipeline_parallel > 1:
             prune_to_stage(model, stage, parallel)
-        apply_float8(model, float8, emulate=not float8_units(device.type))
+        apply_float8(model, float8, emulate=not has_float8_units(device.type))
         if ranks.context > 1:
             apply_context_parallel(model, parallel, ranks, length)
         if ranks.mesh is not None and ranks.sizes["tensor"] > 1:

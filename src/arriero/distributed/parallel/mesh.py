@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from arriero.common.device import sums_on_host
+from arriero.common.device import reduces_on_host
 from arriero.distributed.parallel.config import ParallelConfig
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class Ranks:
 
         for name in dimensions:
             if self.mesh is not None and self.sizes[name] > 1:
-                here = value.cpu() if sums_on_host(value.device.type, value.dtype) else value
+                here = value.cpu() if reduces_on_host(value.device.type, value.dtype) else value
                 dist.all_reduce(here, group=self.mesh.get_group(name))
                 value.copy_(here)
         return value
