@@ -21,11 +21,11 @@ from arriero.cli.launch_slurm import SlurmArgs
 from arriero.cli.main import VERBS
 from arriero.common.errors import UserError
 from arriero.common.ranges import (
-    annotation,
+    bare_type,
     field_ranges,
+    find_annotation,
     flag,
-    interval_words,
-    plain,
+    format_interval,
     range_problems,
     value_problem,
 )
@@ -50,7 +50,7 @@ SETTINGS = {
 
 def numbers(kind: Any) -> list[Any]:
     """The annotated int and float types within a type."""
-    base = plain(kind)
+    base = bare_type(kind)
     if base in (int, float):
         return [kind]
     if get_origin(base) in (tuple, Union, types.UnionType):
@@ -72,12 +72,12 @@ HOSTILE = [
 def test_every_number_has_a_range(owner: str, key: str, kind: Any) -> None:
     """A field without one would take NaN, or a number that no memory holds."""
     for one in numbers(kind):
-        interval = annotation(one, Interval)
+        interval = find_annotation(one, Interval)
         assert interval is not None, f"{owner}: give {key} a range: Annotated[..., Interval(ge=..., le=...)]"
         assert (interval.ge is None) != (interval.gt is None)
         assert (interval.le is None) != (interval.lt is None)
-    if get_args(plain(kind))[1:] == (...,):
-        assert annotation(kind, Len), f"{owner}: bound the length of {key}: Annotated[tuple[...], Len(0, ...)]"
+    if get_args(bare_type(kind))[1:] == (...,):
+        assert find_annotation(kind, Len), f"{owner}: bound the length of {key}: Annotated[tuple[...], Len(0, ...)]"
 
 
 @pytest.mark.parametrize("owner", SETTINGS)
@@ -94,7 +94,9 @@ def test_defaults_are_within_their_ranges(owner: str) -> None:
 
 def given_words(key: str, kind: Any, word: str) -> list[str]:
     """The words that set a key, as often as it wants values."""
-    parts = [one for one in get_args(plain(kind)) if one is not ...] if get_origin(plain(kind)) is tuple else [kind]
+    parts = (
+        [one for one in get_args(bare_type(kind)) if one is not ...] if get_origin(bare_type(kind)) is tuple else [kind]
+    )
     return [f"{flag(key)}={word}"] if len(parts) == 1 else [flag(key), *[word] * len(parts)]
 
 
@@ -138,7 +140,7 @@ def test_whatever_is_given_for_a_number_is_refused_by_name_or_within_its_range(o
     for number in numbers(kind):
         held = value_at(built, key)
         for item in held if isinstance(held, tuple) else [held]:
-            assert item is None or type(item) is plain(number)
+            assert item is None or type(item) is bare_type(number)
 
 
 @pytest.mark.parametrize("owner", [owner for owner in SETTINGS if owner != "config.json"])
@@ -157,14 +159,14 @@ def test_every_hostile_value_of_every_number(owner: str) -> None:
 def as_typed(kind: Any, word: str) -> Any:
     """What a word is as a value of the type: by Python's own int and float, of plain ASCII numerals."""
     (number, *_) = numbers(kind)
-    base = plain(number)
+    base = bare_type(number)
     value: Any = word
     with contextlib.suppress(ValueError):
         if word.isascii() and not set(word) & set("_ xX,;") and len(word) <= (40 if base is int else 6000):
             value = base(word)
-    if get_origin(plain(kind)) is tuple:
-        return (value,) * max(1, len([one for one in get_args(plain(kind)) if one is not ...]))
-    return None if word == "None" and type(None) in get_args(plain(kind)) else value
+    if get_origin(bare_type(kind)) is tuple:
+        return (value,) * max(1, len([one for one in get_args(bare_type(kind)) if one is not ...]))
+    return None if word == "None" and type(None) in get_args(bare_type(kind)) else value
 
 
 def test_problems_come_together_with_their_place_and_range(tmp_path: Path) -> None:
@@ -250,7 +252,7 @@ def test_the_range_stands_in_the_help(capsys: pytest.CaptureFixture[str]) -> Non
         for key, kind in field_ranges(cls).items():
             for number in numbers(kind):
                 assert f"{flag(key)} " in printed
-                assert interval_words(annotation(number, Interval)).strip() in printed
+                assert format_interval(find_annotation(number, Interval)).strip() in printed
 
 
 NEAR = {

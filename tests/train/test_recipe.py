@@ -14,7 +14,7 @@ import toy
 from arriero.cli.main import dispatch
 from arriero.cli.pretrain import read_command
 from arriero.common.errors import EXIT_USAGE, UserError
-from arriero.common.ranges import field_ranges, plain, range_problems
+from arriero.common.ranges import bare_type, field_ranges, range_problems
 from arriero.common.settings import Setting, command_line_settings, parse
 from arriero.common.toml import file_settings, to_toml
 from arriero.train.directory import recipe_text_problems
@@ -113,7 +113,7 @@ TEXTS = st.text(max_size=30).filter(lambda t: not t.startswith("-"))
 
 def values(kind: Any) -> st.SearchStrategy[Any]:
     """Any value of the type and range of a field."""
-    base = plain(kind)
+    base = bare_type(kind)
     if get_origin(base) is tuple:
         inner = get_args(base)
         many = inner[1:] == (...,)

@@ -10,7 +10,7 @@ from tyro.conf import Positional
 
 from arriero.cli.main import VERBS
 from arriero.common.errors import EXIT_OK
-from arriero.common.ranges import field_ranges, flag, plain
+from arriero.common.ranges import bare_type, field_ranges, flag
 from arriero.train.recipe import bundled_directory
 
 _SCRIPT = """\
@@ -70,7 +70,7 @@ def verb_flags(module: str, arguments: str) -> dict[str, object]:
     for owner in getattr(cls, "OWNERS", (cls,)):
         for key, kind in field_ranges(owner).items():
             if Positional not in get_args(kind):
-                found[flag(key)] = plain(kind)
+                found[flag(key)] = bare_type(kind)
     return found
 
 

@@ -30,7 +30,7 @@ class PathText:
     """Annotation of a text that names a file or directory."""
 
 
-def read_number(kind: type, text: str) -> Any:
+def parse_number(kind: type, text: str) -> Any:
     """The int or float written in `text` in ASCII digits; int() would also take `1_000`, blanks and other digits.
 
     Any other text is returned unchanged, so that `range_problems` reports it with all other problems.
@@ -51,7 +51,7 @@ def range_problems(value: Any, name: Callable[[str], str] = lambda key: key) -> 
     found = []
     for key, kind, item in leaves(value):
         if wrong := value_problem(item, kind):
-            found.append(UserError(f"{name(key)} {wrong}", f"give {wanted(kind)}"))
+            found.append(UserError(f"{name(key)} {wrong}", f"give {expected_values(kind)}"))
     return found
 
 
@@ -61,7 +61,7 @@ def field_ranges(cls: type, prefix: str = "") -> dict[str, Any]:
     hints = get_type_hints(cls, include_extras=True)
     for f in dataclasses.fields(cls):
         kind = hints[f.name]
-        inner = plain(kind)
+        inner = bare_type(kind)
         if dataclasses.is_dataclass(inner):
             found |= field_ranges(inner, f"{prefix}{f.name}.")  # type: ignore[arg-type]
         else:
@@ -80,9 +80,9 @@ def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
             yield prefix + f.name, hints[f.name], item
 
 
-def plain(kind: Any) -> Any:
+def bare_type(kind: Any) -> Any:
     """A type without its annotations."""
-    return plain(get_args(kind)[0]) if get_origin(kind) is Annotated else kind
+    return bare_type(get_args(kind)[0]) if get_origin(kind) is Annotated else kind
 
 
 def flag(key: str) -> str:
@@ -90,53 +90,53 @@ def flag(key: str) -> str:
     return "--" + key.replace("_", "-")
 
 
-def annotation(kind: Any, cls: type) -> Any:
+def find_annotation(kind: Any, cls: type) -> Any:
     """The annotation of this class that a type carries, or None."""
     notes = get_args(kind)[1:] if get_origin(kind) is Annotated else ()
     return next((note for note in notes if isinstance(note, cls) or note is cls), None)
 
 
-def element(kind: Any, index: int = 0) -> Any:
+def element_type(kind: Any, index: int = 0) -> Any:
     """The type of a tuple's element, with its range: tuple[int, ...] has one for all."""
-    inner = get_args(plain(kind))
+    inner = get_args(bare_type(kind))
     return inner[0] if inner[1:] == (...,) else inner[min(index, len(inner) - 1)]
 
 
 def value_problem(value: Any, kind: Any) -> str:
     """What is wrong with a value of this type and range, as the end of a message: "is nan"; empty if it is valid."""
-    base = plain(kind)
+    base = bare_type(kind)
     origin = get_origin(base)
     wrong = ""
     if origin in (Union, types.UnionType):
         choices = [one for one in get_args(base) if one is not type(None)]
         many = isinstance(value, tuple)
-        choice = next((one for one in choices if (get_origin(plain(one)) is tuple) == many), choices[0])
+        choice = next((one for one in choices if (get_origin(bare_type(one)) is tuple) == many), choices[0])
         wrong = "" if value is None else value_problem(value, choice)
     elif origin is tuple and isinstance(value, tuple):
-        if (bound := annotation(kind, Len)) and len(value) > (bound.max_length or math.inf):
+        if (bound := find_annotation(kind, Len)) and len(value) > (bound.max_length or math.inf):
             return f"has {len(value):,} values"
-        bad = next((one for i, one in enumerate(value) if value_problem(one, element(kind, i))), None)
-        wrong = "" if bad is None else f"holds {_short(bad)}"
+        bad = next((one for i, one in enumerate(value) if value_problem(one, element_type(kind, i))), None)
+        wrong = "" if bad is None else f"holds {_format_value(bad)}"
     elif base in (int, float):
-        wrong = "" if _fits(value, base, annotation(kind, Interval)) else f"is {_short(value)}"
-    elif base is str and isinstance(value, str) and ("\0" in value or not _encodes(value)):
-        wrong = f"is {_short(value)}, which is not text"
-    elif base is Path or annotation(kind, PathText):
+        wrong = "" if _in_interval(value, base, find_annotation(kind, Interval)) else f"is {_format_value(value)}"
+    elif base is str and isinstance(value, str) and ("\0" in value or not _is_encodable(value)):
+        wrong = f"is {_format_value(value)}, which is not text"
+    elif base is Path or find_annotation(kind, PathText):
         wrong = path_problem(os.fspath(value))
     return wrong
 
 
 def path_problem(path: str) -> str:
     """Why no file can have this name, as the end of a message; empty if it is valid."""
-    raw = os.fsencode(path) if _encodes(path, "surrogateescape") else b"\0"
+    raw = os.fsencode(path) if _is_encodable(path, "surrogateescape") else b"\0"
     if b"\0" in raw:
-        return f"is {_short(path)}, which no file can be named"
+        return f"is {_format_value(path)}, which no file can be named"
     if len(raw) > MAX_PATH_BYTES or max(map(len, raw.split(b"/"))) > MAX_NAME_BYTES:
         return f"is {escape(path, 60)}: {len(raw):,} bytes long, and no file can have so long a name"
     return ""
 
 
-def _encodes(text: str, errors: str = "strict") -> bool:
+def _is_encodable(text: str, errors: str = "strict") -> bool:
     try:
         text.encode("utf-8", errors)
     except UnicodeEncodeError:
@@ -144,7 +144,7 @@ def _encodes(text: str, errors: str = "strict") -> bool:
     return True
 
 
-def _fits(value: Any, base: type, interval: Interval | None) -> bool:
+def _in_interval(value: Any, base: type, interval: Interval | None) -> bool:
     if isinstance(value, bool) or not isinstance(value, int if base is int else (int, float)):
         return False
     if not isinstance(value, int) and not math.isfinite(value):
@@ -155,36 +155,36 @@ def _fits(value: Any, base: type, interval: Interval | None) -> bool:
     return low and (interval.le is None or value <= interval.le) and (interval.lt is None or value < interval.lt)  # type: ignore[operator]
 
 
-def _short(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**MAX_DIGITS:
         return f"a number of more than {MAX_DIGITS} digits"
     return f"'{escape(value, 60)}'" if isinstance(value, str) else escape(value, 60)
 
 
-def wanted(kind: Any) -> str:
+def expected_values(kind: Any) -> str:
     """A type and its range in words: "a whole number from 1 to 1,000"."""
-    base = plain(kind)
+    base = bare_type(kind)
     origin = get_origin(base)
     if origin in (Union, types.UnionType):
-        return wanted(next(one for one in get_args(base) if one is not type(None)))
+        return expected_values(next(one for one in get_args(base) if one is not type(None)))
     if origin is Literal:
         return "one of " + ", ".join(map(str, get_args(base)))
     if origin is tuple:
         parts = get_args(base)
-        bound = annotation(kind, Len)
+        bound = find_annotation(kind, Len)
         if parts[1:] != (...,):
             count = f"{len(parts)} values"
         else:
             count = f"at most {bound.max_length:,} values" if bound else "values"
-        return f"{count}, each {wanted(element(kind))}"
+        return f"{count}, each {expected_values(element_type(kind))}"
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
-    if base is str and annotation(kind, PathText):
+    if base is str and find_annotation(kind, PathText):
         return "a path"
-    limits = interval_words(annotation(kind, Interval)) if base in (int, float) else ""
+    limits = format_interval(find_annotation(kind, Interval)) if base in (int, float) else ""
     return names.get(base, str(base)) + limits
 
 
-def interval_words(interval: Interval | None) -> str:
+def format_interval(interval: Interval | None) -> str:
     """A range in words, with a blank before it: " from 0 to below 1"; empty for none."""
     if interval is None:
         return ""

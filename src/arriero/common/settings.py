@@ -22,15 +22,15 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from arriero.common.errors import UserError, join_problems
 from arriero.common.ranges import (
-    annotation,
+    bare_type,
+    expected_values,
     field_ranges,
+    find_annotation,
     flag,
-    interval_words,
-    plain,
+    format_interval,
+    parse_number,
     range_problems,
-    read_number,
     value_problem,
-    wanted,
 )
 from arriero.common.suggest import suggestion
 from arriero.common.text import escape
@@ -82,7 +82,7 @@ def _setting_problem(setting: Setting, kind: Any, prog: str) -> UserError | None
     except UserError as error:
         return error
     wrong = value_problem(value, kind)
-    return UserError(f"{_location(setting)} {wrong}", f"give {wanted(kind)}") if wrong else None
+    return UserError(f"{_location(setting)} {wrong}", f"give {expected_values(kind)}") if wrong else None
 
 
 def _location(setting: Setting) -> str:
@@ -101,9 +101,9 @@ def _read_settings(cls: Any, settings: list[Setting], kinds: dict[str, Any], pro
     words = []
     for s in settings:
         if len(s.words) > MAX_WORDS:
-            raise UserError(f"{_location(s)} has {len(s.words):,} values", f"give {wanted(kinds[s.key])}")
+            raise UserError(f"{_location(s)} has {len(s.words):,} values", f"give {expected_values(kinds[s.key])}")
         values = s.words
-        if plain(kinds[s.key]) is bool:
+        if bare_type(kinds[s.key]) is bool:
             values = [w.capitalize() if w in ("true", "false") else w for w in s.words]
         # `=` keeps a value that begins with dashes from being read as a flag.
         words += [f"--{s.key}={values[0]}"] if len(values) == 1 else [f"--{s.key}", *values]
@@ -120,7 +120,7 @@ def _read_settings(cls: Any, settings: list[Setting], kinds: dict[str, Any], pro
         problem = (
             f"{_location(one)} is '{escape(' '.join(one.words), 60)}'" if choice else f"{_location(one)}: {message}"
         )
-        raise UserError(problem, f"give {wanted(kinds[one.key])}") from None
+        raise UserError(problem, f"give {expected_values(kinds[one.key])}") from None
 
 
 def parse_verb(cls: type[T], words: list[str], *, prog: str, description: str) -> T:
@@ -182,7 +182,7 @@ def _tyro_message(box: str) -> str:
 
 def field_types(cls: type) -> dict[str, Any]:
     """Every key of `cls`, dotted, with its type."""
-    return {key: plain(kind) for key, kind in field_ranges(cls).items()}
+    return {key: bare_type(kind) for key, kind in field_ranges(cls).items()}
 
 
 def command_line_settings(words: list[str]) -> list[Setting]:
@@ -224,7 +224,7 @@ def _tyro_class(cls: Any, *, flags: bool = False) -> Any:
             )
             kind = Annotated[bool, tyro.conf.arg(help_behavior_hint=default)]
         space["__annotations__"][f.name] = kind
-        if dataclasses.is_dataclass(inner := plain(hints[f.name])):
+        if dataclasses.is_dataclass(inner := bare_type(hints[f.name])):
             space[f.name] = dataclasses.field(default_factory=_tyro_class(inner))
         elif f.default is not dataclasses.MISSING:
             space[f.name] = f.default
@@ -236,11 +236,11 @@ def _tyro_class(cls: Any, *, flags: bool = False) -> Any:
 
 def _tyro_type(kind: Any) -> Any:
     """The type with a rule for tyro beside each int and float of it."""
-    base, notes = plain(kind), get_args(kind)[1:] if get_origin(kind) is Annotated else ()
+    base, notes = bare_type(kind), get_args(kind)[1:] if get_origin(kind) is Annotated else ()
     if dataclasses.is_dataclass(base):
         base = _tyro_class(base)
     elif base in (int, float):
-        notes = (*notes, _number_rule(base, annotation(kind, Interval)))
+        notes = (*notes, _number_rule(base, find_annotation(kind, Interval)))
     elif get_args(base) and get_origin(base) is not Literal:
         parts: Any = tuple(one if one is ... else _tyro_type(one) for one in get_args(base))
         base = tuple[parts] if get_origin(base) is tuple else functools.reduce(operator.or_, parts)
@@ -251,8 +251,8 @@ def _tyro_type(kind: Any) -> Any:
 def _number_rule(base: type, interval: Interval | None) -> Any:
     return PrimitiveConstructorSpec(
         nargs=1,
-        metavar=base.__name__.upper() + interval_words(interval),
-        instance_from_str=lambda words: read_number(base, words[0]),
+        metavar=base.__name__.upper() + format_interval(interval),
+        instance_from_str=lambda words: parse_number(base, words[0]),
         is_instance=lambda value: isinstance(value, (int, float) if base is float else int),
         str_from_instance=lambda value: [str(value)],
     )

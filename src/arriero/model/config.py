@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from annotated_types import Interval
 
 from arriero.common.errors import UserError, join_problems
-from arriero.common.ranges import field_ranges, range_problems, value_problem, wanted
+from arriero.common.ranges import expected_values, field_ranges, range_problems, value_problem
 from arriero.common.untrusted import read_json, require_inside, schema_problem
 from arriero.model.config_keys import ROPE_KEYS, check_model_type, check_other_keys, rope_settings
 
@@ -204,12 +204,12 @@ class LlamaConfig:
 def _key_problems(raw: dict[str, Any], key: str, form: Any, kind: Any, where: str) -> list[UserError]:
     """What is wrong with one key of a decoded config.json: it lacks, or is of another type or range than its field."""
     if key in _SIZES and key not in raw:
-        return [UserError(f"{where}: lacks {key}", f"give {key} as {wanted(kind)}")]
+        return [UserError(f"{where}: lacks {key}", f"give {key} as {expected_values(kind)}")]
     if key not in _SIZES and (wrong := schema_problem(raw.get(key), (form, None), key)):
         return [UserError(f"{where}: {wrong}", FIX)]
     value = tuple(raw[key]) if isinstance(raw.get(key), list) else raw.get(key)
     if kind is not None and (key in _SIZES or value is not None) and (wrong := value_problem(value, kind)):
-        return [UserError(f"{where}: {key} {wrong}", f"give {key} as {wanted(kind)}")]
+        return [UserError(f"{where}: {key} {wrong}", f"give {key} as {expected_values(kind)}")]
     return []
 
 
