@@ -7,7 +7,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 NPU := build/npu
 PEERS := build/peers
 
-.PHONY: demo test lint torture npu cluster peers clean
+.PHONY: demo test lint docs torture npu cluster peers clean
 
 demo: $(VENV)/.demo
 	$(BIN)/arriero demo --overwrite
@@ -20,6 +20,11 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The site in build/site, in mkdocs' strict mode: a dead link, or a page that the order leaves out, is an error.
+docs: $(VENV)/.test
+	$(BIN)/python scripts/write_docs.py --check
+	$(BIN)/mkdocs build --quiet --strict
 
 # A hundred kills of a run on 2 x tensor and 2 x data parallel processes: twenty-three minutes on two busy cores.
 torture: $(VENV)/.demo
@@ -42,7 +47,7 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
 
 # megatron-core is an oracle of the tests: it is installed without the dependencies that only its training loop needs.
 $(VENV)/.test: $(VENV)/.python pyproject.toml constraints.txt
-	$(PIP) -c constraints.txt -e '.[dev]'
+	$(PIP) -c constraints.txt -e '.[dev,docs]'
 	$(PIP) -c constraints.txt --no-deps megatron-core
 	@touch $@ $(VENV)/.demo
 

@@ -15,7 +15,11 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 MODULES = {"torch-npu": "torch_npu", "pytest-timeout": "timeout", "import-linter": "importlinter"}
-USERS = {"bench": ["benchmarks/*.py"], "dev": ["tests/**/*.py", "src/**/*.py", "Makefile", "pyproject.toml"]}
+USERS = {
+    "bench": ["benchmarks/*.py"],
+    "docs": ["tests/*.py"],
+    "dev": ["tests/**/*.py", "src/**/*.py", "Makefile", "pyproject.toml"],
+}
 """Where the packages of an extra are used; those of all others are imported by the product."""
 
 

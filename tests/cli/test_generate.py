@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import TINY, VARIANTS, random_weights, save_hf
 
+from arriero.checkpoint.language_model import encode_prompt
 from arriero.checkpoint.open_model import load_model
-from arriero.cli.generate import GenerateArgs, encode_prompt, run
+from arriero.cli.generate import GenerateArgs, run
 from arriero.common.errors import UserError
 from arriero.model.generate import generate, next_logits, sample_token
 

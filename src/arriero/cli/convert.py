@@ -203,7 +203,7 @@ def check_written(
 
 def _compare_logits(source: OpenedModel, written: OpenedModel, dtype: str | None) -> float:
     """Largest logit difference of the two ends, in float32; must be 0 unless the dtype changed."""
-    from arriero.cli.export import logit_difference
+    from arriero.checkpoint.export import logit_difference
 
     difference = logit_difference(source.reader, written.reader, source.config)
     changed = dtype is not None and any(t.dtype != dtype for t in source.reader.tensors.values())

@@ -60,8 +60,12 @@ class PreparedData:
 
     @property
     def prefixes(self) -> list[str]:
-        """The written data sets, each as a recipe names it in `data.prefix`."""
-        return [f"{self.out}_{name}" for name in self.manifest["outputs"]]
+        """The written data sets, each as a recipe names it in `data.prefix`; the three parts of an instruction set are
+        one, named by what stands before `_packed`."""
+        names = list(self.manifest["outputs"])
+        if any(name.startswith("packed_") for name in names):
+            return [self.out]
+        return [f"{self.out}_{name}" for name in names]
 
 
 class InputProgress:

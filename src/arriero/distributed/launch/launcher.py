@@ -108,6 +108,7 @@ def run_processes(
         children.stop()
         meeting.close()
         error_files.remove()
+        os.environ.pop("TORCHELASTIC_SIGNALS_TO_HANDLE", None)  # torch's agent leaves it behind
 
 
 def silence_elastic_logger() -> None:
