@@ -80,7 +80,7 @@ def test_a_machine_that_is_cut_off_ends_the_job_by_name(machines: None, tmp_path
     said = [node.communicate(timeout=100)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [1] * NODES, said
     for text in said[:3]:
-        assert re.search(r"node 3 \(.*\) gave no sign of life for 15 s", text), text
+        assert re.search(r"node 3 \(.*\) sent no heartbeat for 15 s", text), text
     assert "which holds the store, is gone or cut off" in said[3], said[3]
 
 

@@ -24,7 +24,7 @@ ENDED = {
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     recipe = write_recipe(tmp_path_factory.mktemp("signals"))
-    command = [sys.executable, HERE / "signalled.py", recipe, *SAVED, *ENDED]
+    command = [sys.executable, HERE / "run_signals.py", recipe, *SAVED, *ENDED]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     return {record["case"]: record for record in map(json.loads, done.stdout.splitlines())}
@@ -34,18 +34,18 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
 @pytest.mark.parametrize("case", SAVED)
 def test_the_state_is_saved_however_a_signal_arrives(outcomes: dict[str, Any], case: str) -> None:
     found = outcomes[case]
-    assert (found["code"], found["saved"], found["orphans"], found["left"]) == (75, 1, [], []), found["said"]
-    assert found["said"].count("saving after the present step") == 1
-    assert "Ctrl-C ends at once, without saving" in found["said"]
-    assert "Traceback" not in found["said"]
+    assert (found["code"], found["saved"], found["orphans"], found["left"]) == (75, 1, [], []), found["output"]
+    assert found["output"].count("saving after the present step") == 1
+    assert "Ctrl-C ends at once, without saving" in found["output"]
+    assert "Traceback" not in found["output"]
 
 
 @pytest.mark.parametrize("case", ENDED)
 def test_what_cannot_be_saved_ends_in_order(outcomes: dict[str, Any], case: str) -> None:
     found = outcomes[case]
     assert (found["code"], found["saved"], found["orphans"], found["left"]) == (ENDED[case][0], 0, [], []), found[
-        "said"
+        "output"
     ]
-    assert ENDED[case][1] in found["said"]
-    assert "Traceback" not in found["said"]
-    assert case.startswith("second") or "saving" not in found["said"]
+    assert ENDED[case][1] in found["output"]
+    assert "Traceback" not in found["output"]
+    assert case.startswith("second") or "saving" not in found["output"]

@@ -10,7 +10,7 @@ from small_inputs import RECORDS, write_records
 from arriero.common.errors import UserError
 from arriero.data.batches import Batches
 from arriero.data.config import DataConfig
-from arriero.data.formats import Template, UnusableRecordError, load_template, make_format
+from arriero.data.formats import FormatOptions, UnusableRecordError, load_template, make_format
 from arriero.data.indexed import IndexedDataset
 from arriero.data.instruct import pack_best_fit
 from arriero.data.records import CONTENT_COLUMNS
@@ -20,7 +20,7 @@ Prepare = Callable[..., str]
 
 
 def chat(record: dict[str, object], loss_on: str = "all") -> list[tuple[str, bool, bool]]:
-    (document,) = make_format("chat", keys=(), template=Template(), loss_on=loss_on).documents(record)
+    (document,) = make_format("chat", FormatOptions(loss_on=loss_on)).documents(record)
     return [tuple(part) for part in document]  # type: ignore[misc]
 
 
@@ -126,28 +126,28 @@ def test_or_it_is_set_aside(case: str) -> None:
 @pytest.mark.parametrize("column", [c for c in CONTENT_COLUMNS if c != "input"])
 def test_what_an_alpaca_record_has_no_place_for(column: str) -> None:
     for name in ("alpaca", "alpaca-sft"):
-        form = make_format(name, keys=(), template=Template(), loss_on="all")
+        form = make_format(name, FormatOptions())
         with pytest.raises(UnusableRecordError, match=f"{column} is filled"):
             form.documents({**ASK, column: "x"})
-        ignoring = make_format(name, keys=(), template=Template(), loss_on="all", ignored=(column,))
+        ignoring = make_format(name, FormatOptions(ignored=(column,)))
         plain = form.documents(ASK)
         assert ignoring.documents({**ASK, column: "x"}) == plain
         assert form.columns is not None
         assert column in form.columns  # read from a parquet file too
     with pytest.raises(UserError, match="did you mean 'tools'"):
-        make_format("chat", keys=(), template=Template(), loss_on="all", ignored=("tool",))
+        make_format("chat", FormatOptions(ignored=("tool",)))
 
 
 @pytest.mark.parametrize("name", ["Input", "INPUT ", "System"])
 def test_a_column_in_other_letters_is_content_too(name: str) -> None:
-    form = make_format("alpaca", keys=(), template=Template(), loss_on="all")
+    form = make_format("alpaca", FormatOptions())
     with pytest.raises(UnusableRecordError, match="is filled"):
         form.documents({**ASK, name: "x"})
 
 
 def test_no_input_leaves_no_trace() -> None:
     for name in ("stanford", "ascendspeed", "ascendspeed-instruction"):
-        form = make_format("alpaca", keys=(), template=load_template(name), loss_on="all")
+        form = make_format("alpaca", FormatOptions(template=load_template(name)))
         for missing in ("", None, "  "):
             text = form.documents({"instruction": "Do", "input": missing, "output": "Done"})[0][0].text
             assert "None" not in text
@@ -159,7 +159,7 @@ def test_a_users_template(tmp_path: Path) -> None:
     file.write_text(
         'prompt = "Q: {instruction} ({input})\\n"\nprompt_no_input = "Q: {instruction}\\n"\nanswer = "A: {output}"\n'
     )
-    form = make_format("alpaca", keys=(), template=load_template(str(file)), loss_on="all")
+    form = make_format("alpaca", FormatOptions(template=load_template(str(file))))
     texts = [form.documents(record)[0][0].text for record in RECORDS]
     assert texts == ["Q: Name a llama.\nA: Paco", "Q: Add. (1 + 1)\nA: 2", "Q: Sing ü <s>\nA: la\nla"]
 

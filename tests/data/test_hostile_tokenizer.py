@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from small_inputs import train_sentencepiece
 
 from arriero.common.errors import UserError
-from arriero.data import tokenizer_safety as tokenizer_check
+from arriero.data import tokenizer_safety
 from arriero.data.indexed import IndexedDataset
 from arriero.data.tokenizer import JsonTokenizer, load_tokenizer
 from arriero.data.tokenizer_safety import TooSlowError, call_with_timeout, check_charsmap, library_errors
@@ -122,7 +122,7 @@ def test_a_tokenizer_that_never_ends_is_given_up(
     tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forever = threading.Event()
-    monkeypatch.setattr(tokenizer_check, "MIN_SECONDS", 0.1)
+    monkeypatch.setattr(tokenizer_safety, "MIN_SECONDS", 0.1)
     try:
         with pytest.raises(TooSlowError, match=r"t\.json: has not tokenized 10 characters"):
             call_with_timeout(tmp_path / "t.json", 10, forever.wait)
@@ -159,8 +159,8 @@ def nfkc(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]:
     path = tmp_path_factory.mktemp("nfkc") / "tokenizer.model"
     train_sentencepiece(path, normalization_rule_name="nmt_nfkc", vocab_size=400)
     raw = path.read_bytes()
-    (spec,) = tokenizer_check._fields(raw, 3)
-    (blob,) = tokenizer_check._fields(spec, 2)
+    (spec,) = tokenizer_safety._messages(raw, 3)
+    (blob,) = tokenizer_safety._messages(spec, 2)
     assert len(blob) > 100_000
     return raw, blob
 

@@ -49,6 +49,9 @@ def test_the_loss_mask_is_visible(tmp_path: Path, prepare: Prepare, capsys: pyte
     assert prompt.endswith("### Response:\n")
     assert answer == "Paco⟦</s>⟧"
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    assert inspect(Path(out), figure=tmp_path / "without_suffix") == 0
+    assert f"figure     {tmp_path}/without_suffix.png" in capsys.readouterr().out
+    assert (tmp_path / "without_suffix.png").is_file()
 
 
 def test_a_flipped_bit_and_a_cut_file_are_found(

@@ -99,6 +99,7 @@ def test_a_half_written_last_line_is_repaired(tmp_path: Path, kept: int) -> None
         ("{broken", "line 2: not JSON"),
         ("[1]", "line 2: the whole is a list"),
         ('{"iteration": "4"}', "line 2: iteration is"),
+        ('{"iteration": 4, "lm_loss": 1.0, "lm_loss": 2.0}', "line 2: key 'lm_loss' stands twice"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: str, problem: str) -> None:

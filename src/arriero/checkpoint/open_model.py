@@ -16,7 +16,7 @@ from arriero.checkpoint.tensors.stream import ViewReader
 from arriero.checkpoint.verify import verify_checkpoint
 from arriero.common.errors import UserError
 from arriero.common.untrusted import read_json, require_inside, schema_problem
-from arriero.data.tokenizer import GENERATION_CONFIG, VOCABULARY_FILES
+from arriero.data.tokenizer_files import GENERATION_CONFIG, VOCABULARY_FILES
 from arriero.model.config import LlamaConfig
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from arriero.common.files import make_directory, open_regular, os_error_text
 from arriero.common.ranges import PathText
 from arriero.common.settings import parse, show_flags
 from arriero.common.text import escape, escape_message
-from arriero.distributed.launch.secret import VARIABLE
+from arriero.distributed.launch.secret import SECRET_VARIABLE
 from arriero.train.recipe import Recipe
 
 
@@ -34,11 +34,11 @@ class SlurmArgs:
     tasks_per_node: Annotated[int, Interval(ge=0, le=4096)] = 0
     """Processes of each machine where that is not the number of devices."""
     cpus_per_task: Annotated[int, Interval(ge=0, le=65_536)] = 0
-    """Cores of each process; 0 for its share of the cores of the machine that makes the file."""
+    """Cores of each process; 0 for its share of the cores of the machine that writes the file."""
     time: str = "1-00:00:00"
     """Time limit, in SLURM's form days-hours:minutes:seconds."""
     partition: str = ""
-    """Where to queue; empty leaves it to the cluster."""
+    """Partition to queue in; empty for the cluster's default."""
     run: Annotated[str, PathText] = ""
     """Run directory; it replaces the recipe's `out`."""
     out: Annotated[str, PathText] = ""
@@ -66,7 +66,7 @@ class LaunchArgs:
 
 
 def run(args: LaunchArgs) -> int:
-    """Prints or writes the batch file, once the recipe is known to fit the machines."""
+    """Prints or writes the batch file, after checking that the recipe fits the machines."""
     text, file = batch_file(args.words)
     if file:
         make_directory(Path(file).parent, "name a file that can be written with --out")
@@ -85,10 +85,10 @@ def run(args: LaunchArgs) -> int:
 
 
 def batch_file(words: list[str]) -> tuple[str, str]:
-    """The text of the batch file, and where it shall be written.
+    """The text of the batch file, and the path to write it to; empty to print it.
 
     Raises:
-        UserError: the recipe is wrong, or it does not fit so many processes.
+        UserError: the recipe is invalid, or does not fit the number of processes.
     """
     named, (own,), given = split_command(words, SlurmArgs)
     if not named:
@@ -109,7 +109,7 @@ def batch_file(words: list[str]) -> tuple[str, str]:
 
 
 def _problems(args: SlurmArgs) -> list[UserError]:
-    """What SLURM would not take, such as a line end, which would add a line to the file."""
+    """Values that SLURM rejects, or that hold a line end, which would add a line to the file."""
     found = []
     if not re.fullmatch(r"[0-9]+(-[0-9]+)?(:[0-9]+){0,2}|UNLIMITED", args.time):
         found.append(
@@ -121,8 +121,8 @@ def _problems(args: SlurmArgs) -> list[UserError]:
 
 
 def _text(args: SlurmArgs, tasks: int, out: str, pretrain: str) -> str:
-    beside = Path(sys.executable).with_name("arriero")
-    program = shlex.quote(str(beside)) if beside.is_file() else f"{shlex.quote(sys.executable)} -m arriero"
+    script = Path(sys.executable).with_name("arriero")
+    program = shlex.quote(str(script)) if script.is_file() else f"{shlex.quote(sys.executable)} -m arriero"
     cores = args.cpus_per_task or max(1, (os.cpu_count() or 1) // tasks)
     name = re.sub(r"[^A-Za-z0-9._-]", "-", Path(out).name) or "arriero"
     options = [f"--job-name={name}", f"--nodes={args.nodes}"]
@@ -131,17 +131,17 @@ def _text(args: SlurmArgs, tasks: int, out: str, pretrain: str) -> str:
     options += [f"--time={args.time}"] + ([f"--partition={args.partition}"] if args.partition else [])
     head = "\n".join(f"#SBATCH {option}" for option in options)
     return f"""#!/bin/bash
-# {args.nodes} nodes of {tasks} processes of {cores} cores. The run directory and the data must be seen by every node.
+# {args.nodes} nodes of {tasks} processes of {cores} cores. Every node needs access to the run directory and the data.
 {head}
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
-# After preemption or the loss of a node SLURM starts this file again; then it goes on from the newest checkpoint.
+# After preemption or the loss of a node SLURM starts this file again; it resumes from the newest checkpoint.
 #SBATCH --requeue
-# Two minutes before the time limit or preemption SIGUSR1 reaches every process: they save and exit with {EXIT_STOPPED}.
+# Two minutes before the time limit or preemption all processes get SIGUSR1: they save and exit with {EXIT_STOPPED}.
 #SBATCH --signal=USR1@120
 
-# The processes prove to each other that they know this.
-export {VARIABLE}=$(head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \\n')
+# The processes authenticate each other with this secret.
+export {SECRET_VARIABLE}=$(head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \\n')
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 {program} pretrain {pretrain} --resume auto
 status=$?
 if [ "$status" = {EXIT_STOPPED} ]; then scontrol requeue "$SLURM_JOB_ID"; fi

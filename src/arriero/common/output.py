@@ -1,5 +1,6 @@
-"""Standard output and standard error that cannot be written: a pipe whose reader has gone, a full device, a closed
-descriptor. A command whose results are files goes on without them; one whose result is the output ends.
+"""Standard output and standard error that cannot be written: no reader of the pipe, a full device, a closed descriptor.
+
+A command whose results are files continues without them; one whose result is the output ends.
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ from typing import Any, TextIO, cast
 
 from arriero.common.errors import UserError
 
-_GONE = {errno.EPIPE, errno.ECONNRESET}
-"""Errors of a write to a pipe or socket that nobody reads any more."""
-_NOBODY_READS = "nobody reads it any more"
+_NO_READER_ERRORS = {errno.EPIPE, errno.ECONNRESET}
+"""Errors of a write to a pipe or socket without a reader."""
+_NO_READER = "nobody reads it any more"
 _NAMES = {1: "standard output", 2: "standard error"}
 
 
 class OutputClosed(BaseException):
-    """Nobody reads the output of a command whose result is the output (`arriero inspect ... | head -1`).
+    """Standard output has no reader, for a command whose result is the output (`arriero inspect ... | head -1`).
 
-    Not an Exception, so that no handler on the way takes it for a fault of what it was doing.
+    Not an Exception, so that no handler on the way mistakes it for a failure of its own work.
     """
 
 
 class Stream:
-    """A text stream whose failed writes end the command (`required`), or are lost and noted once."""
+    """A text stream whose failed writes end the command (`required`), or are dropped and reported once."""
 
     def __init__(self, inner: TextIO, number: int, *, required: bool) -> None:
         self.inner, self.number, self.required = inner, number, required
@@ -36,7 +37,7 @@ class Stream:
         """Why a write failed; empty while none has."""
 
     def write(self, text: str) -> int:
-        """Writes a text; returns its length, whether it was written or lost.
+        """Writes a text; returns its length, whether it was written or dropped.
 
         Raises:
             OutputClosed: nobody reads a required stream.
@@ -51,20 +52,20 @@ class Stream:
             self.write(line)
 
     def flush(self) -> None:
-        """Hands on what is held back; raises as `write` does."""
+        """Flushes the buffer; raises as `write` does."""
         self._try(self.inner.flush)
 
     def _try(self, work: Any) -> None:
         if self.problem and self.required:
-            return  # it was raised before; one that is not required is tried again, for a disk may have room by now
+            return  # raised before; a stream that is not required is retried, since a disk may have room again
         try:
             work()
-        except (OSError, ValueError) as error:  # ValueError: it has been closed
+        except (OSError, ValueError) as error:  # ValueError: the stream is closed
             first, self.problem = not self.problem, _reason(error)
             if self.required:
-                raise OutputClosed if self.problem == _NOBODY_READS else self.error() from None
+                raise OutputClosed if self.problem == _NO_READER else self.error() from None
             if first:
-                note(self.number, self.problem)
+                report_write_failure(self.number, self.problem)
 
     def error(self) -> UserError:
         """The problem, for the user."""
@@ -77,34 +78,34 @@ class Stream:
 
 def _reason(error: OSError | ValueError) -> str:
     if isinstance(error, OSError):
-        return _NOBODY_READS if error.errno in _GONE else error.strerror or type(error).__name__
+        return _NO_READER if error.errno in _NO_READER_ERRORS else error.strerror or type(error).__name__
     return "it is closed"
 
 
-_notes: list[str] = []
+_write_failures: list[str] = []
 
 
-def note(number: int, problem: str) -> None:
-    """Shows on the other stream that stream `number` (1 or 2) cannot be written; kept for `new_write_failures`."""
+def report_write_failure(number: int, problem: str) -> None:
+    """Reports on the other stream that stream `number` (1 or 2) cannot be written; kept for `new_write_failures`."""
     text = f"{_NAMES[number]} cannot be written ({problem}); the work goes on without it"
-    _notes.append(text)
+    _write_failures.append(text)
     print(f"arriero: {text}", file=sys.stderr if number == 1 else sys.stdout, flush=True)
 
 
 def new_write_failures() -> list[str]:
-    """What was noted in this process since the last call, one line for each stream: for the log of a run.
+    """Write failures of this process since the last call, one line for each stream: for the log of a run.
 
-    A run may write nothing to standard error for hours, so it is asked here whether anybody reads it still.
+    A run may write nothing to standard error for hours, so whether it still has a reader is checked here.
     """
     stream = sys.stderr
-    if isinstance(stream, Stream) and not stream.problem and _reader_has_gone(2):
-        stream.problem = _NOBODY_READS
-        note(2, stream.problem)
-    found, _notes[:] = list(_notes), []
+    if isinstance(stream, Stream) and not stream.problem and _has_no_reader(2):
+        stream.problem = _NO_READER
+        report_write_failure(2, stream.problem)
+    found, _write_failures[:] = list(_write_failures), []
     return found
 
 
-def _reader_has_gone(descriptor: int) -> bool:
+def _has_no_reader(descriptor: int) -> bool:
     poll = select.poll()
     poll.register(descriptor, 0)
     with contextlib.suppress(OSError):
@@ -131,17 +132,17 @@ def guarded_output(*, required: bool) -> Iterator[None]:
             stream.inner.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined] # a path may hold any byte
         if stream.number in closed and not required:
             stream.problem = "it is closed"
-            note(stream.number, stream.problem)
+            report_write_failure(stream.number, stream.problem)
     try:
         yield
-    finally:  # a stream that failed stays guarded: Python flushes both once more when it ends
+    finally:  # a stream that failed stays guarded: Python flushes both once more at exit
         sys.stdout, sys.stderr = (
             cast(TextIO, stream) if stream.problem else old for stream, old in zip(streams, before, strict=True)
         )
 
 
 def _open_if_closed(number: int) -> bool:
-    """Opens a closed descriptor on nothing, so that no file of the command's gets its number; whether it was closed."""
+    """Opens a closed descriptor on /dev/null, so that no file of the command gets its number; whether it was closed."""
     try:
         os.fstat(number)
     except OSError:
@@ -151,6 +152,6 @@ def _open_if_closed(number: int) -> bool:
 
 
 def write_stderr(text: str) -> None:
-    """Writes a line to standard error past Python's buffers: from a signal handler, or beside a thread that prints."""
+    """Writes a line to standard error without Python's buffers: safe in a signal handler and beside other threads."""
     with contextlib.suppress(OSError):
         os.write(2, f"arriero: {text}\n".encode("utf-8", "backslashreplace"))

@@ -18,14 +18,14 @@ MAX_JSON_BYTES = 100_000_000  # what safetensors allows its header; a vocabulary
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "an object"}
 
 
-def read_json(path: Path, fix: str, schema: Any = object) -> Any:
+def read_json(path: Path, fix: str, schema: Any = object, *, unique_keys: bool = False) -> Any:
     """Reads a JSON file that fits `schema` (see `schema_problem`).
 
     Raises:
         UserError: no regular file there, larger than MAX_JSON_BYTES, not UTF-8, not JSON, nested too deep to be read,
             or of another schema; names the file and, in the last case, the place in it.
     """
-    return parse_json(read_text(path, fix), str(path), fix, schema)
+    return parse_json(read_text(path, fix), str(path), fix, schema, unique_keys=unique_keys)
 
 
 def read_text(path: Path, fix: str, most: int = MAX_JSON_BYTES) -> str:
@@ -50,12 +50,19 @@ def read_bytes(path: Path, fix: str, most: int = MAX_JSON_BYTES) -> bytes:
     return raw
 
 
-def parse_json(text: str | bytes, where: str, fix: str, schema: Any = object) -> Any:
-    """Decodes JSON of a known schema. Raises UserError, as `read_json` does, with `where` for the file."""
+def parse_json(
+    text: str | bytes, where: str, fix: str, schema: Any = object, *, unique_keys: bool = False
+) -> Any:  # fmt: skip
+    """Decodes JSON of a known schema. Raises UserError, as `read_json` does, with `where` for the file.
+
+    `unique_keys`: also refuses an object in which a key stands twice with different values.
+    """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique_object if unique_keys else None)
     except RecursionError:
         raise UserError(f"{where}: not JSON that can be read: it is nested too deep", fix) from None
+    except _RepeatedKeyError as error:
+        raise UserError(f"{where}: {error}", fix) from None
     except ValueError as error:  # broken, or a number of more digits than Python reads
         raise UserError(f"{where}: not JSON ({error})", fix) from None
     if wrong := schema_problem(value, schema):
@@ -63,14 +70,27 @@ def parse_json(text: str | bytes, where: str, fix: str, schema: Any = object) ->
     return value
 
 
+class _RepeatedKeyError(ValueError):
+    """A key stands twice in a JSON object, with different values."""
+
+
+def _unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        for key, value in pairs:
+            if repr(found[key]) != repr(value):  # repr: NaN differs from itself
+                raise _RepeatedKeyError(f"key {escape(key, 80)!r} stands twice, with different values")
+    return found
+
+
 def schema_problem(value: Any, schema: Any, at: str = "") -> str:  # noqa: PLR0911 - one a kind of schema
-    """Where and how decoded JSON differs from `schema`: one sentence; empty if it fits.
+    """Where and how decoded JSON differs from `schema`: one sentence, or empty when it fits.
 
     Args:
         value: decoded JSON.
         schema: object (anything), int (of 64 bits, no bool), float (any number), str, bool, dict, None (null); {"key":
             schema, ...} for an object that has at least these keys; {str: schema} for one whose values are all alike;
-            [schema] for a list; a tuple of forms for any of them.
+            [schema] for a list; a tuple of schemas for any of them.
         at: the place, for the message.
     """
     if schema is object:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from arriero.common.errors import UserError, closest_match
+from arriero.common.plugins import load_plugins
 from arriero.common.text import escape
 from arriero.common.untrusted import read_text
 from arriero.data import chat
@@ -208,44 +209,73 @@ class Format:
         return [f"{name}_document" for name in names]
 
 
-FORMATS = ("text", "alpaca", "alpaca-sft", "chat")
+@dataclass(frozen=True)
+class FormatOptions:
+    """The options of `prepare` that concern a format.
 
-
-def make_format(
-    name: str, *, keys: Sequence[str], template: Template, loss_on: str, ignored: Sequence[str] = ()
-) -> Format:
-    """Binds a format's options.
-
-    Args:
-        name: one of FORMATS.
+    Attributes:
         keys: the columns of format text.
         template: of the other formats.
-        loss_on: chats: all answers, or the last.
-        ignored: columns of records.CONTENT that may be left out though they are filled.
+        loss_on: chats: "all" answers, or the "last".
+        ignored: columns of IGNORABLE that may be left out though they are filled.
+    """
+
+    keys: tuple[str, ...] = ("text",)
+    template: Template = Template()
+    loss_on: str = "all"
+    ignored: tuple[str, ...] = ()
+
+
+def _text_format(options: FormatOptions) -> Format:
+    keys = options.keys
+    return Format(keys, False, keys, lambda record: [[Segment(required_text(record, key))] for key in keys])
+
+
+def _alpaca_format(options: FormatOptions) -> Format:
+    def documents(record: Record) -> list[Document]:
+        return [[Segment("".join(_alpaca(record, options.template, options.ignored)))]]
+
+    return Format(("text",), False, _ALPACA_READ, documents)
+
+
+def _alpaca_sft_format(options: FormatOptions) -> Format:
+    def documents(record: Record) -> list[Document]:
+        prompt, answer = _alpaca(record, options.template, options.ignored)
+        return [[Segment(prompt, in_loss=False), Segment(answer, eos=True)]]
+
+    return Format(("packed",), True, _ALPACA_READ, documents)
+
+
+def _chat_format(options: FormatOptions) -> Format:
+    def documents(record: Record) -> list[Document]:
+        return [_chat(record, options.template, options.loss_on, options.ignored)]
+
+    return Format(("packed",), True, tuple(dict.fromkeys(chat.CHAT_COLUMNS + CONTENT_COLUMNS)), documents)
+
+
+_ALPACA_READ = tuple(
+    dict.fromkeys(ALPACA_COLUMNS + CONTENT_COLUMNS)
+)  # content is read to be refused where it is filled
+FORMATS: dict[str, Callable[[FormatOptions], Format]] = {
+    "text": _text_format,
+    "alpaca": _alpaca_format,
+    "alpaca-sft": _alpaca_sft_format,
+    "chat": _chat_format,
+}
+"""Every format by the name that `--format` takes. A module outside the package adds its own with one line,
+`FORMATS["name"] = function`, or names the function as an entry point in the group arriero.formats."""
+
+
+def make_format(name: str, options: FormatOptions) -> Format:
+    """The format of this name with its options bound.
 
     Raises:
         UserError: an unknown name, of the format or of an ignored column.
     """
-    for one in ignored:
+    for one in options.ignored:
         if one not in IGNORABLE:
             raise UserError(f"--ignore {one}: {closest_match(one, IGNORABLE)}", "other columns are not read anyway")
-    alpaca = tuple(dict.fromkeys(ALPACA_COLUMNS + CONTENT_COLUMNS))  # CONTENT is read to be refused where it is filled
-    if name == "text":
-        return Format(
-            tuple(keys), False, tuple(keys), lambda record: [[Segment(required_text(record, key))] for key in keys]
-        )
-    if name == "alpaca":
-        return Format(("text",), False, alpaca, lambda record: [[Segment("".join(_alpaca(record, template, ignored)))]])
-    if name == "alpaca-sft":
-
-        def split(record: Record) -> list[Document]:
-            prompt, answer = _alpaca(record, template, ignored)
-            return [[Segment(prompt, in_loss=False), Segment(answer, eos=True)]]
-
-        return Format(("packed",), True, alpaca, split)
-    if name == "chat":
-        columns = tuple(dict.fromkeys(chat.CHAT_COLUMNS + CONTENT_COLUMNS))
-        return Format(("packed",), True, columns, lambda record: [_chat(record, template, loss_on, ignored)])
-    raise UserError(
-        f"unknown format {name!r}; {closest_match(name, FORMATS)}", "see docs/prepare.md for the four formats"
-    )
+    known = FORMATS if name in FORMATS else FORMATS | load_plugins("arriero.formats")
+    if name not in known:
+        raise UserError(f"unknown format {name!r}; {closest_match(name, known)}", "see docs/prepare.md for the formats")
+    return known[name](options)

@@ -13,7 +13,7 @@ from annotated_types import Interval
 
 from arriero.common.errors import UserError, join_problems
 from arriero.common.ranges import PathText, flag, range_problems
-from arriero.data.formats import FORMATS, Format, Template, load_template, make_format
+from arriero.data.formats import FORMATS, Format, FormatOptions, Template, load_template, make_format
 from arriero.data.inputs import find_inputs
 from arriero.data.output import check_output
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
@@ -62,6 +62,10 @@ class PrepareConfig:
     def load_template(self) -> Template:
         """The prompt template. Raises UserError."""
         return load_template("stanford" if self.template is None else self.template)
+
+    def format_options(self) -> FormatOptions:
+        """The options that concern the format. Raises UserError for a template that cannot be read."""
+        return FormatOptions(self.keys, self.load_template(), self.loss_on, self.ignore)
 
     def problems(self, kind: str) -> list[UserError]:
         """Values out of range, and options that have no effect on inputs of `kind` ("" where it is not known)."""
@@ -141,12 +145,7 @@ def open_job(config: PrepareConfig) -> PrepareJob:
         if tokenizer is not None and needed and getattr(tokenizer, token) is None:
             fix = f"give --no-{name.lower()} to do without"
             problems.append(UserError(f"{tokenizer.path} has no {name} token", fix))
-    form = attempt(
-        lambda: make_format(
-            config.format, keys=config.keys, template=config.load_template(), loss_on=config.loss_on,
-            ignored=config.ignore,
-        )
-    )  # fmt: skip
+    form = attempt(lambda: make_format(config.format, config.format_options()))
     attempt(lambda: check_output(config.out, form.outputs if form else ()))
     problems += config.problems(kind)
     if problems:

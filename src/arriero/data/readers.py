@@ -12,14 +12,28 @@ import csv
 import gzip
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from arriero.common.errors import UserError
 from arriero.data.columns import read_columns
-from arriero.data.inputs import MAX_RECORD_BYTES, TrackRead, ignore_progress, open_input
+from arriero.data.inputs import KINDS, MAX_RECORD_BYTES, TrackRead, ignore_progress, open_input
 from arriero.data.json_stream import MalformedRecord, NumberedRecords, json_records, parse_line
+
+
+class ReadOptions(NamedTuple):
+    """How a file is read.
+
+    Attributes:
+        columns: the columns that are needed, where a file can be read by column; None for all.
+        per: what a text file's record is: line, paragraph or file.
+        track: takes a function that returns the fraction of the file that has been read, from 0 to 1.
+    """
+
+    columns: tuple[str, ...] | None = None
+    per: str = "line"
+    track: TrackRead = ignore_progress
 
 
 def _lines(path: Path, track: TrackRead) -> Iterator[tuple[int, bytes]]:
@@ -46,8 +60,9 @@ def _abbreviate_bytes(raw: bytes) -> str:
     return raw[:2000].decode("utf-8", "backslashreplace")
 
 
-def _text(path: Path, per: str, track: TrackRead) -> NumberedRecords:
+def _text(path: Path, options: ReadOptions) -> NumberedRecords:
     """A record {"text": ...} for each line, paragraph (blank lines between) or file. Blank lines are no records."""
+    per = options.per
     first, lines, size = 1, list[bytes](), 0
 
     def flush() -> Iterator[tuple[int, dict[str, Any] | MalformedRecord]]:
@@ -62,7 +77,7 @@ def _text(path: Path, per: str, track: TrackRead) -> NumberedRecords:
                     MalformedRecord(f"invalid UTF-8 ({error.reason} at byte {error.start})", _abbreviate_bytes(raw)),
                 )
 
-    for number, line in _lines(path, track):
+    for number, line in _lines(path, options.track):
         if per != "file" and not line.strip():
             yield from flush()
             continue
@@ -78,19 +93,19 @@ def _text(path: Path, per: str, track: TrackRead) -> NumberedRecords:
     yield from flush()
 
 
-def _jsonl(path: Path, track: TrackRead) -> NumberedRecords:
-    for number, line in _lines(path, track):
+def _jsonl(path: Path, options: ReadOptions) -> NumberedRecords:
+    for number, line in _lines(path, options.track):
         if line.strip():
             yield number, parse_line(line)
 
 
-def _json(path: Path, track: TrackRead) -> NumberedRecords:
-    return _jsonl(path, track) if (found := json_records(path, track)) is None else found
+def _json(path: Path, options: ReadOptions) -> NumberedRecords:
+    return _jsonl(path, options) if (found := json_records(path, options.track)) is None else found
 
 
-def _csv(path: Path, track: TrackRead) -> NumberedRecords:
+def _csv(path: Path, options: ReadOptions) -> NumberedRecords:
     csv.field_size_limit(MAX_RECORD_BYTES)
-    with open_input(path, track) as raw:
+    with open_input(path, options.track) as raw:
         # Bytes that are not UTF-8 come through as lone surrogates, which the next stage refuses record by record.
         file = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
         rows = csv.reader(iter(lambda: _csv_line(file, path), ""), strict=True)
@@ -118,6 +133,28 @@ def _csv_line(file: io.TextIOWrapper, path: Path) -> str:
     return line
 
 
+READERS: dict[str, Callable[[Path, ReadOptions], NumberedRecords]] = {
+    "text": _text,
+    "jsonl": _jsonl,
+    "json": _json,
+    "csv": _csv,
+    "parquet": lambda path, options: read_columns(path, "parquet", options.columns, options.track),
+    "arrow": lambda path, options: read_columns(path, "arrow", options.columns, options.track),
+}
+"""How each kind of file is read; `register_reader` adds one."""
+
+
+def register_reader(
+    kind: str, read: Callable[[Path, ReadOptions], NumberedRecords], *, suffixes: tuple[str, ...]
+) -> None:
+    """Adds a kind of input file: files whose names end in one of `suffixes` (such as ".warc") are read by `read`.
+
+    `read` yields a number and a record for each record of the file, or a MalformedRecord; see `read_records`.
+    """
+    READERS[kind] = read
+    KINDS.update(dict.fromkeys(suffixes, kind))
+
+
 def read_records(
     path: Path,
     kind: str,
@@ -130,25 +167,14 @@ def read_records(
 
     Args:
         path: the file.
-        kind: as `find_inputs` found it.
-        columns: the columns that are needed, where a file can be read by column; None for all.
-        per: what a text file's record is: line, paragraph or file.
-        track: is given a function that says how much of the file has been read, from 0 to 1.
+        kind: one of READERS, as `find_inputs` found it.
+        columns, per, track: see `ReadOptions`.
 
     Raises:
         UserError: the file, or the rest of it, cannot be read.
     """
     try:
-        if kind == "text":
-            yield from _text(path, per, track)
-        elif kind == "jsonl":
-            yield from _jsonl(path, track)
-        elif kind == "json":
-            yield from _json(path, track)
-        elif kind == "csv":
-            yield from _csv(path, track)
-        else:
-            yield from read_columns(path, kind, columns, track)
+        yield from READERS[kind](path, ReadOptions(columns, per, track))
     except UserError:
         raise
     except csv.Error as error:

@@ -15,8 +15,9 @@ from typing import Any
 
 from arriero.common.errors import UserError
 from arriero.common.files import write_atomic
+from arriero.common.protobuf import read_fields
 from arriero.common.untrusted import read_bytes, read_json, require_inside, schema_problem
-from arriero.data.tokenizer import VOCABULARY_FILES
+from arriero.data.tokenizer_files import VOCABULARY_FILES
 from arriero.data.tokenizer_safety import MAX_ID, check_sentencepiece, library_errors
 
 PROBES = (
@@ -201,29 +202,11 @@ def _bos_post_processor(processor: Any) -> dict[str, Any] | None:
 
 
 def _fields(data: bytes) -> dict[int, list[Any]]:
-    """The fields of one protobuf message: numbers for varints, bytes for the rest."""
+    """The fields of one protobuf message: numbers for varints, bytes for the rest. Raises DamagedMessageError."""
     fields: dict[int, list[Any]] = {}
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        kind = key & 7
-        value: Any
-        if kind == 0:
-            value, at = _varint(data, at)
-        else:
-            size, at = _varint(data, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
-            value, at = data[at : at + size], at + size
-        fields.setdefault(key >> 3, []).append(value)
+    for field, _, value in read_fields(data):
+        fields.setdefault(field, []).append(value)
     return fields
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        value |= (data[at] & 127) << shift
-        shift, at = shift + 7, at + 1
-        if data[at - 1] < 128:
-            return value, at
 
 
 def _number(fields: dict[int, list[Any]], field: int, default: int) -> int:

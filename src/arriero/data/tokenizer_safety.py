@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from arriero.common.errors import UserError
+from arriero.common.protobuf import DamagedMessageError, read_fields
 from arriero.common.text import escape
 from arriero.common.untrusted import read_json
 
@@ -105,8 +106,8 @@ def check_charsmap(blob: bytes) -> float:
 def check_sentencepiece(path: Path, raw: bytes) -> None:
     """Checks the character maps in a tokenizer.model. Raises UserError for a broken one, or one that grows the text."""
     for part, spec in ((3, "normalizer"), (5, "denormalizer")):
-        for message in _fields(raw, part):
-            for blob in _fields(message, 2):
+        for message in _messages(raw, part):
+            for blob in _messages(message, 2):
                 try:
                     growth = check_charsmap(blob) if blob else 1.0
                 except ValueError as error:
@@ -116,32 +117,12 @@ def check_sentencepiece(path: Path, raw: bytes) -> None:
                     raise UserError(problem, "use the model's own tokenizer")
 
 
-def _fields(message: bytes, number: int) -> Iterator[bytes]:
-    """The values of one field of a protocol buffer; stops where the message is broken."""
-    at = 0
-    while at < len(message):
-        key, at = _varint(message, at)
-        if key & 7 == 2:
-            size, at = _varint(message, at)
-            if key >> 3 == number:
-                yield message[at : at + size]
-            at += size
-        elif key & 7 == 0:
-            _, at = _varint(message, at)
-        elif key & 7 in (1, 5):
-            at += 8 if key & 7 == 1 else 4
-        else:
-            return
-
-
-def _varint(message: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while at < len(message) and shift < 70:
-        byte = message[at]
-        at, value, shift = at + 1, value | (byte & 127) << shift, shift + 7
-        if byte < 128:
-            break
-    return value, at
+def _messages(message: bytes, number: int) -> Iterator[bytes]:
+    """The values of one field of a protocol buffer; stops where the message is damaged."""
+    with contextlib.suppress(DamagedMessageError):
+        for field, _, value in read_fields(message):
+            if field == number and isinstance(value, bytes):
+                yield value
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory, write_atomic
 from arriero.common.untrusted import schema_problem
-from arriero.observe.metrics import read_metrics
+from arriero.observe.metrics import iterate_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,6 +29,7 @@ INK, BLUE, ORANGE, RED = (
 
 LOSS_SCHEMA = {"iteration": int, "lm_loss": float}
 STEP_SCHEMA = {**LOSS_SCHEMA, "consumed_tokens": int}
+_DRAWN_KEYS = (*STEP_SCHEMA, "global_batch", "sequence_length")
 
 
 def loss_figure(metrics_path: Path, png_path: Path, *, title: str = "") -> None:
@@ -37,17 +38,21 @@ def loss_figure(metrics_path: Path, png_path: Path, *, title: str = "") -> None:
     Raises:
         UserError: the metrics hold no step, or cannot be read.
     """
-    records = read_metrics(metrics_path, skipped=[])
-    steps = [r for r in records if r.get("kind") == "step" and not schema_problem(r, STEP_SCHEMA)]
+    steps, checks = [], []
+    for record in iterate_metrics(metrics_path, skipped=[]):
+        drawn = {key: record[key] for key in _DRAWN_KEYS if key in record}  # a long run has a hundred MB of the others
+        if record.get("kind") == "step" and not schema_problem(record, STEP_SCHEMA):
+            steps.append(drawn)
+        elif (
+            record.get("kind") == "validation"
+            and not schema_problem(record, LOSS_SCHEMA)
+            and math.isfinite(drawn["lm_loss"])
+        ):
+            checks.append(drawn)
     if not steps:
         raise UserError(f"{metrics_path}: no training step in it", "draw the figure after the first step")
     figure, (axes,) = new_figure(height=4.5)
     _draw_training(axes, steps)
-    checks = [
-        r
-        for r in records
-        if r.get("kind") == "validation" and not schema_problem(r, LOSS_SCHEMA) and math.isfinite(r["lm_loss"])
-    ]
     if checks:
         last = checks[-1]["lm_loss"]
         axes.plot(*_xy(checks), "o-", color=ORANGE, markersize=4.5, label=f"validation, last {last:.4g}")

@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory, open_regular, os_error_text, write_atomic
+from arriero.common.plugins import load_plugins
 from arriero.common.text import escape
 from arriero.common.untrusted import parse_json, schema_problem
 from arriero.observe.line_file import LineFile, WriteErrors
@@ -123,11 +125,32 @@ class RankMetrics:
     kind = "ranks"
 
 
+Metrics = StepMetrics | ValidationMetrics | RankMetrics
+Record = dict[str, Any]
+"""One line of metrics.jsonl: "kind" ("step", "validation" or "ranks"), "iteration", and the fields of its class."""
+
+
+class Sink(Protocol):
+    """Receives the records of a run on its first process, in order. A record of an iteration may come again after a
+    resume from an earlier checkpoint."""
+
+    def write(self, record: Record) -> None:
+        """Takes one record; it is called between two steps, so it should not take long."""
+
+    def close(self) -> None:
+        """The run ends."""
+
+
+SINKS: dict[str, Callable[[Path], Sink]] = {}
+"""Further sinks beside metrics.jsonl: a name, and a function that makes one for a run's directory. A module outside the
+package adds its own with one line, `SINKS["name"] = function`, or as an entry point in the group arriero.sinks."""
+
+
 class MetricsWriter:
-    """Appends metrics to `path`; a half-written last line, as a kill leaves it, is cut off first.
+    """The first `Sink`: appends to `path`; a half-written last line, as a kill leaves it, is removed first.
 
     A resumed run calls `truncate_after(iteration)` with the iteration of its checkpoint, so that none appears twice.
-    Use it as a context manager, or call `close`. A file that cannot be written stops nothing: see observe/lines.py.
+    Use it as a context manager, or call `close`. A file that cannot be written stops nothing: see line_file.py.
     """
 
     def __init__(self, path: Path, errors: WriteErrors | None = None) -> None:
@@ -136,10 +159,11 @@ class MetricsWriter:
         self._errors = errors or WriteErrors()
         self._file = LineFile(path, self._errors)
 
-    def write(self, metrics: StepMetrics | ValidationMetrics | RankMetrics) -> None:
-        """Appends one line and hands it to the operating system at once."""
-        record = {"kind": metrics.kind} | {k: _json_value(v) for k, v in asdict(metrics).items()}
-        self._file.write(json.dumps(record).encode())
+    def write(self, record: Record | Metrics) -> None:
+        """Appends one line and passes it to the operating system at once."""
+        if not isinstance(record, dict):
+            record = as_record(record)
+        self._file.write(json.dumps({key: _json_value(value) for key, value in record.items()}).encode())
 
     def truncate_after(self, iteration: int) -> list[str]:
         """Removes every line of a later iteration; a kill in between harms nothing.
@@ -189,6 +213,55 @@ class MetricsWriter:
         self.close()
 
 
+class MetricsOutput:
+    """metrics.jsonl and every sink of SINKS. One that raises an exception is closed and left out from then on.
+
+    Args:
+        out: the run's directory.
+        errors: logs what cannot be written.
+        log: takes a line about a sink that failed.
+    """
+
+    def __init__(self, out: Path, errors: WriteErrors | None, log: Callable[[str], None]) -> None:
+        self.file, self._log = MetricsWriter(out / "metrics.jsonl", errors), log
+        self._sinks: dict[str, Sink] = {}
+        for name, make in (SINKS | load_plugins("arriero.sinks")).items():
+            with self._failures(name):
+                self._sinks[name] = make(out)
+
+    @contextmanager
+    def _failures(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever a tracker raises, the run goes on
+            self._sinks.pop(name, None)
+            self._log(f" NOTICE: the sink {escape(name)} failed, and gets no more metrics: {escape(error)}")
+
+    def write(self, metrics: Metrics) -> None:
+        """Passes metrics to every sink."""
+        record = as_record(metrics)
+        self.file.write(record)
+        for name, sink in list(self._sinks.items()):
+            with self._failures(name):
+                sink.write(dict(record))
+
+    def truncate_after(self, iteration: int) -> list[str]:
+        """See `MetricsWriter`; the other sinks keep what they have."""
+        return self.file.truncate_after(iteration)
+
+    def close(self) -> None:
+        """Closes every sink."""
+        self.file.close()
+        for name, sink in list(self._sinks.items()):
+            with self._failures(name):
+                sink.close()
+
+
+def as_record(metrics: Metrics) -> Record:
+    """Metrics as a record: their kind, and every field."""
+    return {"kind": metrics.kind, **asdict(metrics)}
+
+
 def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Each line with the byte at which it begins."""
     with open(open_regular(path), "rb") as file:
@@ -198,8 +271,15 @@ def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             start += len(raw)
 
 
-def read_metrics(path: Path, *, skipped: list[str] | None = None) -> list[dict[str, Any]]:
-    """Reads `metrics.jsonl` in file order, non-finite numbers as floats; a half-written last line is left out.
+def read_metrics(path: Path, *, skipped: list[str] | None = None) -> list[Record]:
+    """All records of `metrics.jsonl`, see `iterate_metrics`."""
+    return list(iterate_metrics(path, skipped=skipped))
+
+
+def iterate_metrics(path: Path, *, skipped: list[str] | None = None) -> Iterator[Record]:
+    """Reads `metrics.jsonl` in file order, one record at a time, non-finite numbers as floats.
+
+    A half-written last line is left out.
 
     Args:
         path: the file.
@@ -208,15 +288,13 @@ def read_metrics(path: Path, *, skipped: list[str] | None = None) -> list[dict[s
     Raises:
         UserError: no such file, or a line that is not a metrics record, named by its number.
     """
-    found = []
     for line in _parse_lines(path):
         if not isinstance(line.found, UserError):
-            found.append(line.found)
+            yield line.found
         elif skipped is None:
             raise line.found
         else:
             skipped.append(line.found.problem)
-    return found
 
 
 class _ParsedLine(NamedTuple):
@@ -257,7 +335,7 @@ def _parse_lines(path: Path) -> Iterator[_ParsedLine]:
 
 def _record(line: bytes, where: str) -> dict[str, Any] | UserError:
     try:
-        record = parse_json(line, where, FIX, RECORD_SCHEMA)
+        record = parse_json(line, where, FIX, RECORD_SCHEMA, unique_keys=True)
     except UserError as error:
         return error
     if wrong := schema_problem(record, VALUE_SCHEMA):

@@ -14,7 +14,8 @@ from arriero.common.files import make_directory, open_regular, os_error_text, wr
 from arriero.common.text import escape
 from arriero.common.toml import MAX_BYTES, to_toml
 from arriero.common.untrusted import read_bytes, require_inside
-from arriero.data.tokenizer import GENERATION_CONFIG, load_tokenizer
+from arriero.data.tokenizer import load_tokenizer
+from arriero.data.tokenizer_files import GENERATION_CONFIG
 from arriero.train.facts import flat
 from arriero.train.recipe import Recipe
 

@@ -28,7 +28,7 @@ from arriero.model.config import LlamaConfig
 from arriero.observe.figure import loss_figure
 from arriero.observe.line_file import LineFile, WriteErrors
 from arriero.observe.logline import arriero_line, megatron_line, validation_line
-from arriero.observe.metrics import MetricsWriter, RankMetrics, StepMetrics, ValidationMetrics
+from arriero.observe.metrics import MetricsOutput, RankMetrics, StepMetrics, ValidationMetrics
 from arriero.observe.step_time import BETWEEN, IN_STEP
 from arriero.observe.throughput import peak_flops, throughput
 from arriero.train.config import LogConfig, TrainConfig
@@ -80,11 +80,11 @@ class Reporter:
         self.trouble = WriteErrors()
         """What is known of files of the run that cannot be written."""
         self._text: LineFile | None = None
-        self._metrics: MetricsWriter | None = None
+        self._metrics: MetricsOutput | None = None
         if first:
             make_directory(out, "name a directory that can be written with --out")
             self._text = LineFile(out / "log.txt", self.trouble, whole_lines=False)
-            self._metrics = MetricsWriter(out / "metrics.jsonl", self.trouble)
+            self._metrics = MetricsOutput(out, self.trouble, self.say)
             environment = {
                 "arriero": __version__, "torch": torch.__version__, "python": platform.python_version(),
                 "devices": devices, "device": device_name, "host": platform.node(), "threads": torch.get_num_threads(),

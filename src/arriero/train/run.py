@@ -18,15 +18,9 @@ from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_STOPPED, User
 from arriero.common.text import escape, escape_message
 from arriero.distributed.launch.config import LaunchConfig, resolve_launch_env
 from arriero.distributed.launch.launcher import ProcessFailed, run_processes
+from arriero.distributed.launch.rank_info import RankInfo, is_launched_externally, restart_count
 from arriero.distributed.launch.secret import Secret
-from arriero.distributed.launch.worker import (
-    RankInfo,
-    exit_after_peers,
-    exit_worker,
-    is_launched_externally,
-    restart_count,
-    run_in_process_group,
-)
+from arriero.distributed.launch.worker import exit_after_peers, exit_worker, run_in_process_group
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.train.config import RunOptions
 from arriero.train.directory import prepare_run_directory

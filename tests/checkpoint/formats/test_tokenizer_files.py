@@ -20,12 +20,12 @@ from arriero.cli.export import ExportArgs
 from arriero.cli.generate import GenerateArgs
 from arriero.cli.inspect.weights import inspect
 from arriero.common.errors import UserError
-from arriero.data.tokenizer import (
+from arriero.data.tokenizer import load_tokenizer
+from arriero.data.tokenizer_files import (
     CHAT_TEMPLATE_DIRECTORY,
     TOKENIZER_FILES,
     VOCABULARY_FILES,
     copy_tokenizer_files,
-    load_tokenizer,
 )
 from arriero.data.tokenizer_json import vocabulary_size
 from arriero.model.config import LlamaConfig

@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arriero.distributed.launch.cpu_affinity import cores, numa_nodes, share
+from arriero.distributed.launch.cpu_affinity import assign_cores, numa_nodes, parse_cpu_list
 
 TWO_SOCKETS = [set(range(8)), set(range(8, 16))]
 
 
 def test_the_kernels_lists() -> None:
-    assert cores("0-3,8\n") == {0, 1, 2, 3, 8}
-    assert cores("5") == {5}
-    assert cores("\n") == set()  # a node of memory alone
+    assert parse_cpu_list("0-3,8\n") == {0, 1, 2, 3, 8}
+    assert parse_cpu_list("5") == {5}
+    assert parse_cpu_list("\n") == set()  # a node of memory alone
 
 
 @pytest.mark.parametrize(
@@ -32,13 +32,13 @@ def test_the_kernels_lists() -> None:
     ],
 )
 def test_two_sockets(processes: int, expected: list[tuple[set[int], int]]) -> None:
-    assert [share(i, processes, TWO_SOCKETS) for i in range(processes)] == expected
+    assert [assign_cores(i, processes, TWO_SOCKETS) for i in range(processes)] == expected
 
 
 @given(processes=st.integers(1, 40), nodes=st.integers(1, 16))
 def test_every_core_is_used_and_no_node_is_crowded(processes: int, nodes: int) -> None:
     machine = [set(range(4 * n, 4 * n + 4)) for n in range(nodes)]
-    given_out = [share(i, processes, machine) for i in range(processes)]
+    given_out = [assign_cores(i, processes, machine) for i in range(processes)]
     assert set().union(*(mine for mine, _ in given_out)) == set().union(*machine)
     for mine, sharers in given_out:
         assert sharers == sum(bool(mine & other) for other, _ in given_out)

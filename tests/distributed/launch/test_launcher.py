@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,8 @@ from arriero.common.text import format_ranks
 from arriero.distributed.launch.agreement import differences
 from arriero.distributed.launch.config import LaunchConfig, resolve, resolve_launch_env
 from arriero.distributed.launch.rendezvous import FixedRankRendezvous
+from arriero.distributed.launch.secret import Secret
+from arriero.distributed.launch.store import call_with_timeout, open_store
 from toy import arriero, write_data, write_recipe
 
 HERE = Path(__file__).parent
@@ -50,8 +53,8 @@ def start(
 
 
 @contextmanager
-def group(*processes: subprocess.Popen[str]) -> Iterator[None]:
-    """Leaves no process behind, whatever a test does."""
+def killed_at_exit(*processes: subprocess.Popen[str]) -> Iterator[None]:
+    """Kills the processes and their children at the end, however the test ends."""
     try:
         yield
     finally:
@@ -68,10 +71,11 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 
 @pytest.mark.parametrize(
-    ("flags", "environment", "said"),
+    ("flags", "environment", "message"),
     [
         ({"nodes": 2}, {}, "--nodes 2 without --node-rank"),
         ({"nodes": 2, "node_rank": 0}, {}, "--nodes 2 without --master-addr"),
+        ({"nodes": 2, "node_rank": 0, "master_addr": " "}, {"MASTER_ADDR": " "}, "--nodes 2 without --master-addr"),
         ({"nodes": 2, "node_rank": 2, "master_addr": "h"}, {}, "number the 2 machines from 0 to 1"),
         ({"nodes": -1}, {}, "--nodes is -1"),
         ({"node_rank": 1}, {}, "--node-rank without --nodes has no effect"),
@@ -85,12 +89,12 @@ def losses(run: Path) -> list[tuple[int, float]]:
         ({}, {"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "h"}, "--node-rank is 2 of --nodes 2"),
     ],
 )
-def test_what_cannot_be_launched_is_refused(flags: dict[str, Any], environment: dict[str, str], said: str) -> None:
-    with pytest.raises(UserError, match=re.escape(said)):
+def test_impossible_flags_are_errors(flags: dict[str, Any], environment: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
         resolve(LaunchConfig(**flags), environment)
 
 
-def test_the_seeds_environment_is_read_and_flags_win() -> None:
+def test_ascendspeeds_environment_is_read_and_flags_take_precedence() -> None:
     environment = {"MASTER_ADDR": "ten", "MASTER_PORT": "6000", "NNODES": "4", "NODE_RANK": "3"}
     found = resolve(LaunchConfig(), environment)
     assert (found.nodes, found.node_rank, found.master_addr, found.master_port) == (4, 3, "ten", 6000)
@@ -151,14 +155,14 @@ def test_a_batch_file_for_a_recipe_that_does_not_fit_is_refused(tmp_path: Path) 
         launch_slurm.LaunchArgs.from_words(["slrum"])
 
 
-def meeting(port: int, *, node_rank: int = 0, address: str = "127.0.0.1") -> FixedRankRendezvous:
+def rendezvous(port: int, *, node_rank: int = 0, address: str = "127.0.0.1") -> FixedRankRendezvous:
     return FixedRankRendezvous(
         nodes=3, node_rank=node_rank, address=address, port=port, processes=1, join_seconds=1.0, restarts=0
     )
 
 
-def test_a_node_that_never_comes_is_named() -> None:
-    alone = meeting(free_port())
+def test_a_node_that_does_not_arrive_is_named() -> None:
+    alone = rendezvous(free_port())
     with pytest.raises(UserError, match=r"1 of 3 nodes arrived in 1 s: node 0 \(.*\); missing: node 1, node 2"):
         alone.next_rendezvous()
     alone.close()
@@ -179,48 +183,59 @@ def test_nodes_that_start_different_numbers_of_processes_are_refused() -> None:
     first.close()
 
 
+def test_a_call_that_the_store_blocks_ends_with_the_store() -> None:
+    """A thread that stayed behind would abort the interpreter if it woke at exit."""
+    store = open_store(1, 0, address="", port=0, seconds=60, secret=Secret())
+    os.kill(store.process, signal.SIGSTOP)
+    assert call_with_timeout(0.2, lambda: store.store.get("key")) is None
+    blocked = [thread for thread in threading.enumerate() if thread.name == "call_with_timeout"]
+    assert blocked
+    store.close()
+    assert not any(thread.is_alive() for thread in blocked)
+
+
 def test_a_port_in_use_is_named() -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port} is in use"):
-            meeting(port)
+            rendezvous(port)
         with pytest.raises(UserError, match="in 1 s: what answers there is not a run of arriero"):
-            meeting(port, node_rank=1)
+            rendezvous(port, node_rank=1)
 
 
 def test_a_wrong_address_is_named() -> None:
     with pytest.raises(UserError, match=r"192\.0\.2\.1 is not an address of this machine"):
-        meeting(free_port(), address="192.0.2.1")
+        rendezvous(free_port(), address="192.0.2.1")
     with pytest.raises(UserError, match=r"cannot reach node 0 at .* in 1 s: Connection refused"):
-        meeting(free_port(), node_rank=1)
+        rendezvous(free_port(), node_rank=1)
     with pytest.raises(UserError, match=r"cannot reach node 0 at nowhere\.invalid"):
-        meeting(free_port(), node_rank=1, address="nowhere.invalid")
+        rendezvous(free_port(), node_rank=1, address="nowhere.invalid")
 
 
 @pytest.fixture(scope="module")
-def misbehaved() -> dict[str, dict[str, Any]]:
-    command = [sys.executable, HERE / "misbehave.py", "well", "raise", "user", "kill", "stop", "hang"]
+def failures() -> dict[str, dict[str, Any]]:
+    command = [sys.executable, HERE / "run_failures.py", "well", "raise", "user", "kill", "stop", "hang"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
-    return {record["way"]: record for record in map(json.loads, done.stdout.splitlines())}
+    return {record["fault"]: record for record in map(json.loads, done.stdout.splitlines())}
 
 
 @pytest.mark.parametrize(
-    ("way", "kind", "said"),
+    ("fault", "kind", "message"),
     [
         ("well", "NoneType", "None"),
         ("raise", "ProcessFailed", r"process 1 failed \(exit 1\):\nTraceback[\s\S]*ValueError: the cause\n$"),
-        ("user", "UserError", r"^the data is wrong\n  fix: mend it$"),
+        ("user", "UserError", r"^the data is wrong\n  fix: correct it$"),
         ("kill", "ProcessFailed", "process 1 was killed by SIGKILL"),
-        ("stop", "ProcessFailed", "process 1 stood still .* for 2 s and was ended"),
+        ("stop", "ProcessFailed", "process 1 was stopped .* for 2 s, so it was killed"),
         ("hang", "ProcessFailed", r"rank 1 did not answer\n[\s\S]*Timed out waiting 3000ms"),
     ],
 )
-def test_the_process_that_failed_first_is_shown(misbehaved: dict[str, Any], way: str, kind: str, said: str) -> None:
-    assert misbehaved[way]["kind"] == kind
-    assert re.search(said, misbehaved[way]["said"]), misbehaved[way]["said"]
+def test_the_process_that_failed_first_is_shown(failures: dict[str, Any], fault: str, kind: str, message: str) -> None:
+    assert failures[fault]["kind"] == kind
+    assert re.search(message, failures[fault]["message"]), failures[fault]["message"]
 
 
 def test_nodes_that_differ_end_with_the_difference(tmp_path: Path) -> None:
@@ -239,11 +254,11 @@ def test_nodes_that_differ_end_with_the_difference(tmp_path: Path) -> None:
         1,
     ]
     second = start(*both, "--node-rank", 1, "--data.prefix", other, "--schedule.lr", 0.5)
-    with group(second):
+    with killed_at_exit(second):
         first = arriero(*both, "--node-rank", 0, code=2)
-        said, _ = second.communicate(timeout=900)
+        output, _ = second.communicate(timeout=900)
         assert second.returncode == 2
-    for text in (first, said):
+    for text in (first, output):
         assert "schedule.lr: 0.01 on rank 0" in text
         assert re.search(r"data\[0\].idx: \d+ bytes, \w+ on rank 0 .*; \d+ bytes, \w+ on rank 1", text)
         assert "Traceback" not in text
@@ -262,10 +277,10 @@ def test_torchrun_and_srun_start_the_same_run(tmp_path: Path) -> None:
     started += [start(*words, tmp_path / "torchrun", program=torchrun)]
     for i in range(2):
         started += [start(*words, tmp_path / "srun", **step | {"SLURM_PROCID": str(i), "SLURM_NODEID": str(i)})]
-    with group(*started):
+    with killed_at_exit(*started):
         for process in started:
-            said, _ = process.communicate(timeout=900)
-            assert process.returncode == 0, said
+            output, _ = process.communicate(timeout=900)
+            assert process.returncode == 0, output
     assert losses(tmp_path / "own") == losses(tmp_path / "torchrun") == losses(tmp_path / "srun")
     assert not list(tmp_path.glob(".*.secret"))
 
@@ -288,25 +303,25 @@ def test_a_lost_process_and_a_lost_machine_do_not_change_the_run(tmp_path: Path)
     both += ["--nproc-per-node", 1]
     whole = start(*long, "--out", tmp_path / "whole", "--nproc-per-node", 2)
     nodes = [start(*both, "--node-rank", k) for k in range(2)]
-    with group(whole, *nodes):
+    with killed_at_exit(whole, *nodes):
         wait_for_step(tmp_path / "run", 5, *nodes)
-        psutil.Process(nodes[1].pid).children()[0].send_signal(signal.SIGKILL)
+        psutil.Process(nodes[1].pid).children()[-1].send_signal(signal.SIGKILL)
         wait_for_step(tmp_path / "run", 25, *nodes)
         nodes[1].kill()  # its process dies with it
         nodes.append(start(*both, "--node-rank", 1))
-        with group(nodes[2]):
-            said = [node.communicate(timeout=900)[0] for node in (nodes[0], nodes[2])]
-            assert [nodes[0].returncode, nodes[2].returncode] == [0, 0], said
+        with killed_at_exit(nodes[2]):
+            output = [node.communicate(timeout=900)[0] for node in (nodes[0], nodes[2])]
+            assert [nodes[0].returncode, nodes[2].returncode] == [0, 0], output
         assert whole.wait(timeout=900) == 0
-    resumed = [int(s) for s in re.findall(r"resumed from \S+ after step (\d+)", said[0])]
+    resumed = [int(s) for s in re.findall(r"resumed from \S+ after step (\d+)", output[0])]
     assert len(resumed) == 2
     assert resumed[0] >= 5
     assert resumed[1] >= 25
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
-def test_watching_the_children_takes_no_exit_code_from_the_agent() -> None:
+def test_polling_the_workers_takes_no_exit_code_from_the_agent() -> None:
     done = subprocess.run(
-        [sys.executable, HERE / "launch_often.py", "5"], capture_output=True, text=True, timeout=900, check=False
+        [sys.executable, HERE / "repeat_launch.py", "5"], capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""What strangers on the network can do to a run.
+"""What another host on the network can do to a run.
 
 Nothing of one machine listens outside, the machines of several prove a shared secret, no pickle is read, and garbage on
 an open port changes nothing.
@@ -32,20 +32,20 @@ from torch.distributed import distributed_c10d
 
 import toy
 from arriero.common.errors import UserError
-from arriero.distributed.launch import gate, store
-from arriero.distributed.launch.gate import (
+from arriero.distributed.launch import auth_proxy, store
+from arriero.distributed.launch.auth_proxy import (
     ANSWER,
     GREETING,
     NONCE,
     PROOF,
+    AuthProxy,
     Forwarder,
-    Gate,
-    Refused,
-    prove,
+    HandshakeFailed,
+    compute_proof,
     serve,
-    try_gate,
+    try_handshake,
 )
-from arriero.distributed.launch.objects import PICKLE_FUNCTIONS, PickledObject, refuse_pickled_objects
+from arriero.distributed.launch.pickle_guard import PICKLE_FUNCTIONS, PickledObject, refuse_pickled_objects
 from arriero.distributed.launch.rendezvous import FixedRankRendezvous
 from arriero.distributed.launch.secret import Secret
 from arriero.distributed.parallel.config import ParallelConfig
@@ -63,8 +63,8 @@ def port_of(listening: socket.socket) -> int:
     return int(listening.getsockname()[1])
 
 
-def in_thread(take: gate.Taker, listening: socket.socket) -> int:
-    threading.Thread(target=serve, args=(take, [listening]), daemon=True).start()
+def in_thread(handle: auth_proxy.ConnectionHandler, listening: socket.socket) -> int:
+    threading.Thread(target=serve, args=(handle, [listening]), daemon=True).start()
     return port_of(listening)
 
 
@@ -75,8 +75,8 @@ def seen() -> list[bytes]:
 
 
 @pytest.fixture
-def gate_port(seen: list[bytes]) -> int:
-    """A gate before a stand-in for the store, which answers the first bytes of each connection."""
+def proxy_port(seen: list[bytes]) -> int:
+    """A proxy before a replacement of the store, which answers the first bytes of each connection."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         seen.append(await reader.read(100))
@@ -84,20 +84,20 @@ def gate_port(seen: list[bytes]) -> int:
         await reader.read()
         writer.close()
 
-    return in_thread(Gate(KEY, in_thread(answer, listen())).take, listen())
+    return in_thread(AuthProxy(KEY, in_thread(answer, listen())).handle, listen())
 
 
 def visit(port: int) -> tuple[socket.socket, bytes]:
-    """A connection to the gate, and its nonce."""
+    """A connection to the proxy, and its nonce."""
     link = socket.create_connection(("127.0.0.1", port), timeout=20)
     greeting = link.recv(len(GREETING) + NONCE, socket.MSG_WAITALL)
     assert greeting.startswith(GREETING)
     return link, greeting[len(GREETING) :]
 
 
-def answer(key: bytes, gate_nonce: bytes, *, role: bytes = b"forwarder", node: int = 1, signed: int = 1) -> bytes:
+def answer(key: bytes, server_nonce: bytes, *, role: bytes = b"forwarder", node: int = 1, signed: int = 1) -> bytes:
     nonce = bytes(NONCE)
-    return struct.pack(">I", node) + nonce + prove(key, role, signed, gate_nonce, nonce)
+    return struct.pack(">I", node) + nonce + compute_proof(key, role, signed, server_nonce, nonce)
 
 
 def is_closed(link: socket.socket) -> bool:
@@ -107,22 +107,22 @@ def is_closed(link: socket.socket) -> bool:
         return True
 
 
-def test_who_knows_the_secret_reaches_the_store(gate_port: int, seen: list[bytes]) -> None:
-    link, gate_nonce = visit(gate_port)
-    link.sendall(answer(KEY, gate_nonce) + b"at once")
-    assert link.recv(PROOF, socket.MSG_WAITALL) == prove(KEY, b"gate", 1, gate_nonce, bytes(NONCE))
+def test_a_client_with_the_secret_reaches_the_store(proxy_port: int, seen: list[bytes]) -> None:
+    link, server_nonce = visit(proxy_port)
+    link.sendall(answer(KEY, server_nonce) + b"at once")
+    assert link.recv(PROOF, socket.MSG_WAITALL) == compute_proof(KEY, b"proxy", 1, server_nonce, bytes(NONCE))
     assert link.recv(len(REPLY), socket.MSG_WAITALL) == REPLY
     assert seen == [b"at once"]
 
 
-def test_a_forwarder_passes_on_what_a_process_sends(gate_port: int, seen: list[bytes]) -> None:
-    found = try_gate("127.0.0.1", gate_port, lambda: KEY, 1)
-    port = in_thread(Forwarder(found, lambda: KEY, 1).take, listen())
+def test_a_forwarder_relays_what_a_process_sends(proxy_port: int, seen: list[bytes]) -> None:
+    found = try_handshake("127.0.0.1", proxy_port, lambda: KEY, 1)
+    port = in_thread(Forwarder(found, lambda: KEY, 1).handle, listen())
     link = socket.create_connection(("127.0.0.1", port), timeout=20)
     link.sendall(b"a query")
     assert link.recv(len(REPLY), socket.MSG_WAITALL) == REPLY
     assert seen[-1] == b"a query"
-    port = in_thread(Forwarder(found, lambda: OTHER, 1).take, listen())
+    port = in_thread(Forwarder(found, lambda: OTHER, 1).handle, listen())
     link = socket.create_connection(("127.0.0.1", port), timeout=20)
     link.sendall(b"a query")
     assert is_closed(link)
@@ -132,11 +132,11 @@ def test_a_forwarder_passes_on_what_a_process_sends(gate_port: int, seen: list[b
 FORGERIES: dict[str, Callable[[bytes], bytes]] = {
     "another secret": lambda nonce: answer(OTHER, nonce),
     "an empty secret": lambda nonce: answer(b"", nonce),
-    "the gate's own role": lambda nonce: answer(KEY, nonce, role=b"gate"),
+    "the proxy's own role": lambda nonce: answer(KEY, nonce, role=b"proxy"),
     "signed for another node": lambda nonce: answer(KEY, nonce, node=2),
     "an answer of another connection": lambda nonce: answer(KEY, os.urandom(NONCE)),
     "zeros": lambda nonce: bytes(ANSWER),
-    "the gate's words": lambda nonce: (GREETING + nonce + bytes(ANSWER))[:ANSWER],
+    "the proxy's greeting": lambda nonce: (GREETING + nonce + bytes(ANSWER))[:ANSWER],
     "a web browser": lambda nonce: b"GET / HTTP/1.1\r\nHost: arriero\r\nAccept: */*\r\nUser-Agent: curl\r\n\r\n",
     "nothing": lambda nonce: b"",
     "a part": lambda nonce: answer(KEY, nonce)[:-1],
@@ -145,10 +145,10 @@ FORGERIES: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("forgery", FORGERIES)
-def test_a_stranger_is_not_let_in(gate_port: int, seen: list[bytes], forgery: str) -> None:
-    link, gate_nonce = visit(gate_port)
+def test_a_client_without_the_secret_is_rejected(proxy_port: int, seen: list[bytes], forgery: str) -> None:
+    link, server_nonce = visit(proxy_port)
     try:
-        link.sendall(FORGERIES[forgery](gate_nonce))
+        link.sendall(FORGERIES[forgery](server_nonce))
         link.sendall(b"set a key of the store")
     except ConnectionError:
         return
@@ -157,14 +157,14 @@ def test_a_stranger_is_not_let_in(gate_port: int, seen: list[bytes], forgery: st
 
 
 @given(st.binary(max_size=200))
-def test_no_bytes_but_the_proof_open_the_gate(said: bytes) -> None:
+def test_no_bytes_but_the_proof_complete_the_handshake(message: bytes) -> None:
     async def admitted() -> bool:
         here, there = socket.socketpair()
         reader, writer = await asyncio.open_connection(sock=here)
-        there.sendall(said)
+        there.sendall(message)
         there.shutdown(socket.SHUT_WR)
         try:
-            return await gate.admit(reader, writer, KEY)
+            return await auth_proxy.server_handshake(reader, writer, KEY)
         except asyncio.IncompleteReadError:
             return False
         finally:
@@ -174,12 +174,12 @@ def test_no_bytes_but_the_proof_open_the_gate(said: bytes) -> None:
     assert not asyncio.run(admitted())
 
 
-def test_many_silent_connections_keep_nobody_out(gate_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "PENDING", 8)
-    monkeypatch.setattr(gate, "HANDSHAKE_SECONDS", 1000.0)
-    silent = [socket.create_connection(("127.0.0.1", gate_port), timeout=20) for _ in range(50)]
-    try_gate("127.0.0.1", gate_port, lambda: KEY, 1, 20)
-    link, _ = visit(gate_port)
+def test_many_silent_connections_do_not_block_a_client(proxy_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auth_proxy, "MAX_PENDING", 8)
+    monkeypatch.setattr(auth_proxy, "HANDSHAKE_SECONDS", 1000.0)
+    silent = [socket.create_connection(("127.0.0.1", proxy_port), timeout=20) for _ in range(50)]
+    try_handshake("127.0.0.1", proxy_port, lambda: KEY, 1, 20)
+    link, _ = visit(proxy_port)
     assert is_closed_in_time(silent[0])
     link.close()
 
@@ -192,45 +192,45 @@ def is_closed_in_time(link: socket.socket) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("data", "message"),
     [
         (b"SSH-2.0-OpenSSH_9.2\r\n" + bytes(100), "not a run of arriero"),
         (GREETING + bytes(NONCE) + bytes(PROOF), "does not know this run's secret"),
         (GREETING + bytes(NONCE), "node 0 has another secret"),
     ],
 )
-def test_node_0_must_prove_the_secret_too(words: bytes, said: str) -> None:
+def test_node_0_must_prove_the_secret_too(data: bytes, message: str) -> None:
     with listen() as false:
 
         def play() -> None:
             link, _ = false.accept()
-            link.sendall(words)
+            link.sendall(data)
             link.settimeout(20)
             link.recv(ANSWER, socket.MSG_WAITALL)
             link.close()
 
         threading.Thread(target=play, daemon=True).start()
-        with pytest.raises(Refused, match=said):
-            try_gate("127.0.0.1", port_of(false), lambda: KEY, 1, 20)
+        with pytest.raises(HandshakeFailed, match=message):
+            try_handshake("127.0.0.1", port_of(false), lambda: KEY, 1, 20)
 
 
-def test_the_secret_never_travels(gate_port: int) -> None:
-    with listen() as ear:
-        heard: list[bytes] = []
+def test_the_secret_is_never_sent(proxy_port: int) -> None:
+    with listen() as eavesdropper:
+        recorded: list[bytes] = []
 
-        def listen_in() -> None:
-            link, _ = ear.accept()
-            to_gate, _ = socket.create_connection(("127.0.0.1", gate_port), timeout=20), heard.clear()
+        def relay() -> None:
+            link, _ = eavesdropper.accept()
+            to_proxy, _ = socket.create_connection(("127.0.0.1", proxy_port), timeout=20), recorded.clear()
             for source, target, count in (
-                (to_gate, link, len(GREETING) + NONCE), (link, to_gate, ANSWER), (to_gate, link, PROOF),
+                (to_proxy, link, len(GREETING) + NONCE), (link, to_proxy, ANSWER), (to_proxy, link, PROOF),
             ):  # fmt: skip
-                heard.append(source.recv(count, socket.MSG_WAITALL))
-                target.sendall(heard[-1])
+                recorded.append(source.recv(count, socket.MSG_WAITALL))
+                target.sendall(recorded[-1])
 
-        threading.Thread(target=listen_in, daemon=True).start()
-        try_gate("127.0.0.1", port_of(ear), lambda: KEY, 1, 20)
-        assert len(heard) == 3
-        assert not any(KEY[i : i + 8] in b"".join(heard) for i in range(len(KEY) - 8))
+        threading.Thread(target=relay, daemon=True).start()
+        try_handshake("127.0.0.1", port_of(eavesdropper), lambda: KEY, 1, 20)
+        assert len(recorded) == 3
+        assert not any(KEY[i : i + 8] in b"".join(recorded) for i in range(len(KEY) - 8))
 
 
 def test_a_secret_is_found_in_the_order_of_the_docs(tmp_path: Path) -> None:
@@ -241,18 +241,18 @@ def test_a_secret_is_found_in_the_order_of_the_docs(tmp_path: Path) -> None:
     assert Secret.find(str(file), environment, tmp_path / "run").key() == b"from the file, sixteen"
     assert Secret.find("", environment, tmp_path / "run").key() == b"from the environment"
     made = Secret.find("", {"ARRIERO_SECRET": ""}, tmp_path / "deep" / "run")
-    made.make()
+    made.create()
     first = made.key()
     assert (tmp_path / "deep" / ".run.secret").stat().st_mode & 0o777 == 0o600
-    made.make()
+    made.create()
     assert len(first) == 64
-    assert made.key() != first  # a file that is left over lets nobody in
+    assert made.key() != first  # a secret that is left over is not valid
     made.remove()
     assert list((tmp_path / "deep").iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("text", "mode", "said"),
+    ("text", "mode", "message"),
     [
         (None, 0, "is not on this machine"),
         ("short", 0o600, "has 5 bytes, not 16 to 4096"),
@@ -261,25 +261,25 @@ def test_a_secret_is_found_in_the_order_of_the_docs(tmp_path: Path) -> None:
         ("x" * 32, 0o620, "others can read or change"),
     ],
 )
-def test_a_secret_that_is_none_is_refused(tmp_path: Path, text: str | None, mode: int, said: str) -> None:
+def test_an_unusable_secret_is_an_error(tmp_path: Path, text: str | None, mode: int, message: str) -> None:
     file = tmp_path / "secret"
     if text is not None:
         file.write_text(text)
         file.chmod(mode)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         Secret(file=file).key()
 
 
-def test_a_made_secret_that_is_a_link_or_anothers_is_not_believed(tmp_path: Path) -> None:
+def test_a_managed_secret_that_is_a_link_or_of_another_user_is_rejected(tmp_path: Path) -> None:
     secret = Secret.find("", {}, tmp_path / "run")
     assert secret.file is not None
-    (tmp_path / "known").write_text("known to a stranger")
+    (tmp_path / "known").write_text("known to another user")
     (tmp_path / "known").chmod(0o600)
     secret.file.symlink_to(tmp_path / "known")
     with pytest.raises(UserError, match="symbolic link"):
         secret.key()
-    secret.make()  # node 0 replaces the link, and leaves its target
-    assert secret.key() != (tmp_path / "known").read_bytes() == b"known to a stranger"
+    secret.create()  # node 0 replaces the link, and leaves its target
+    assert secret.key() != (tmp_path / "known").read_bytes() == b"known to another user"
     secret.file.chmod(0o640)
     with pytest.raises(UserError, match="not this user's alone"):
         secret.key()
@@ -287,16 +287,16 @@ def test_a_made_secret_that_is_a_link_or_anothers_is_not_believed(tmp_path: Path
 
 @pytest.fixture
 def refusing() -> Iterator[None]:
-    held = {name: getattr(distributed_c10d, name) for name in PICKLE_FUNCTIONS}
+    before = {name: getattr(distributed_c10d, name) for name in PICKLE_FUNCTIONS}
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     refuse_pickled_objects()
     yield
     dist.destroy_process_group()
-    for name, value in held.items():
+    for name, value in before.items():
         setattr(distributed_c10d, name, value)
 
 
-def test_torch_can_neither_send_nor_read_a_pickled_object(refusing: None) -> None:
+def test_torch_can_neither_pickle_nor_unpickle_an_object(refusing: None) -> None:
     calls: list[Callable[[], Any]] = [
         lambda: dist.broadcast_object_list([{}], src=0),
         lambda: dist.all_gather_object([None], {}),
@@ -334,8 +334,8 @@ def secret_of(key: bytes) -> Secret:
 
 
 def test_a_forged_node_does_not_join(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The attack that was seen: a stranger plays node 1, and what he stores is what node 0 reads."""
-    monkeypatch.setattr(store, "TRY_AGAIN", 0.05)
+    """An attack that once succeeded: a stranger impersonates node 1, and node 0 reads what it stores."""
+    monkeypatch.setattr(store, "RETRY_INTERVAL", 0.05)
     with listen() as probe:
         port = port_of(probe)
     place = {"nodes": 2, "address": "127.0.0.1", "port": port, "processes": 1, "restarts": 0}
@@ -343,7 +343,7 @@ def test_a_forged_node_does_not_join(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         with pytest.raises(UserError, match="node 0 has another secret"):
             FixedRankRendezvous(node_rank=1, join_seconds=1, secret=secret_of(OTHER), **place)
-        with pytest.raises(RuntimeError):  # torch's own store, spoken to as it stood open before
+        with pytest.raises(RuntimeError):  # a client of torch's own store
             dist.TCPStore("127.0.0.1", port, wait_for_workers=False, timeout=timedelta(seconds=1))
         assert not node_0.store.check(["0/node-1"])
         with ThreadPoolExecutor() as pool:
@@ -356,10 +356,10 @@ def test_a_forged_node_does_not_join(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("address", "expected"), [("127.0.0.1", {"127.0.0.1"}), ("localhost", {"127.0.0.1"}), ("debian", {"0.0.0.0"})]
 )
-def test_where_the_gate_listens(monkeypatch: pytest.MonkeyPatch, address: str, expected: set[str]) -> None:
+def test_where_the_proxy_listens(monkeypatch: pytest.MonkeyPatch, address: str, expected: set[str]) -> None:
     whole = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: whole)
-    gates = store._gate_sockets(address, 0)
+    gates = store._listen_at(address, 0)
     assert {one.getsockname()[0] for one in gates} == expected
     for one in gates:
         one.close()
@@ -388,10 +388,10 @@ def disturb(ports: set[tuple[str, int]], kept: list[socket.socket]) -> int:
     """Sends garbage to all of them; half of the connections stay open."""
     sent = 0
     for where in ports:
-        for words in GARBAGE:
+        for data in GARBAGE:
             try:
                 link = socket.create_connection(where, timeout=2)
-                link.sendall(words)
+                link.sendall(data)
             except OSError:
                 continue
             sent += 1
@@ -407,13 +407,13 @@ def losses(run: Path) -> list[float]:
     return [record["lm_loss"] for record in records if record["kind"] == "step"]
 
 
-def start_node(recipe: Path, *words: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "arriero", "pretrain", recipe, "--train.steps", 12, *words]
+def start_node(recipe: Path, *data: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "arriero", "pretrain", recipe, "--train.steps", 12, *data]
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def run_disturbed(nodes: list[subprocess.Popen[str]]) -> tuple[set[tuple[str, int]], int]:
-    """Throws garbage at every port of the nodes from when it opens until they end; which they were, and how often."""
+    """Sends garbage to every port of the nodes from when it opens until they end; which they were, and how often."""
     seen: set[tuple[str, int]] = set()
     kept: list[socket.socket] = []
     sent = 0
@@ -425,8 +425,8 @@ def run_disturbed(nodes: list[subprocess.Popen[str]]) -> tuple[set[tuple[str, in
                 seen |= ports
                 time.sleep(0.2)
         for node in nodes:
-            said, _ = node.communicate(timeout=60)
-            assert node.returncode == 0, said
+            message, _ = node.communicate(timeout=60)
+            assert node.returncode == 0, message
     finally:
         for node in nodes:
             node.kill()

@@ -17,7 +17,7 @@ from arriero.common.errors import UserError
 from arriero.distributed.launch import slurm
 from arriero.distributed.launch.config import LaunchConfig, resolve, resolve_launch_env
 from arriero.distributed.launch.cpu_affinity import set_cpu_affinity
-from arriero.distributed.launch.worker import RankInfo, restart_count
+from arriero.distributed.launch.rank_info import RankInfo, restart_count
 from toy import write_recipe
 
 STEP = {
@@ -50,7 +50,7 @@ def test_a_task_of_srun_that_starts_processes_is_a_node() -> None:
 
 
 def test_the_batch_file_itself_is_no_task() -> None:
-    assert not slurm.in_step({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "4711"})
+    assert not slurm.is_step_task({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "4711"})
 
 
 @pytest.mark.parametrize("missing", [name for name in STEP if name != "SLURM_STEP_NUM_TASKS"])
@@ -73,6 +73,7 @@ def test_a_missing_variable_of_torchrun_is_named(missing: str) -> None:
         ({"SLURM_NODEID": "2"}, "SLURM_NODEID is 2 .* not from 0 to 1"),
         ({"SLURM_LOCALID": "2"}, "SLURM_LOCALID is 2 .* not from 0 to 1"),
         ({"SLURM_STEP_TASKS_PER_NODE": "2"}, "2 tasks on 1 nodes in SLURM_STEP_TASKS_PER_NODE.*names 2 hosts"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "0,4"}, "SLURM_STEP_TASKS_PER_NODE is '0,4', which gives a node 0 tasks"),
         ({"SLURM_STEP_TASKS_PER_NODE": "3,2"}, "5 tasks on 2 nodes .* SLURM_STEP_NUM_TASKS is 4"),
         ({"SLURM_STEP_NODELIST": "a[1-99999999]"}, "SLURM_STEP_NODELIST names more than"),
         ({"SLURM_STEP_NODELIST": "a[1-999][1-999][1-999][1-999]"}, "SLURM_STEP_NODELIST names more than"),
@@ -94,6 +95,7 @@ def test_variables_of_srun_that_contradict_each_other(changes: dict[str, str], n
         ({"LOCAL_WORLD_SIZE": "5"}, "LOCAL_WORLD_SIZE is 5"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE is 0"),
         ({"MASTER_PORT": "0"}, "MASTER_PORT is 0"),
+        ({"MASTER_ADDR": "  "}, "MASTER_ADDR is missing"),
     ],
 )
 def test_variables_of_torchrun_that_contradict_each_other(changes: dict[str, str], named: str) -> None:
@@ -120,7 +122,7 @@ def test_any_value_is_taken_or_refused_by_name(
     environment, refused, info = usual | changes, "", RankInfo()
     try:
         resolve_launch_env(config, environment)
-        info = RankInfo.read(environment)
+        info = RankInfo.from_environment(environment)
     except UserError as error:
         refused = str(error)
     if refused:
@@ -165,10 +167,10 @@ def test_task_counts() -> None:
 
 def test_ports_of_jobs_differ() -> None:
     """Jobs that run on one machine at the same time are near each other in number, or a round number apart."""
-    ports = [slurm.master(STEP | {"SLURM_JOB_ID": str(job)})[1] for job in (*range(77, 277), 2077, 4077, 12077)]
+    ports = [slurm.master_address(STEP | {"SLURM_JOB_ID": str(job)})[1] for job in (*range(77, 277), 2077, 4077, 12077)]
     assert all(10000 <= port < 32768 for port in ports)
     assert len(set(ports)) >= len(ports) - 4  # 203 of 22,768: 0.9 pairs are expected
-    steps = [slurm.master(STEP | {"SLURM_STEP_ID": str(step)})[1] for step in range(20)]
+    steps = [slurm.master_address(STEP | {"SLURM_STEP_ID": str(step)})[1] for step in range(20)]
     assert len(set(steps)) == 20
 
 

@@ -18,7 +18,7 @@ from torch.distributed import distributed_c10d
 
 from arriero.common.settings import Setting, parse
 from arriero.distributed.launch.launcher import run_processes
-from arriero.distributed.launch.objects import PICKLE_FUNCTIONS
+from arriero.distributed.launch.pickle_guard import PICKLE_FUNCTIONS
 from arriero.distributed.launch.worker import run_in_process_group
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.train.recipe import Recipe

@@ -158,6 +158,8 @@ def test_csv_of_several_dialects(tmp_path: Path, text: str) -> None:
         ("a.log", "", "a.log: no training step"),
         ("a.log", ASCENDSPEED.format(i=1, s=1, loss=" lm loss: 1.2.3 |"), "a.log, line 1: lm loss is '1.2.3'"),
         ("a.jsonl", "{broken\n", "a.jsonl, line 1: not JSON"),
+        ("a.jsonl", '{"step": 1, "loss": 2.0, "loss": 3.0}\n', "a.jsonl, line 1: key 'loss' stands twice"),
+        ("a.json", '[{"step": 1, "loss": 2.0, "loss": 3.0}]', "a.json: key 'loss' stands twice"),
         ("a.jsonl", "", "a.jsonl: no training step"),
         ("missing.log", None, "missing.log: no such file"),
     ],

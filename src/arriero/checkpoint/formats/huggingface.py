@@ -30,7 +30,7 @@ from arriero.common.errors import UserError, join_problems
 from arriero.common.files import new_directory, write_atomic
 from arriero.common.text import escape
 from arriero.common.untrusted import parse_json, read_json, read_text, require_file_name, require_inside
-from arriero.data.tokenizer import GENERATION_CONFIG, VOCABULARY_FILES, copy_tokenizer_files
+from arriero.data.tokenizer_files import GENERATION_CONFIG, VOCABULARY_FILES, copy_tokenizer_files
 from arriero.model.config import LlamaConfig, parameter_shapes
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from arriero.common.text import escape_message
 from arriero.common.toml import file_settings
 from arriero.distributed.launch.config import LaunchConfig, resolve_launch_env
 from arriero.distributed.launch.launcher import ProcessFailed, run_processes
-from arriero.distributed.launch.worker import RankInfo, is_launched_externally
+from arriero.distributed.launch.rank_info import RankInfo, is_launched_externally
 from arriero.train.preflight import step_problems
 from arriero.train.recipe import Recipe, find_bundled
 from arriero.train.run import process_count

@@ -25,7 +25,8 @@ from arriero.common.errors import UserError
 from arriero.data.config import DataConfig
 from arriero.distributed.launch.config import LaunchConfig
 from arriero.distributed.launch.launcher import ProcessFailed, run_processes
-from arriero.distributed.launch.worker import is_launched_externally, run_in_process_group
+from arriero.distributed.launch.rank_info import is_launched_externally
+from arriero.distributed.launch.worker import run_in_process_group
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.distributed.parallel.shards import local
 from arriero.model.config import LlamaConfig

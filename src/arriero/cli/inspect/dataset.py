@@ -40,7 +40,7 @@ def recognises(path: Path) -> bool:
     return bool(_prefixes(Path(path)))
 
 
-def inspect(path: Path, *, json: bool = False, verify_checksums: bool = False, figure: Path | None = None) -> int:
+def inspect(path: Path, *, json: bool = False, verify: bool = False, figure: Path | None = None) -> int:
     """Prints what a data set holds and whether it is whole.
 
     Args:
@@ -55,8 +55,10 @@ def inspect(path: Path, *, json: bool = False, verify_checksums: bool = False, f
     prefixes = _prefixes(Path(path))
     if not prefixes:
         raise UserError(f"no data set at {escape(path)}", "give the prefix that `arriero prepare` printed")
-    reports = [_report(prefix, deep=verify_checksums) for prefix in prefixes]
+    reports = [_report(prefix, deep=verify) for prefix in prefixes]
     if figure is not None and (whole := [r for r in reports if "lengths" in r]):
+        if not figure.suffix:
+            figure = figure.with_name(f"{figure.name}.png")
         _draw(IndexedDataset(whole[0]["prefix"]).sizes, whole[0]["prefix"], figure)
     if json:
         print(jsonlib.dumps(reports if len(reports) > 1 else reports[0], indent=1))

@@ -14,7 +14,7 @@ from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError
 from arriero.common.text import escape, escape_message
 from arriero.model.config import LlamaConfig, count_parameters
 from arriero.observe.events import goodput_line
-from arriero.observe.metrics import read_metrics
+from arriero.observe.metrics import iterate_metrics
 
 
 def recognises(path: Path) -> bool:
@@ -42,14 +42,16 @@ def _run(path: Path, verify: bool) -> tuple[dict[str, Any], list[str]]:
     facts: dict[str, Any] = {"kind": "run", "path": str(path)}
     wrong: list[str] = []
     if (path / "metrics.jsonl").is_file():
+        last: dict[str, Any] = {}
         try:
-            steps = [m for m in read_metrics(path / "metrics.jsonl", skipped=wrong) if m.get("kind") == "step"]
+            for record in iterate_metrics(path / "metrics.jsonl", skipped=wrong):
+                last = record if record.get("kind") == "step" else last
         except UserError as error:
-            steps = []
+            last = {}
             wrong.append(error.problem)
-        if steps:
-            facts |= {"steps": steps[-1]["iteration"], "of": steps[-1].get("iterations")}
-            facts |= {"lm loss": str(steps[-1].get("lm_loss"))[:7], "tokens": steps[-1].get("consumed_tokens")}
+        if last:
+            facts |= {"steps": last["iteration"], "of": last.get("iterations")}
+            facts |= {"lm loss": str(last.get("lm_loss"))[:7], "tokens": last.get("consumed_tokens")}
     if line := goodput_line(path):
         facts["time"] = line
     facts["checkpoints"] = ", ".join(p.name for p in checkpoints) or "none"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from arriero.checkpoint import disk
-from arriero.distributed.launch.worker import ROUND_VARIABLE
+from arriero.distributed.launch.rank_info import ROUND_VARIABLE
 
 
 @dataclass

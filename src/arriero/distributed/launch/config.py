@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from annotated_types import Interval
 
@@ -12,18 +12,12 @@ from arriero.common.environment import environment_number
 from arriero.common.errors import UserError, join_problems
 from arriero.common.ranges import flag, range_problems
 from arriero.distributed.launch import slurm
-from arriero.distributed.launch.worker import (
-    RankInfo,
-    uses_agent_store,
-)
-
-if TYPE_CHECKING:
-    pass
+from arriero.distributed.launch.rank_info import RankInfo, uses_agent_store
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Where the processes of this run are started; it says nothing about what they compute."""
+    """Where the processes of this run are started; nothing about what they compute."""
 
     nproc_per_node: Annotated[int, Interval(ge=0, le=4096)] = 0
     """Processes on this machine; 0 means one a device, and on the CPU one a model-parallel rank."""
@@ -41,18 +35,18 @@ class LaunchConfig:
     max_restarts: Annotated[int, Interval(ge=0, le=1_000_000)] = 0
     """How often the job starts again from its newest checkpoint after a process or a machine was lost."""
     join_timeout: Annotated[float, Interval(gt=0, le=1e6)] = 30.0
-    """Seconds in which all machines and processes must have come, at the start and after a restart."""
+    """Seconds within which all machines and processes must arrive, at the start and after a restart."""
     stop_timeout: Annotated[float, Interval(gt=0, le=1e6)] = 120.0
-    """Seconds in which the processes must have saved and left after a signal asked them to; then they are ended."""
+    """Seconds within which the processes must save and exit after a signal; then they are killed."""
     collective_timeout: Annotated[float, Interval(gt=0, le=1e6)] = 600.0
     """Seconds that a process waits for the others in a collective before the job ends."""
 
 
 def resolve(config: LaunchConfig, environment: Mapping[str, str]) -> LaunchConfig:
-    """Fills what was not given from MASTER_ADDR, MASTER_PORT, NNODES and NODE_RANK, or from srun.
+    """Fills flags that were not given from MASTER_ADDR, MASTER_PORT, NNODES and NODE_RANK, or from srun.
 
     Raises:
-        UserError: all impossible values, each with its fix.
+        UserError: all invalid values, each with its fix.
     """
     problems: list[UserError] = []
 
@@ -63,18 +57,18 @@ def resolve(config: LaunchConfig, environment: Mapping[str, str]) -> LaunchConfi
             problems.append(error)
             return default
 
-    if slurm.in_step(environment):  # one task a node, each of which starts processes: --nproc-per-node says so
-        address, port = slurm.master(environment)
-        number_here, tasks = slurm.place_in_step(environment)
-        given = {"NNODES": str(tasks), "NODE_RANK": str(number_here)}
-        told = {name: value for name, value in environment.items() if value}
-        environment = {"MASTER_ADDR": address, "MASTER_PORT": str(port), **given, **told}
+    if slurm.is_step_task(environment):  # one task per node, which starts --nproc-per-node processes
+        address, port = slurm.master_address(environment)
+        rank, tasks = slurm.task_rank(environment)
+        derived = {"MASTER_ADDR": address, "MASTER_PORT": str(port), "NNODES": str(tasks), "NODE_RANK": str(rank)}
+        environment = derived | {name: value for name, value in environment.items() if value.strip()}
     counted = config.nodes or number("NNODES", 0, slurm.MAX_NODES)
     nodes = counted or 1
     rank = config.node_rank if config.node_rank >= 0 else number("NODE_RANK", -1, slurm.MAX_NODES)
+    default_address = environment.get("MASTER_ADDR", "").strip() if nodes > 1 else "127.0.0.1"
     found = replace(
         config, nodes=nodes, node_rank=max(rank, 0) if nodes == 1 and not config.node_rank > 0 else rank,
-        master_addr=config.master_addr or (environment.get("MASTER_ADDR", "") if nodes > 1 else "127.0.0.1"),
+        master_addr=config.master_addr.strip() or default_address,
         master_port=config.master_port or (number("MASTER_PORT", 29500, 2**16 - 1) if nodes > 1 else 0),
     )  # fmt: skip
     problems += launch_problems(found, counted=bool(counted), given=config)
@@ -84,7 +78,8 @@ def resolve(config: LaunchConfig, environment: Mapping[str, str]) -> LaunchConfi
 
 
 def launch_problems(config: LaunchConfig, *, counted: bool, given: LaunchConfig) -> list[UserError]:
-    """All that is impossible about a resolved configuration; `given` is what stood on the command line."""
+    """All invalid values of a resolved configuration; `given` has the flags of the command line, `counted` whether the
+    number of nodes was given at all."""
     found: list[UserError] = []
     idle = [
         f
@@ -110,21 +105,21 @@ def launch_problems(config: LaunchConfig, *, counted: bool, given: LaunchConfig)
 
 
 def resolve_launch_env(config: LaunchConfig, environment: MutableMapping[str, str]) -> LaunchConfig:
-    """Finds out who starts the processes. Called once, first of all; a task of srun gets RANK and its kin here.
+    """Determines who starts the processes. Called once, before all else; sets RANK and the like for a task of srun.
 
     Raises:
-        UserError: impossible values, or flags that have no effect because the processes are there already.
+        UserError: invalid values, or flags that have no effect because the processes are started already.
     """
-    if "RANK" not in environment and slurm.in_step(environment) and not config.nproc_per_node:
+    if "RANK" not in environment and slurm.is_step_task(environment) and not config.nproc_per_node:
         environment.update(slurm.task_environment(environment))
     if not ("RANK" in environment or "WORLD_SIZE" in environment):
         return resolve(config, environment)
     names = ["nproc_per_node", "nodes", "node_rank", "master_addr", "master_port", "max_restarts"]
-    names += ["secret_file"] if uses_agent_store(environment) else []  # torchrun's, which asks for none
+    names += ["secret_file"] if uses_agent_store(environment) else []  # torchrun's store uses no secret
     idle = [f for f in names if getattr(config, f) != getattr(LaunchConfig(), f)]
     if idle:
         flags = ", ".join("--" + f.replace("_", "-") for f in idle)
         fix = "leave them out, or start arriero without torchrun, once on each machine"
         raise UserError(f"{flags}: no effect, RANK says that the processes are started already", fix)
-    RankInfo.read(environment)
+    RankInfo.from_environment(environment)
     return config

@@ -1,8 +1,8 @@
-"""Which cores each of several processes on one machine computes on, and with how many threads.
+"""CPU affinity and number of threads of each of several processes on one machine.
 
-A process that is bound to one NUMA node (a socket, or a part of one) has its memory there, too, because Linux gives a
-page from the node of the core that first touches it. Within a node, processes share the cores: the scheduler places
-them better than a fixed list, beside which another program might be at work.
+A process that is bound to one NUMA node (a socket, or a part of one) has its memory there as well, because Linux
+allocates a page on the node of the core that first touches it. Within a node, processes share the cores: the scheduler
+places them better than a fixed assignment, which another program may disturb.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ NODES = Path("/sys/devices/system/node")
 
 
 def set_cpu_affinity(index: int, processes: int, *, bind: bool) -> None:
-    """Gives this process its share of the cores that it may use, and as many threads.
+    """Binds this process to its share of the allowed cores, and sets as many threads.
 
     Args:
-        index: its number on this machine.
-        processes: how many there are.
-        bind: keep to one NUMA node, or to several where there are more nodes than processes.
+        index: local rank.
+        processes: on this machine.
+        bind: to one NUMA node, or to several where there are more nodes than processes; else only the threads are set.
     """
     import torch
 
     allowed = os.sched_getaffinity(0)
-    mine, sharers = share(index, processes, [n & allowed for n in numa_nodes() if n & allowed] or [allowed])
-    if bind and mine < allowed:
-        os.sched_setaffinity(0, mine)
-    usual, fix = max(1, len(mine) // sharers), "give a whole number of threads, or unset it"
-    torch.set_num_threads(environment_number(os.environ, "ARRIERO_THREADS", 1, 4096, fix=fix, default=usual))
+    own, sharers = assign_cores(index, processes, [n & allowed for n in numa_nodes() if n & allowed] or [allowed])
+    if bind and own < allowed:
+        os.sched_setaffinity(0, own)
+    default, fix = max(1, len(own) // sharers), "give a whole number of threads, or unset it"
+    torch.set_num_threads(environment_number(os.environ, "ARRIERO_THREADS", 1, 4096, fix=fix, default=default))
 
 
-def share(index: int, processes: int, nodes: list[set[int]]) -> tuple[set[int], int]:
+def assign_cores(index: int, processes: int, nodes: list[set[int]]) -> tuple[set[int], int]:
     """The cores of process `index` of `processes`, and how many processes share them.
 
-    Whole nodes, neighbours together, as evenly as they divide.
+    Each process has whole nodes; processes with neighbouring indices share a node; the split is as even as possible.
     """
     count = len(nodes)
     first = [i * count // processes for i in range(processes)]
@@ -46,13 +46,13 @@ def share(index: int, processes: int, nodes: list[set[int]]) -> tuple[set[int], 
 
 
 def numa_nodes(root: Path = NODES) -> list[set[int]]:
-    """The cores of each NUMA node in order; empty where Linux does not say."""
+    """The cores of each NUMA node in order; empty where /sys does not list them."""
     lists = sorted(root.glob("node[0-9]*/cpulist"), key=lambda path: int(path.parent.name.removeprefix("node")))
-    return [cores(path.read_text()) for path in lists]
+    return [parse_cpu_list(path.read_text()) for path in lists]
 
 
-def cores(text: str) -> set[int]:
-    """`0-3,8` -> {0, 1, 2, 3, 8}, as the kernel writes it."""
+def parse_cpu_list(text: str) -> set[int]:
+    """The kernel's format of core lists: `0-3,8` -> {0, 1, 2, 3, 8}."""
     found: set[int] = set()
     for part in filter(None, text.strip().split(",")):
         first, _, last = part.partition("-")

@@ -1,6 +1,6 @@
-"""Where a failing process leaves its error for torch's elastic agent: a file that exists only after a failure.
+"""The files in which failing workers write their error for torch's elastic agent; a file exists only after a failure.
 
-torch's own choice makes a folder in the temporary directory at every start, and leaves it there.
+torch's DefaultLogsSpecs creates a folder in the temporary directory at every start, and never removes it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
 
 
 class ErrorFiles(LogsSpecs):
-    """Names an error file for each process, and no logs: standard output and standard error go to the terminal."""
+    """An error file for each worker and no logs: standard output and standard error go to the terminal."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class ErrorFiles(LogsSpecs):
         return os.devnull
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """Called by the agent before each start, with the environment of each process by local rank."""
+        """Called by the agent before each start, with the environment of each worker by local rank."""
         self.remove()
         self._count = len(envs)
         files = {rank: self._path(rank) for rank in range(self._count)}
@@ -37,7 +37,7 @@ class ErrorFiles(LogsSpecs):
         return LogsDest(stdouts=terminal, stderrs=dict(terminal), error_files=files)
 
     def remove(self) -> None:
-        """Removes the files of processes that failed."""
+        """Removes the files of workers that failed."""
         for rank in range(self._count):
             with contextlib.suppress(OSError):
                 os.unlink(self._path(rank))

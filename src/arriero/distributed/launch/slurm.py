@@ -1,4 +1,4 @@
-"""SLURM: what srun tells its tasks about their place."""
+"""SLURM: ranks and addresses from the environment that srun sets for its tasks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from arriero.common.environment import environment_number
 from arriero.common.errors import UserError
 from arriero.common.text import escape
-from arriero.distributed.launch.worker import MAX_PROCESSES
+from arriero.distributed.launch.rank_info import MAX_PROCESSES
 
 FIX = "srun sets the variables SLURM_*; where it has not started this, unset SLURM_STEP_NUM_TASKS"
 PORTS = range(10_000, 32_768)
@@ -23,7 +23,7 @@ def expand_hosts(text: str) -> list[str]:
     """SLURM's host list: "a,n[01-03,7]-ib" -> a, n01-ib, n02-ib, n03-ib, n7-ib.
 
     Raises:
-        UserError: it is none, or names more than MAX_NODES hosts.
+        UserError: it is no such list, or names more than MAX_NODES hosts.
     """
     if not re.fullmatch(rf"{_PART}(?:,{_PART})*", text):
         raise UserError(f"SLURM_STEP_NODELIST is {escape(repr(text), 80)}, which is no host list", FIX)
@@ -53,44 +53,46 @@ def expand_counts(text: str) -> list[int]:
     """SLURM's tasks per node: "2(x3),1" -> 2, 2, 2, 1.
 
     Raises:
-        UserError: it is none, or about more than MAX_NODES nodes.
+        UserError: it is no such list, gives a node no task, or names more than MAX_NODES nodes.
     """
     if not re.fullmatch(rf"{_COUNT}(?:,{_COUNT})*", text):
         raise UserError(f"SLURM_STEP_TASKS_PER_NODE is {escape(repr(text), 80)}, which is no list of counts", FIX)
     groups = [(int(n), int(times or 1)) for n, times in re.findall(_COUNT, text)]
+    if not all(n for n, _ in groups):
+        raise UserError(f"SLURM_STEP_TASKS_PER_NODE is {escape(repr(text), 80)}, which gives a node 0 tasks", FIX)
     if sum(times for _, times in groups) > MAX_NODES:
         raise UserError(f"SLURM_STEP_TASKS_PER_NODE is about more than {MAX_NODES} nodes", FIX)
     return [n for n, times in groups for _ in range(times)]
 
 
-def in_step(environment: Mapping[str, str]) -> bool:
+def is_step_task(environment: Mapping[str, str]) -> bool:
     """Whether srun started this process as one of several; the batch file itself and a lone task are not.
 
     Raises:
-        UserError: the number of tasks is none.
+        UserError: the number of tasks is not a number.
     """
     return _number(environment, "SLURM_STEP_NUM_TASKS", 1, MAX_PROCESSES, default=1) > 1
 
 
-def place_in_step(environment: Mapping[str, str]) -> tuple[int, int]:
+def task_rank(environment: Mapping[str, str]) -> tuple[int, int]:
     """The number of this task of srun, and how many there are. Raises UserError where they do not fit."""
     tasks = _number(environment, "SLURM_STEP_NUM_TASKS", 1, MAX_PROCESSES)
     return _number(environment, "SLURM_PROCID", 0, tasks - 1), tasks
 
 
-def master(environment: Mapping[str, str]) -> tuple[str, int]:
-    """The first host of the step, and a port that follows from job and step: every task finds the same.
+def master_address(environment: Mapping[str, str]) -> tuple[str, int]:
+    """The first host of the step, and a port computed from job and step, so that every task has the same.
 
     The port lies below those that Linux gives to outgoing connections (32768 and up). Two jobs that run on one machine
     at the same time have the same one in 1 of 22,768 cases.
 
     Raises:
-        UserError: the variables that it follows from are missing, or no such.
+        UserError: the variables from which it is computed are missing or invalid.
     """
     job, step = (_number(environment, f"SLURM_{name}_ID", 0, 2**63 - 1) for name in ("JOB", "STEP"))
     digest = hashlib.sha256(f"{job}.{step}".encode()).digest()
     port = PORTS[int.from_bytes(digest[:8], "big") % len(PORTS)]
-    return expand_hosts(_text_of(environment, "SLURM_STEP_NODELIST"))[0], port
+    return expand_hosts(_required(environment, "SLURM_STEP_NODELIST"))[0], port
 
 
 def task_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -99,10 +101,10 @@ def task_environment(environment: Mapping[str, str]) -> dict[str, str]:
     Raises:
         UserError: a variable is missing, no number, or does not fit the others; names it.
     """
-    rank, tasks = place_in_step(environment)
-    address, port = master(environment)
-    hosts = expand_hosts(_text_of(environment, "SLURM_STEP_NODELIST"))
-    counts = expand_counts(_text_of(environment, "SLURM_STEP_TASKS_PER_NODE"))
+    rank, tasks = task_rank(environment)
+    address, port = master_address(environment)
+    hosts = expand_hosts(_required(environment, "SLURM_STEP_NODELIST"))
+    counts = expand_counts(_required(environment, "SLURM_STEP_TASKS_PER_NODE"))
     if sum(counts) != tasks or len(counts) != len(hosts):
         text = f"{sum(counts)} tasks on {len(counts)} nodes in SLURM_STEP_TASKS_PER_NODE"
         other = f"SLURM_STEP_NUM_TASKS is {tasks} and SLURM_STEP_NODELIST names {len(hosts)} hosts"
@@ -113,7 +115,7 @@ def task_environment(environment: Mapping[str, str]) -> dict[str, str]:
         "WORLD_SIZE": str(tasks),
         "LOCAL_RANK": str(_number(environment, "SLURM_LOCALID", 0, here - 1)),
         "LOCAL_WORLD_SIZE": str(here),
-        "MASTER_ADDR": environment.get("MASTER_ADDR") or address,
+        "MASTER_ADDR": environment.get("MASTER_ADDR", "").strip() or address,
         "MASTER_PORT": environment.get("MASTER_PORT") or str(port),
     }
 
@@ -122,7 +124,7 @@ def _number(environment: Mapping[str, str], name: str, low: int, high: int, defa
     return environment_number(environment, name, low, high, fix=FIX, default=default)
 
 
-def _text_of(environment: Mapping[str, str], name: str) -> str:
-    if not environment.get(name):
+def _required(environment: Mapping[str, str], name: str) -> str:
+    if not environment.get(name, "").strip():
         raise UserError(f"{name} is missing in the environment", FIX)
     return environment[name]

@@ -154,7 +154,7 @@ def read_json_lines(path: Path, lines: Iterable[TextLine], only: Collection[str]
             continue
         where = f"{escape(path)}, line {line.number}"
         try:
-            record = parse_json(line.text, where, FIX, {})
+            record = parse_json(line.text, where, FIX, {}, unique_keys=True)
         except UserError:
             if not line.whole:
                 continue  # cut off by a kill
@@ -170,7 +170,8 @@ def read_trainer_state(path: Path, only: Collection[str] | None) -> Curves:
     Raises:
         UserError: not JSON, or without a log_history.
     """
-    state = read_json(path, "give trainer_state.json as the Trainer wrote it", ({"log_history": [{}]}, [{}]))
+    fix = "give trainer_state.json as the Trainer wrote it"
+    state = read_json(path, fix, ({"log_history": [{}]}, [{}]), unique_keys=True)
     found = CurvesBuilder(path, only)
     for i, record in enumerate(state if isinstance(state, list) else state["log_history"]):
         _add_record(found, record, f"{escape(path)}, log_history[{i}]")

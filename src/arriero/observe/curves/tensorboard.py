@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from arriero.common.errors import UserError
+from arriero.common.protobuf import DamagedMessageError, read_fields
 from arriero.common.text import escape
 from arriero.observe.curves.curve import VALIDATION, Curves, CurvesBuilder, canonical_name, normalize_name
 from arriero.observe.curves.text_lines import open_text
@@ -22,11 +23,6 @@ MAX_RECORD = 1 << 20
 _HEADER = 12  # length (u64), its masked CRC (u32)
 _FLOAT, _DOUBLE, _HALF, _BFLOAT16 = 1, 2, 19, 14  # DataType of tensor.proto
 _UNPACK = {_FLOAT: "<f", _DOUBLE: "<d", _HALF: "<e"}
-Field = tuple[int, int, int | bytes]
-
-
-class DamagedError(ValueError):
-    """The bytes are no event file from some place on."""
 
 
 def _crc_table() -> list[int]:
@@ -76,7 +72,7 @@ def read_events(path: Path, files: Iterable[Path], only: Collection[str] | None)
             for at, data in _records(file, stream):
                 try:
                     step, scalars = _event(data)
-                except (DamagedError, struct.error, IndexError) as error:
+                except (DamagedMessageError, struct.error, IndexError) as error:
                     raise _damaged(file, at, str(error)) from None
                 for tag, value in scalars:
                     if not tag.endswith(" vs samples"):
@@ -113,21 +109,21 @@ def _records(path: Path, stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
 def _event(data: bytes) -> tuple[int, list[tuple[str, float]]]:
     """Event: step (2), summary (5); Summary: value (1); Value: tag (1), simple_value (2), tensor (8)."""
     step, scalars = 0, []
-    for field, wire, value in _fields(data):
+    for field, wire, value in read_fields(data):
         if field == 2 and wire == 0:
             step = int(value)
         elif field == 5 and isinstance(value, bytes):
-            scalars += [one for kind, _, part in _fields(value) if kind == 1 and (one := _scalar(part))]
+            scalars += [one for kind, _, part in read_fields(value) if kind == 1 and (one := _scalar(part))]
     if scalars and step >= 10**15:  # a negative step is one of nearly 2^64 here
-        raise DamagedError("its step is out of range")
+        raise DamagedMessageError("its step is out of range")
     return step, scalars
 
 
 def _scalar(data: int | bytes) -> tuple[str, float] | None:
     tag, number = "", None
     if not isinstance(data, bytes):
-        raise DamagedError("a value is no message")
-    for field, wire, value in _fields(data):
+        raise DamagedMessageError("a value is no message")
+    for field, wire, value in read_fields(data):
         if field == 1 and isinstance(value, bytes):
             tag = value.decode("utf-8", "replace")
         elif field == 2 and wire == 5 and isinstance(value, bytes):
@@ -140,7 +136,7 @@ def _scalar(data: int | bytes) -> tuple[str, float] | None:
 def _tensor(data: bytes) -> float | None:
     """The one number of TensorProto: dtype (1), tensor_content (4), half_val (13), float_val (5), double_val (6)."""
     dtype, content, single = 0, b"", None
-    for field, wire, value in _fields(data):
+    for field, wire, value in read_fields(data):
         if field == 1 and wire == 0:
             dtype = int(value)
         elif field == 4 and isinstance(value, bytes):
@@ -153,38 +149,3 @@ def _tensor(data: bytes) -> float | None:
     if dtype == _BFLOAT16 and len(content) == 2:
         return float(struct.unpack("<f", b"\0\0" + content)[0])
     return None if single is None else float(single)
-
-
-def _fields(data: bytes) -> Iterator[Field]:
-    """(field, wire type, value) of a protobuf message: an int for a varint, else the bytes."""
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        field, wire = key >> 3, key & 7
-        if wire == 0:
-            value, at = _varint(data, at)
-            yield field, wire, value
-            continue
-        if wire == 2:
-            length, at = _varint(data, at)
-        elif wire in (1, 5):
-            length = 8 if wire == 1 else 4
-        else:
-            raise DamagedError(f"wire type {wire}")
-        if at + length > len(data):
-            raise DamagedError("a field is longer than its message")
-        yield field, wire, data[at : at + length]
-        at += length
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    result = 0
-    for shift in range(0, 70, 7):
-        if at >= len(data):
-            raise DamagedError("it ends inside a number")
-        byte = data[at]
-        at += 1
-        result |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return result, at
-    raise DamagedError("a number of more than 64 bits")

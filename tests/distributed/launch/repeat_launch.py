@@ -1,4 +1,4 @@
-"""Starts eight processes again and again, the watching thread looking without a pause: `launch_often.py TIMES`."""
+"""Starts eight processes TIMES times while the monitor polls without a pause: `repeat_launch.py TIMES`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import arriero.distributed.launch.worker_monitor
 def nothing(_: None) -> None:
     import torch.distributed as dist
 
-    dist.barrier()  # one that left before another has connected would be missed
+    dist.barrier()  # a process that exits before another has connected would fail that one
 
 
 if __name__ == "__main__":
-    arriero.distributed.launch.worker_monitor.WATCH_EVERY = 0.0003
+    arriero.distributed.launch.worker_monitor.POLL_INTERVAL = 0.0003
     for _ in range(int(sys.argv[1])):
         arriero.distributed.launch.launcher.run_processes(nothing, None, 8)

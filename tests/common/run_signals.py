@@ -1,4 +1,4 @@
-"""Sends signals to training runs: `python signalled.py RECIPE CASE ...`; a line of JSON for each case.
+"""Sends signals to training runs: `python run_signals.py RECIPE CASE ...`; a line of JSON for each case.
 
 Runs are forked from this process, which has imported torch, so that one costs a second instead of five.
 """
@@ -101,7 +101,7 @@ def takes_signals(pid: int) -> bool:
     return "SigBlk:\t0000000000000000" not in Path(f"/proc/{pid}/status").read_text()
 
 
-def lives(process: psutil.Process) -> bool:
+def is_alive(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
@@ -131,11 +131,11 @@ def run(name: str, recipe: str, root: Path) -> dict[str, object]:
     workers = [child.pid for child in children if takes_signals(child.pid)]
     case.send(pid, workers)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    wait_until(lambda: not any(map(lives, children)), 5)
+    wait_until(lambda: not any(map(is_alive, children)), 5)
     return {
-        "case": name, "code": code, "said": log.read_text(),
+        "case": name, "code": code, "output": log.read_text(),
         "saved": len(list(out.glob("checkpoints/*/COMMITTED"))),
-        "orphans": [child.pid for child in children if lives(child)],
+        "orphans": [child.pid for child in children if is_alive(child)],
         "left": [path.name for path in (root / "tmp").iterdir() if "inductor" not in path.name],  # torch's cache
     }  # fmt: skip
 
