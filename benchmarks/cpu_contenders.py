@@ -63,9 +63,9 @@ def arriero(job: Job, *, compiled: bool = False) -> None:
 def _arriero(job: Job, *, compiled: bool) -> None:
     from arriero.data.config import DataConfig
     from arriero.distributed.parallel.mesh import Ranks
+    from arriero.train.build import build_trainer
     from arriero.train.config import OptimConfig, ScheduleConfig
     from arriero.train.recipe import Recipe
-    from arriero.train.trainer import Trainer
 
     keys: dict[str, Any] = {"compile": compiled} if can_compile() else {}
     train = TrainConfig(
@@ -77,11 +77,11 @@ def _arriero(job: Job, *, compiled: bool) -> None:
         schedule=ScheduleConfig(shape="constant", lr=LR, min_lr=0.0),
         optim=OptimConfig(betas=BETAS, weight_decay=DECAY),
     )  # fmt: skip
-    trainer = Trainer(recipe, Ranks(), local_rank=0, device_kind="cpu")
-    trainer.start(None)
+    trainer = build_trainer(recipe, Ranks(), local_rank=0, device_kind="cpu")
+    trainer.load(None)
     turns = Turns(job.warmup)
     while True:
-        turns.after_step(trainer.step().loss)
+        turns.after_step(trainer.step().lm_loss)
 
 
 def can_compile() -> bool:

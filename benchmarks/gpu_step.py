@@ -47,10 +47,10 @@ from arriero.data.config import DataConfig
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.model.config import LlamaConfig
 from arriero.observe.throughput import peak_flops, throughput
+from arriero.train.build import build_trainer
 from arriero.train.config import TrainConfig
 from arriero.train.recipe import Recipe, bundled_directory
-from arriero.train.trainer import Trainer
-from arriero.train.verify_layout import write_random_data
+from arriero.train.synthetic import write_random_data
 
 TINY = LlamaConfig(
     vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -100,12 +100,12 @@ def ours(bench: Bench, case: Case, micro: int, **changes: Any) -> Callable[[], f
     )  # fmt: skip
     data_config = DataConfig(prefix=str(data), split="1,0,0")
     recipe = Recipe(model=str(bench.root / "config.json"), data=data_config, train=train, device=bench.kind)  # type: ignore[arg-type]
-    trainer = Trainer(recipe, Ranks(), local_rank=0, device_kind=bench.kind)
+    trainer = build_trainer(recipe, Ranks(), local_rank=0, device_kind=bench.kind)
     initialize_randomly(trainer)
 
     def step() -> float:
         try:
-            return trainer.step().loss
+            return trainer.step().lm_loss
         except torch.OutOfMemoryError:
             trainer.close()
             raise

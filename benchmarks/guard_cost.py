@@ -20,8 +20,8 @@ from arriero.data.indexed import IndexedWriter
 from arriero.distributed.launch.launcher import run_processes
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.observe.events import Events
+from arriero.train.build import build_trainer
 from arriero.train.recipe import Recipe
-from arriero.train.trainer import Trainer
 from arriero.train.watch import StragglerDetector, Watchdog
 
 SETTINGS = {
@@ -40,15 +40,15 @@ def measure(root: Path) -> None:
     settings = {**SETTINGS, "data.prefix": root / "tokens", "out": root / "run"}
     recipe: Recipe = parse(Recipe, [Setting(k, [str(v)], "") for k, v in settings.items()], prog="guard_cost")
     ranks = Ranks.build(recipe.parallel, "cpu")
-    trainer = Trainer(recipe, ranks, local_rank=0, device_kind="cpu")
-    trainer.start(None)
+    trainer = build_trainer(recipe, ranks, local_rank=0, device_kind="cpu")
+    trainer.load(None)
     events = Events(root, first=True, since_start=0.0)
     watchdog = Watchdog(root, ranks, recipe.watch, print)
     comparison = StragglerDetector(ranks, recipe.watch, trainer.device)
 
     def watch() -> None:
         watchdog.start_step(1)
-        watchdog.done()
+        watchdog.end_step()
         events.note("step", step=1, seconds=1.0, data=0.0)
 
     parts: dict[str, tuple[Callable[[], object], float]] = {  # and steps between two of them, by default

@@ -53,8 +53,8 @@ def ours(job: dict) -> None:
     from arriero.data.config import DataConfig
     from arriero.distributed.parallel.config import ParallelConfig
     from arriero.distributed.parallel.mesh import Ranks
+    from arriero.train.build import build_trainer
     from arriero.train.recipe import Recipe
-    from arriero.train.trainer import Trainer
 
     recipe = Recipe(
         model=job["root"] + "/config.json", data=DataConfig(prefix=job["root"] + "/data", split="1,0,0"),
@@ -63,8 +63,8 @@ def ours(job: dict) -> None:
     micro = 4 if job["processes"] == 1 or "tensor_parallel" in job["parallel"] else 2
     train = replace(recipe.train, sequence_length=512, global_batch=4, micro_batch=micro, dtype="bfloat16", steps=1000)
     ranks = Ranks.build(recipe.parallel, "cpu")
-    trainer = Trainer(replace(recipe, train=train), ranks, local_rank=0, device_kind="cpu")
-    trainer.start(None)
+    trainer = build_trainer(replace(recipe, train=train), ranks, local_rank=0, device_kind="cpu")
+    trainer.load(None)
     report(job, measure(trainer.step, job["steps"]), ranks.rank)
 
 

@@ -42,7 +42,7 @@ from arriero.data.config import DataConfig
 from arriero.model.config import LlamaConfig
 from arriero.model.init import InitialWeights
 from arriero.observe.throughput import throughput
-from arriero.train.verify_layout import write_random_data
+from arriero.train.synthetic import write_random_data
 
 SEED = 1234
 SAMPLES = 4

@@ -112,7 +112,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / "meta/params.json").write_text(json.dumps(params))
         recipe = parse(Recipe, file_settings(toy.write_recipe(root)), prog="test")
         recipe = replace(recipe, out=str(root / "run"), train=replace(recipe.train, steps=2))
-        train(recipe, Ranks(), local_rank=0, device_kind="cpu", start=ResumePlan())
+        train(recipe, Ranks(), local_rank=0, device_kind="cpu", plan=ResumePlan())
         (root / "run/recipe.toml").write_text(to_toml(recipe))
         (root / "text").mkdir()
         (root / "text/a.txt").write_text("hello world\nsome words\n")

@@ -23,7 +23,7 @@ from arriero.distributed.parallel.mesh import Ranks
 from arriero.model import npu, ops
 from arriero.model.llama import Llama
 from arriero.train.config import OptimConfig
-from arriero.train.optim import Optimizer
+from arriero.train.optim import AdamW
 from toy import CONFIG
 
 TWINS = ("npu_fusion_attention", "npu_rms_norm", "npu_rotary_mul", "npu_swiglu")
@@ -131,8 +131,8 @@ def test_the_model_runs_on_fused_operators_alone(by_row: bool) -> None:
 def test_the_optimizer_is_the_fused_one() -> None:
     with torch.device("npu:0"):
         model = Llama(CONFIG)
-    optimizer = Optimizer([model], OptimConfig(), Ranks())
-    optimizer.start(None, updates=0)
+    optimizer = AdamW([model], OptimConfig(), Ranks())
+    optimizer.load(None, updates=0)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.collect_gradients()

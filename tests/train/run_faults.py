@@ -46,8 +46,8 @@ def install(fault: str, here: bool, skipped: list[int]) -> None:
     def step(self: Trainer, *arguments: Any) -> Any:
         steps[0] = self.done + 1
         result = STEP(self, *arguments)
-        skipped.extend([result.step] if result.skipped else [])
-        if here and fault == "flip" and result.step == 3:
+        skipped.extend([result.iteration] if result.skipped else [])
+        if here and fault == "flip" and result.iteration == 3:
             raw = local(self.parts[0].get_parameter(NAME)).detach().view(torch.int32)
             raw[0] ^= 1  # the last bit of one float32
         return result
@@ -79,7 +79,7 @@ def run_job(job: dict[str, Any]) -> None:
         install(case["fault"], ranks.rank == case["rank"], skipped)
         failed = ""
         try:
-            train(recipe, ranks, local_rank=0, device_kind="cpu", start=ResumePlan())
+            train(recipe, ranks, local_rank=0, device_kind="cpu", plan=ResumePlan())
         except CheckFailed as error:
             failed = str(error)
         with open(job["results"], "a", encoding="utf-8") as file:

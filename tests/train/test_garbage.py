@@ -101,6 +101,6 @@ def test_the_loop_collects_after_a_step_that_was_rewound_too(tmp_path: Path, mon
     monkeypatch.setattr(Trainer, "forward_backward", forward_backward)
     monkeypatch.setattr(garbage, "gc", Collector())
     monkeypatch.setattr(garbage, "STEPS_BETWEEN", 2)
-    assert loop.train(recipe, Ranks(), local_rank=0, device_kind="cpu", start=loop.ResumePlan())
+    assert loop.train(recipe, Ranks(), local_rank=0, device_kind="cpu", plan=loop.ResumePlan())
     # Before the first step twice (entering, and step 0), at step 2, and at step 2 again after going back.
     assert at == [0, 0, 2, 3]

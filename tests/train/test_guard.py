@@ -37,7 +37,7 @@ def recipe_in(directory: Path, **changes: Any) -> Recipe:
 
 
 def run(recipe: Recipe, *checkpoints: Path) -> str:
-    train(recipe, Ranks(), local_rank=0, device_kind="cpu", start=ResumePlan(checkpoints))
+    train(recipe, Ranks(), local_rank=0, device_kind="cpu", plan=ResumePlan(checkpoints))
     return state_sha256(committed(Path(recipe.out) / "checkpoints")[-1])
 
 
@@ -48,7 +48,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def forward_backward(self: Trainer, micro: Any, *, train: bool) -> torch.Tensor:
         loss = original(self, micro, train=train)
-        used.append(self.position.place // 8)
+        used.append(self.position.next_sample // 8)
         return loss * math.nan if used[-1] == 4 else loss
 
     monkeypatch.setattr(Trainer, "forward_backward", forward_backward)
@@ -111,7 +111,7 @@ def test_a_spike_is_handled_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def forward_backward(self: Trainer, micro: Any, *, train: bool) -> torch.Tensor:
         loss = original(self, micro, train=train)
-        return torch.full_like(loss, 1000.0) if self.position.place == 4 * 8 else loss
+        return torch.full_like(loss, 1000.0) if self.position.next_sample == 4 * 8 else loss
 
     monkeypatch.setattr(Trainer, "forward_backward", forward_backward)
     recipe = recipe_in(tmp_path, steps=6, on_spike=policy)

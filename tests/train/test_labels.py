@@ -23,9 +23,9 @@ from arriero.data.config import DataConfig
 from arriero.data.indexed import IndexedWriter
 from arriero.data.instruct import InstructionSet
 from arriero.distributed.parallel.mesh import Ranks
+from arriero.train.build import build_trainer
 from arriero.train.loop import ResumePlan, train
 from arriero.train.recipe import Recipe
-from arriero.train.trainer import Trainer
 
 
 def write_records(prefix: Path, records: list[tuple[int, int]]) -> str:
@@ -101,7 +101,7 @@ def recipe_of(directory: Path, **changes: Any) -> Recipe:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_step_without_a_label_is_left_out_and_counted(tmp_path: Path, dtype: str) -> None:
     recipe = recipe_of(tmp_path, dtype=dtype, on_nonfinite="stop", on_spike="stop")
-    assert train(recipe, Ranks(), local_rank=0, device_kind="cpu", start=ResumePlan())
+    assert train(recipe, Ranks(), local_rank=0, device_kind="cpu", plan=ResumePlan())
     out = Path(recipe.out)
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     left_out = [r["iteration"] for r in records if r["lm_loss"] == "NaN"]
@@ -122,14 +122,14 @@ def test_a_step_without_a_label_is_left_out_and_counted(tmp_path: Path, dtype: s
 
 
 def test_a_step_without_a_label_changes_nothing(tmp_path: Path) -> None:
-    trainer = Trainer(recipe_of(tmp_path), Ranks(), local_rank=0, device_kind="cpu")
-    trainer.start(None)
+    trainer = build_trainer(recipe_of(tmp_path), Ranks(), local_rank=0, device_kind="cpu")
+    trainer.load(None)
     for _ in range(6):
         before = [p.clone() for part in trainer.parts for p in part.parameters()]
         result = trainer.step()
         now = [p for part in trainer.parts for p in part.parameters()]
         assert all(bool((a == b).all()) for a, b in zip(before, now, strict=True)) == result.unlabelled
-        assert math.isnan(result.loss) == result.unlabelled == result.skipped
+        assert math.isnan(result.lm_loss) == result.unlabelled == result.skipped
         assert not result.spike
     trainer.close()
 

@@ -12,7 +12,7 @@ from arriero.distributed.parallel.mesh import Ranks
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
 from arriero.train.config import OptimConfig
-from arriero.train.optim import Optimizer
+from arriero.train.optim import AdamW, Optimizer
 
 CONFIG = LlamaConfig(
     vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
@@ -72,23 +72,23 @@ def test_every_step_is_that_of_torchs_fused_adamw_to_the_bit(*, offload: bool, d
     """It is the same kernel; gradients divided beforehand by the float32 divisor are what it computes with."""
     config = OptimConfig(offload=offload)
     ours, theirs = pair()
-    optimizer, reference = Optimizer([ours], config, Ranks()), torch_adamw(theirs, config, fused=True)
-    optimizer.start(None, updates=0)
+    optimizer, reference = AdamW([ours], config, Ranks()), torch_adamw(theirs, config, fused=True)
+    optimizer.load(None, updates=0)
     for step in range(1, STEPS + 1):
         take_step(optimizer, ours, step, divisor)
         follow(reference, theirs, step, lambda g: g / torch.tensor(divisor))
         for name, parameter in ours.named_parameters():
             other = theirs.get_parameter(name)
             assert torch.equal(parameter, other), (step, name)
-            for moment, held in optimizer.moments().items():
+            for moment, held in optimizer.states().items():
                 assert torch.equal(held[name], reference.state[other][moment]), (step, name, moment)
 
 
 def test_clipping_is_torchs_clipping_but_for_the_last_bit() -> None:
     """torch multiplies by the reciprocal, the kernel divides: each rounds once, so a gradient differs by one ulp."""
     ours, theirs = pair()
-    optimizer, reference = Optimizer([ours], OptimConfig(), Ranks()), torch_adamw(theirs, OptimConfig())
-    optimizer.start(None, updates=0)
+    optimizer, reference = AdamW([ours], OptimConfig(), Ranks()), torch_adamw(theirs, OptimConfig())
+    optimizer.load(None, updates=0)
     for step in range(1, STEPS + 1):
         give_gradients(ours, step)
         optimizer.collect_gradients()
@@ -102,7 +102,7 @@ def test_clipping_is_torchs_clipping_but_for_the_last_bit() -> None:
     for name, parameter in ours.named_parameters():
         other = theirs.get_parameter(name)
         torch.testing.assert_close(
-            optimizer.moments()["exp_avg"][name], reference.state[other]["exp_avg"], rtol=1e-5, atol=1e-9
+            optimizer.states()["exp_avg"][name], reference.state[other]["exp_avg"], rtol=1e-5, atol=1e-9
         )
         torch.testing.assert_close(parameter, other, rtol=1e-5, atol=1e-6)
 
@@ -114,15 +114,15 @@ def test_in_float64_the_divisor_is_exact_and_the_plain_formula_is_met(
     """The kernel would take the divisor in float32, and two layouts whose norms differ in the last bit would part."""
     monkeypatch.setattr("arriero.train.optim.fused_adamw_takes_grad_scale", lambda kind: divides)
     ours, theirs = pair(torch.float64)
-    optimizer, reference = Optimizer([ours], OptimConfig(), Ranks()), torch_adamw(theirs, OptimConfig(), foreach=False)
-    optimizer.start(None, updates=0)
+    optimizer, reference = AdamW([ours], OptimConfig(), Ranks()), torch_adamw(theirs, OptimConfig(), foreach=False)
+    optimizer.load(None, updates=0)
     for step in range(1, STEPS + 1):
         take_step(optimizer, ours, step, 1.0 / 0.3)
         follow(reference, theirs, step, lambda g: g * 0.3)
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter, theirs.get_parameter(name), rtol=1e-13, atol=1e-15)
         moment = reference.state[theirs.get_parameter(name)]["exp_avg_sq"]
-        torch.testing.assert_close(optimizer.moments()["exp_avg_sq"][name], moment, rtol=1e-13, atol=0)
+        torch.testing.assert_close(optimizer.states()["exp_avg_sq"][name], moment, rtol=1e-13, atol=0)
 
 
 def test_a_device_whose_kernel_does_not_divide_gets_multiplied_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,8 +131,8 @@ def test_a_device_whose_kernel_does_not_divide_gets_multiplied_gradients(monkeyp
     }  # fmt: skip
     monkeypatch.setattr("arriero.train.optim.fused_adamw_takes_grad_scale", lambda kind: False)
     ours, theirs = pair()
-    optimizer, reference = Optimizer([ours], OptimConfig(), Ranks()), torch_adamw(theirs, OptimConfig(), fused=True)
-    optimizer.start(None, updates=0)
+    optimizer, reference = AdamW([ours], OptimConfig(), Ranks()), torch_adamw(theirs, OptimConfig(), fused=True)
+    optimizer.load(None, updates=0)
     for step in range(1, STEPS + 1):
         take_step(optimizer, ours, step, 4.0)
         follow(reference, theirs, step, lambda g: g * 0.25)
@@ -144,15 +144,15 @@ def test_a_device_whose_kernel_does_not_divide_gets_multiplied_gradients(monkeyp
 def test_taken_up_again_after_some_steps_it_goes_on_as_if_nothing_were(*, offload: bool) -> None:
     config = OptimConfig(offload=offload)
     whole, halves = pair()
-    one, first = Optimizer([whole], config, Ranks()), Optimizer([halves], config, Ranks())
-    one.start(None, updates=0)
-    first.start(None, updates=0)
+    one, first = AdamW([whole], config, Ranks()), AdamW([halves], config, Ranks())
+    one.load(None, updates=0)
+    first.load(None, updates=0)
     for step in range(1, 4):
         take_step(one, whole, step, 2.5)
         take_step(first, halves, step, 2.5)
-    saved = {m: {name: held.clone() for name, held in by_name.items()} for m, by_name in first.moments().items()}
-    second = Optimizer([halves], config, Ranks())
-    second.start(saved, updates=3)
+    saved = {m: {name: held.clone() for name, held in by_name.items()} for m, by_name in first.states().items()}
+    second = AdamW([halves], config, Ranks())
+    second.load(saved, updates=3)
     for step in range(4, STEPS + 1):
         take_step(one, whole, step, 2.5)
         take_step(second, halves, step, 2.5)
@@ -165,7 +165,7 @@ def test_starting_anew_forgets_moments_steps_and_values(*, offload: bool) -> Non
     config = OptimConfig(offload=offload)
     used, fresh = pair()
     values = {name: p.detach().clone() for name, p in used.named_parameters()}
-    a, b = Optimizer([used], config, Ranks()), Optimizer([fresh], config, Ranks())
+    a, b = AdamW([used], config, Ranks()), AdamW([fresh], config, Ranks())
     a.start(None, updates=0)
     b.start(None, updates=0)
     for step in range(1, 4):
@@ -182,9 +182,9 @@ def test_starting_anew_forgets_moments_steps_and_values(*, offload: bool) -> Non
 
 def test_moments_are_there_before_the_first_step() -> None:
     model, _ = pair()
-    optimizer = Optimizer([model], OptimConfig(), Ranks())
-    optimizer.start(None, updates=0)
-    before = {name: held.data_ptr() for name, held in optimizer.moments()["exp_avg_sq"].items()}
+    optimizer = AdamW([model], OptimConfig(), Ranks())
+    optimizer.load(None, updates=0)
+    before = {name: held.data_ptr() for name, held in optimizer.states()["exp_avg_sq"].items()}
     assert list(before) == [name for name, _ in model.named_parameters()]
     take_step(optimizer, model, 1)
-    assert {name: held.data_ptr() for name, held in optimizer.moments()["exp_avg_sq"].items()} == before
+    assert {name: held.data_ptr() for name, held in optimizer.states()["exp_avg_sq"].items()} == before

@@ -21,11 +21,11 @@ from arriero.common.toml import file_settings
 from arriero.data.batch import Batch
 from arriero.data.batches import Batches
 from arriero.distributed.parallel.mesh import Ranks
+from arriero.train.build import build_trainer
 from arriero.train.loop import ResumePlan, train
 from arriero.train.position import Position, SkippedSamples, position_from_state
 from arriero.train.recipe import Recipe
 from arriero.train.reporter import StepResult
-from arriero.train.trainer import Trainer
 
 STATE = {"step": 6, "updates": 6, "loss_scale": {}}
 
@@ -33,12 +33,12 @@ STATE = {"step": 6, "updates": 6, "loss_scale": {}}
 def test_left_out_samples_add_up() -> None:
     skipped = SkippedSamples()
     assert skipped.skip_range(24, 40) == (24, 39)
-    assert [skipped.place(consumed) for consumed in (0, 16, 24, 32)] == [0, 16, 40, 48]
+    assert [skipped.next_sample(consumed) for consumed in (0, 16, 24, 32)] == [0, 16, 40, 48]
     assert skipped.skip_range(24, 48) == (40, 47)  # again from the same checkpoint
     assert skipped.skip_range(72, 112) == (96, 111)
-    assert [skipped.place(consumed) for consumed in (16, 24, 64, 72)] == [16, 48, 88, 112]
+    assert [skipped.next_sample(consumed) for consumed in (16, 24, 64, 72)] == [16, 48, 88, 112]
     assert skipped.skip_range(48, 120) == (72, 119)  # the newer checkpoints were damaged
-    assert [skipped.place(consumed) for consumed in (40, 48, 56)] == [64, 120, 128]
+    assert [skipped.next_sample(consumed) for consumed in (40, 48, 56)] == [64, 120, 128]
 
 
 STEPS = st.lists(
@@ -53,19 +53,19 @@ def test_every_sample_is_read_once_or_left_out(legs: list[tuple[int, int, str]])
     for batch, steps, end in legs:
         saved, before = position.to_state() | {"step": position.step}, len(read)
         for place in position.step_starts(position.step + steps, batch):
-            assert place == position.place
+            assert place == position.next_sample
             read += range(place, place + batch)
             position.advance(batch, 16)
         if end == "run":
             continue
-        stop, skipped = position.place, position.skipped
+        stop, skipped = position.next_sample, position.skipped
         position = position_from_state(json.loads(json.dumps(saved)), recipe=pytest.fail, where="state.json", fix="")
         if end == "rewind":
             position.skipped = skipped
             first, last = skipped.skip_range(position.samples, stop)
             left_out |= set(range(first, last + 1))
         del read[before:]
-    assert sorted([*read, *left_out]) == list(range(position.place))
+    assert sorted([*read, *left_out]) == list(range(position.next_sample))
     assert read == sorted(read)
     assert (position.samples, position.tokens) == (len(read), 16 * len(read))
 
@@ -92,8 +92,8 @@ def recipe_in(directory: Path, batch: int, **data: Any) -> Recipe:
 
 def trained(recipe: Recipe, steps: int, checkpoint: Path | None = None) -> tuple[Path, list[StepResult]]:
     """Does so many steps from a checkpoint, and saves."""
-    trainer = Trainer(recipe, Ranks(), local_rank=0, device_kind="cpu")
-    trainer.start(checkpoint)
+    trainer = build_trainer(recipe, Ranks(), local_rank=0, device_kind="cpu")
+    trainer.load(checkpoint)
     results = [trainer.step() for _ in range(steps)]
     path = trainer.save()
     trainer.close()
@@ -119,8 +119,8 @@ def test_a_changed_batch_goes_on_with_the_next_sample(tmp_path: Path, read: list
     results += trained(changed, 3, checkpoint)[1]
     rows += [one.tokens for one in read]
     assert np.array_equal(np.concatenate(rows), as_it_began.samples(0, 48 + 3 * batch).tokens)
-    assert [r.samples for r in results] == [*range(8, 49, 8), *(48 + batch * i for i in (1, 2, 3))]
-    assert all(r.tokens == 16 * r.samples for r in results)
+    assert [r.consumed_samples for r in results] == [*range(8, 49, 8), *(48 + batch * i for i in (1, 2, 3))]
+    assert all(r.consumed_tokens == 16 * r.consumed_samples for r in results)
 
 
 def test_a_run_that_was_changed_before_goes_on_from_its_position(tmp_path: Path, read: list[Batch]) -> None:
@@ -129,7 +129,7 @@ def test_a_run_that_was_changed_before_goes_on_from_its_position(tmp_path: Path,
     for steps, batch in ((3, 8), (6, 4), (7, 10)):
         changed = replace(recipe.train, steps=steps, global_batch=batch)
         start = ResumePlan(tuple(committed(Path(recipe.out) / "checkpoints")[-1:]))
-        train(replace(recipe, train=changed), Ranks(), local_rank=0, device_kind="cpu", start=start)
+        train(replace(recipe, train=changed), Ranks(), local_rank=0, device_kind="cpu", plan=start)
     rows = np.concatenate([one.tokens for one in read])
     batches = Batches(recipe.data, sequence_length=16, global_batch=8, seed=recipe.seed)
     assert np.array_equal(rows, batches.samples(0, 24 + 12 + 10).tokens)
@@ -182,9 +182,9 @@ def test_megatrons_order_stays_when_the_run_becomes_longer(tmp_path: Path, read:
     for steps in (9, 20):
         read.clear()
         longer = replace(recipe, train=replace(recipe.train, steps=steps), out=str(tmp_path / str(steps)))
-        trainer = Trainer(longer, Ranks(), local_rank=0, device_kind="cpu")
-        trainer.start(checkpoint)
-        assert ("made for 72 samples" in trainer.order_notice()) == (steps == 20)
+        trainer = build_trainer(longer, Ranks(), local_rank=0, device_kind="cpu")
+        trainer.load(checkpoint)
+        assert ("made for 72 samples" in trainer.loader.order_notice(trainer.position)) == (steps == 20)
         for _ in range(3):
             trainer.step()
         trainer.close()

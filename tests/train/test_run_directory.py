@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -169,7 +168,6 @@ PLACES: dict[str, Callable[[Path, Path], object]] = {
 FILES = ["log.txt", "metrics.jsonl", "events.jsonl", "env.json", "env-2.json", "recipe.toml", "lock.json", "loss.png",
          "tokenizer", "tokenizer/tokenizer.model", "stacks", "stacks/rank-00000.txt", "profile", "profile/rank-0.json",
          "checkpoints"]  # fmt: skip
-POSITION = {name: 0 for name in ("samples", "tokens") if name in {f.name for f in dataclasses.fields(StepResult)}}
 LINES = ("log.txt", "metrics.jsonl", "events.jsonl")
 
 
@@ -189,22 +187,23 @@ def start(recipe: Recipe, *, profiled: bool) -> None:
             Path(recipe.out), recipe.log, recipe.train, CONFIG, devices=1, device_name="cpu", first=True
         )  # fmt: skip
         events = Events(Path(recipe.out), first=True, since_start=0.0, errors=reporter.trouble)
-        reporter.resume_after(3)
+        reporter.truncate_metrics_after(3)
         for step in (4, 5):
             result = StepResult(
-                step=step, loss=1.0, grad_norm=1.0, learning_rate=1.0, loss_scale=1.0, skipped=False, seconds=1.0,
-                phases={"data_wait": 0.0}, attended=1.0, **POSITION,
+                iteration=step, consumed_samples=0, consumed_tokens=0, lm_loss=1.0,
+                grad_norm=1.0, learning_rate=1.0, loss_scale=1.0, skipped=False, seconds=1.0,
+                phases={"data_wait": 0.0}, attended_length=1.0,
             )  # fmt: skip
-            reporter.step(result)
+            reporter.log_step(result)
             events.note("step", step=step, seconds=1.0, data=0.0)
-        dog = Watchdog(Path(recipe.out), Ranks(), WatchConfig(seconds=0.0, times=0.0), reporter.say)
+        dog = Watchdog(Path(recipe.out), Ranks(), WatchConfig(seconds=0.0, times=0.0), reporter.log)
         dog._dump(1.0)
         dog._stack_summary()
-        dog.done()
+        dog.end_step()
         profile = Profile("1:1" if profiled else "", Path(recipe.out) / "profile", 0)
         with profile.step(1):
             pass
-        reporter.say(profile.finish())
+        reporter.log(profile.finish())
         events.close()
         reporter.finish()
     finally:

@@ -28,8 +28,8 @@ def test_it_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two runs that differ in one gradient norm by one part in 1e9 are not the same run."""
     from arriero.train.recipe import Recipe
 
-    def run(name: str, norm: float) -> verify.Measurement:
-        made = verify.Measurement(Recipe(out=str(tmp_path / name)), tmp_path / f"{name}.json")
+    def run(name: str, norm: float) -> verify.LayoutRun:
+        made = verify.LayoutRun(Recipe(out=str(tmp_path / name)), tmp_path / f"{name}.json")
         made.results.write_text(json.dumps({"loss": [1.0], "gradient norm": [norm]}))
         return made
 
@@ -40,7 +40,7 @@ def test_it_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "CheckpointReader", Same)
     monkeypatch.setattr(verify, "find_checkpoint", lambda path: tmp_path)
     found = verify.differences(run("a", 1.0), run("b", 1.0 + 1e-9))
-    assert found["loss"] <= verify.LIMIT < found["gradient norm"]
+    assert found["loss"] <= verify.MAX_RELATIVE_DIFFERENCE < found["gradient norm"]
 
 
 def test_an_impossible_layout_is_refused_first(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def test_a_slow_step_within_its_limit_leaves_nothing(tmp_path: Path) -> None:
     dog.start_step(1)
     while not (tmp_path / "stacks/rank-00000.txt").exists():  # armed at half of the limit
         time.sleep(0.05)
-    dog.done()
+    dog.end_step()
     dog.close()
     assert list((tmp_path / "stacks").iterdir()) == []
     assert said == []

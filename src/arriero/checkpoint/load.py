@@ -7,13 +7,11 @@ from pathlib import Path
 from arriero.checkpoint.directory import read_json
 from arriero.checkpoint.tensors.safetensors_file import SafetensorsFile
 from arriero.checkpoint.tensors.stream import Slice, TensorView, ViewReader, matrix_shape
-from arriero.common.checkpoint_names import DAMAGED
+from arriero.common.checkpoint_names import DAMAGED, is_optimizer_state
 from arriero.common.errors import UserError
 from arriero.common.text import escape
 from arriero.common.untrusted import require_inside
 
-MOMENTS = ("exp_avg.", "exp_avg_sq.")
-"""Prefixes of the optimizer's first and second moments."""
 INDEX = {"tensors": {str: {"shape": [int], "offset": [int], "part": [int], "dtype": str}}}
 """The part of a `rank-*.json` that places the shards: shape of the whole, where the shard begins, its own shape."""
 
@@ -21,8 +19,8 @@ INDEX = {"tensors": {str: {"shape": [int], "offset": [int], "part": [int], "dtyp
 class CheckpointReader(ViewReader):
     """The whole tensors of a checkpoint, out of the shards that the processes of any layout wrote.
 
-    Keys are the parameters' global names, and `exp_avg.NAME` and `exp_avg_sq.NAME` for the moments. `mapped` reads
-    columns faster (see `RawFile`).
+    Keys are the parameters' global names, and STATE.NAME for the optimizer's states, such as `exp_avg.NAME`. `mapped`
+    reads columns faster (see `RawFile`).
 
     Raises:
         UserError: on opening, if an index or a data file's header is not what it should be, or shards are missing.
@@ -51,15 +49,15 @@ class CheckpointReader(ViewReader):
         super().__init__(views, where=str(directory))
 
     def keys(self) -> list[str]:
-        """Weights and moments, sorted."""
+        """Weights and optimizer states, sorted."""
         return list(self.tensors)
 
     def names(self) -> list[str]:
         """The parameters' names, sorted."""
-        return [key for key in self.tensors if not key.startswith(MOMENTS)]
+        return [key for key in self.tensors if not is_optimizer_state(key, self.tensors)]
 
     def weights(self) -> ViewReader:
-        """The parameters without the moments."""
+        """The parameters without the optimizer's states."""
         return ViewReader({name: self.tensors[name] for name in self.names()}, where=self.where)
 
 

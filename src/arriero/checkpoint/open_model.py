@@ -17,7 +17,7 @@ from arriero.checkpoint.verify import verify_checkpoint
 from arriero.common.errors import UserError
 from arriero.common.untrusted import read_json, require_inside, schema_problem
 from arriero.data.tokenizer_files import GENERATION_CONFIG, VOCABULARY_FILES
-from arriero.model.config import LlamaConfig
+from arriero.model.config import FAMILIES, LlamaConfig
 
 if TYPE_CHECKING:
     import torch
@@ -166,10 +166,8 @@ def build(
     """The model in memory, one tensor read at a time, in evaluation mode."""
     import torch
 
-    from arriero.model.llama import Llama
-
     with torch.device("meta"):
-        model = Llama(config)
+        model: Llama = FAMILIES.get(config.model_type).module(config)
     weights = {name: reader.read(name).to(device=device, dtype=dtype) for name in reader.names()}
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]

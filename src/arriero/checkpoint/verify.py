@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from arriero.checkpoint.directory import FORMAT, MANIFEST, file_digest, is_checkpoint_file, read_json
 from arriero.checkpoint.load import INDEX as SHARDS
-from arriero.checkpoint.load import MOMENTS
 from arriero.checkpoint.state import state_problem
 from arriero.common.checkpoint_names import MARKER, STATE
 from arriero.common.errors import UserError
@@ -86,8 +85,7 @@ def shape_problems(path: Path, model: LlamaConfig) -> list[str]:
     try:
         for index in sorted(path.glob("rank-*.json")):
             for key, place in read_json(index, SHARDS)["tensors"].items():
-                name = next((key.removeprefix(m) for m in MOMENTS if key.startswith(m)), key)
-                expected = whole.get(name)
+                expected = whole.get(key) or whole.get(key.partition(".")[2])  # an optimizer state is STATE.PARAMETER
                 if expected is None:
                     return [f"{index}: {escape(key)} is no tensor of this model"]
                 if tuple(place["shape"]) != expected:

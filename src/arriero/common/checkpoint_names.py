@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from pathlib import Path
 
 MARKER = "COMMITTED"
@@ -42,3 +43,8 @@ def enclosing_checkpoint(path: Path) -> Path | None:
     except (OSError, ValueError, RuntimeError):  # a name that no file can have, or links in a circle
         pass
     return None
+
+
+def is_optimizer_state(key: str, keys: Container[str]) -> bool:
+    """Whether a tensor of a checkpoint is an optimizer's state, STATE.PARAMETER; `keys` are all tensors."""
+    return key.partition(".")[2] in keys

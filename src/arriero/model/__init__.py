@@ -1,1 +1,1 @@
-"""The LLaMA model as plain math: config, modules, initial weights, operators. Knows nothing of processes."""
+"""The LLaMA model as plain math: config, modules, initial weights, operators. Imports nothing of torch.distributed."""

@@ -9,18 +9,22 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from annotated_types import Interval
 
 from arriero.common.errors import UserError, join_problems
 from arriero.common.ranges import expected_values, field_ranges, range_problems, value_problem
+from arriero.common.registry import Registry
 from arriero.common.untrusted import read_json, require_inside, schema_problem
 from arriero.model.config_keys import ROPE_KEYS, check_model_type, check_other_keys, rope_settings
 
 FIX = "restore the file from where the model came from"
 
 MAX_LAYERS = 1000
+
+FAMILIES: Registry[Any] = Registry("config.json: model_type", {"llama": "arriero.model.family:LLAMA"})
+"""Model families (model/family.py) by config.json's `model_type`."""
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _OPTIONAL = {
@@ -56,6 +60,10 @@ TokenId = Annotated[int, Interval(ge=-1, lt=2**31)]
 class LlamaConfig:
     """The shape of a `LlamaForCausalLM`, under Hugging Face's names."""
 
+    model_type: ClassVar[str] = "llama"
+    """The family's name in config.json."""
+    extra_keys: ClassVar[tuple[str, ...]] = ()
+    """Fields of a subclass that are read from config.json beyond LLaMA's."""
     vocab_size: Annotated[int, Interval(ge=1, lt=2**31)] = 32000
     hidden_size: Annotated[int, Interval(ge=1, le=2**20)] = 4096
     intermediate_size: Annotated[int, Interval(ge=1, le=2**24)] = 11008
@@ -103,9 +111,17 @@ class LlamaConfig:
     @classmethod
     def from_dict(cls, raw: dict[str, Any], *, where: str = "config") -> LlamaConfig:
         """Builds the shape from the decoded `config.json`; `where` names the source in errors."""
-        problems, notices = check_model_type(raw, where)
+        kind = raw.get("model_type", cls.model_type)
+        if cls is LlamaConfig and kind != cls.model_type and isinstance(kind, str) and kind in FAMILIES.names():
+            config: LlamaConfig = FAMILIES.get(kind).config.from_dict(raw, where=where)
+            return config
+        problems, notices = check_model_type(raw, where, cls.model_type)
         ranges = field_ranges(cls)
-        for key, form in (*dict.fromkeys(_SIZES, int).items(), *_OPTIONAL.items()):
+        for key, form in (
+            *dict.fromkeys(_SIZES, int).items(),
+            *_OPTIONAL.items(),
+            *dict.fromkeys(cls.extra_keys, float).items(),
+        ):
             problems += _key_problems(raw, key, form, ranges.get(key), where)
         if problems:
             raise join_problems(problems)
@@ -116,7 +132,9 @@ class LlamaConfig:
                 fix = "give head_dim, or a hidden_size that divides"
                 problems.append(UserError(f"{where}: hidden_size {hidden} does not divide into {heads} heads", fix))
         rope, kind, wrong_rope, more = rope_settings(raw, where)
-        wrong_keys, ignored = check_other_keys(raw, READ_KEYS, where=where, head_dim=max(1, head_dim))
+        wrong_keys, ignored = check_other_keys(
+            raw, READ_KEYS | set(cls.extra_keys), where=where, head_dim=max(1, head_dim)
+        )
         problems += [*wrong_rope, *wrong_keys]
         for key in ("rope_theta", *ROPE_KEYS[kind]):
             whole = key == "original_max_position_embeddings"
@@ -127,7 +145,7 @@ class LlamaConfig:
         simple = {
             key: raw[key]
             for key in ("rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "attention_bias", "mlp_bias",
-                        "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")
+                        "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", *cls.extra_keys)
             if raw.get(key) is not None or (key in raw and key.endswith("token_id"))
         }  # fmt: skip
         if isinstance(simple.get("eos_token_id"), list):
@@ -176,8 +194,8 @@ class LlamaConfig:
             rope[key] = getattr(scaling, key)
         old_style = dict(rope) if scaling.rope_type != "default" else None
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [f"{self.model_type.capitalize()}ForCausalLM"],
+            "model_type": self.model_type,
             "hidden_act": "silu",
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -198,6 +216,7 @@ class LlamaConfig:
             "bos_token_id": self.bos_token_id,
             "eos_token_id": list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id,
             "pad_token_id": self.pad_token_id,
+            **{key: getattr(self, key) for key in self.extra_keys},
         }
 
 
@@ -214,7 +233,15 @@ def _key_problems(raw: dict[str, Any], key: str, form: Any, kind: Any, where: st
 
 
 def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Parameter shapes of one decoder layer, named as below `model.layers.N.`."""
+    """Parameter shapes of one decoder layer of the config's family, named as below `model.layers.N.`."""
+    if config.model_type == LlamaConfig.model_type:
+        return llama_layer_shapes(config)
+    shapes: dict[str, tuple[int, ...]] = FAMILIES.get(config.model_type).layer_shapes(config)
+    return shapes
+
+
+def llama_layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """LLaMA's."""
     d, f = config.hidden_size, config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     linears = {

@@ -157,16 +157,16 @@ def check_other_keys(
     return problems, notices
 
 
-def check_model_type(raw: Mapping[str, Any], where: str) -> tuple[list[UserError], list[str]]:
-    """Whether the file is a LLaMA's, by model_type, architectures and activation: problems and notices."""
+def check_model_type(raw: Mapping[str, Any], where: str, expected: str) -> tuple[list[UserError], list[str]]:
+    """Whether the file is of the `expected` model_type, by its keys on model and activation: problems and notices."""
     problems, notices = [], []
     fix = "arriero trains llama models only"
     kind, names = raw.get("model_type"), raw.get("architectures")
-    if kind not in (None, "llama"):
+    if kind not in (None, expected):
         problems.append(UserError(f"{where}: model_type is {escape(repr(kind))}", fix))
     elif names is not None:
         listed = names if isinstance(names, list) else [names]
-        if listed and not any(str(name).lower().startswith("llama") for name in listed):
+        if listed and not any(str(name).lower().startswith(expected) for name in listed):
             problem = f"architectures is {escape(names)}"
             if kind is None:
                 problems.append(UserError(f"{where}: {problem}, and model_type is missing", fix))
@@ -179,7 +179,7 @@ def check_model_type(raw: Mapping[str, Any], where: str) -> tuple[list[UserError
 
 
 def rope_settings(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any], str, list[UserError], list[str]]:
-    """The rotary settings, from the place where transformers takes them.
+    """The rotary settings, from the keys that transformers reads.
 
     A `rope_scaling` that is not empty wins over `rope_parameters` as a whole; `rope_theta` inside wins over the one at
     the top. Files before transformers 4.43 write `type` for `rope_type`.
@@ -221,7 +221,7 @@ def rope_settings(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any], s
 
 
 def _contradictions(raw: Mapping[str, Any], given: Mapping[str, Any], place: str, theta: Any, kind: str) -> list[str]:
-    """Where two places of the file say different things about rotary embedding."""
+    """Contradictions between two keys of the file about rotary embedding."""
     found = []
     if raw.get("rope_theta") not in (None, theta):
         found.append(f"{place} has rope_theta {escape(theta, 40)}, which is taken over {escape(raw['rope_theta'], 40)}")

@@ -37,7 +37,7 @@ def supports(*tensors: Tensor) -> bool:
 
 
 def supports_training(*tensors: Tensor) -> bool:
-    """Whether the operators take these tensors, and autograd will ask for a gradient of one."""
+    """Whether the operators take these tensors and one of them needs a gradient."""
     return supports(*tensors) and torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
@@ -76,7 +76,7 @@ def _blocks(length: int) -> list[tuple[int, int]]:
 
 @functools.lru_cache(maxsize=8)
 def _causal_bias(rows: int, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores on the diagonal: nothing may look ahead."""
+    """Causal mask added to the scores of a diagonal block."""
     return torch.full((rows, rows), -math.inf, dtype=dtype).triu(1)
 
 

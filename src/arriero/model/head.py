@@ -1,7 +1,7 @@
 """The output head and its cross-entropy in one pass, which never holds all logits in float32.
 
 The loss is a scalar, so its gradient is known as soon as the logits are: forward computes it at once, in the logits'
-own memory, and backward only hands it out. How many logits are held at once, in the compute dtype and in float32,
+own memory, and backward only returns it. How many logits are held at once, in the compute dtype and in float32,
 device.py says.
 
 The loss is a sum over valid tokens, to be divided by the global number of valid tokens. Dividing once, by the count
@@ -27,7 +27,7 @@ IGNORE_INDEX = -100
 
 
 class VocabularyShard(NamedTuple):
-    """How this process's part of the vocabulary lies in the whole.
+    """This process's shard of the vocabulary.
 
     Attributes:
         first: the first entry that is held here.

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arriero.model.config import LlamaConfig, parameter_shapes
+from arriero.model.config import FAMILIES, LlamaConfig, parameter_shapes
 
 ROWS_PER_DRAW = 256  # rows that share one generator: small enough to skip to a slice, large enough to be quick
 
@@ -89,10 +89,20 @@ class InitialWeights:
         fill_normal(np.random.Philox(key=int.from_bytes(digest[:16], "little")), drawn)
         if not in_place:
             part[...] = drawn[low - first :, column : column + part.shape[1]]
-        std = self.config.initializer_range
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            std /= math.sqrt(2 * self.config.num_hidden_layers)
-        part *= np.float32(std)
+        part *= np.float32(self._std(name))
+
+    def _std(self, name: str) -> float:
+        if self.config.model_type == LlamaConfig.model_type:
+            return llama_initial_std(self.config, name)
+        std: float = FAMILIES.get(self.config.model_type).initial_std(self.config, name)
+        return std
+
+
+def llama_initial_std(config: LlamaConfig, name: str) -> float:
+    """The standard deviation of a matrix's initial weights: see the table of `InitialWeights`."""
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        return config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
+    return config.initializer_range
 
 
 def fill_normal(bits: np.random.BitGenerator, out: np.ndarray) -> None:

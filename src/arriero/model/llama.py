@@ -50,7 +50,7 @@ class Attention(nn.Module):
         self.k_proj = ops.Linear(d, kv, bias=bias)
         self.v_proj = ops.Linear(d, kv, bias=bias)
         self.o_proj = ops.Linear(q, d, bias=bias)
-        self.attend: Callable[..., Tensor] = ops.causal_attention  # context parallelism puts its own here
+        self.attend: Callable[..., Tensor] = ops.causal_attention  # context parallelism replaces it
 
     def forward(
         self, x_BLD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, past: KeyValues | None = None
@@ -155,7 +155,7 @@ class Llama(nn.Module):
         self.lm_head = ops.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.token_loss: Callable[..., Tensor] = head.summed_loss  # tensor parallelism puts its own here
+        self.token_loss: Callable[..., Tensor] = head.summed_loss  # tensor parallelism replaces it
         self.loss_scale = 1.0  # of the loss and so of every gradient; a step sets it
 
     def rope(self, positions: Tensor, dtype: torch.dtype, length: int) -> tuple[Tensor, Tensor]:

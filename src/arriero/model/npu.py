@@ -72,7 +72,7 @@ def _inverse(mask: Tensor) -> Tensor:
 
 
 def rms_norm(vendor: Any, x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor | None:
-    """The kernel returns the normed rows and one over their root mean squares; it wants one dtype throughout."""
+    """The kernel returns the normed rows and one over their root mean squares; it needs one dtype throughout."""
     if x_BLD.dtype != weight_D.dtype:
         return None
     if hasattr(x_BLD, "to_local"):

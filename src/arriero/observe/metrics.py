@@ -29,30 +29,36 @@ VALUE_SCHEMA = {str: (float, str, bool, None, list, dict)}
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-@dataclass(frozen=True)
-class StepMetrics:
-    """What one training step is known by; the keys of a `"kind": "step"` line."""
+@dataclass(frozen=True, kw_only=True)
+class StepMeasurement:
+    """What training itself knows of a step."""
 
     iteration: int
     """Steps completed, this one included: the first step is 1."""
-    iterations: int
-    """Steps that the whole run has."""
     consumed_samples: int
     """Samples read since the run began, resumed parts included."""
     consumed_tokens: int
     """Tokens read since the run began, resumed parts included."""
-    elapsed_ms: float
-    """Wall-clock time of this step, milliseconds; validation and checkpoints are not in it."""
     learning_rate: float
     """The rate that this step's update used (AscendSpeed prints the next step's)."""
-    global_batch: int
-    """Samples in this step, over all devices."""
     lm_loss: float
     """Mean cross-entropy over the step's valid tokens, nats; may be non-finite."""
     loss_scale: float
     """fp16's dynamic loss scale; 1.0 without one."""
     grad_norm: float
     """Global L2 norm of the gradient before clipping."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics(StepMeasurement):
+    """A measurement with what follows from it: rates, times, utilisation; the keys of a `"kind": "step"` line."""
+
+    iterations: int
+    """Steps that the whole run has."""
+    elapsed_ms: float
+    """Wall-clock time of this step, milliseconds; validation and checkpoints are not in it."""
+    global_batch: int
+    """Samples in this step, over all devices."""
     sequence_length: int
     """Tokens of a sample."""
     skipped_iterations: int

@@ -1,20 +1,29 @@
-"""What the training loop is told."""
+"""The recipe's sections on training: batch, optimizer, schedule, log, watchdog; and the options of one start."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from annotated_types import Interval
 
 from arriero.common.errors import UserError
 from arriero.common.ranges import range_problems
+from arriero.common.registry import Registry
 from arriero.distributed.launch.config import LaunchConfig
 from arriero.distributed.parallel.config import Float8Recipe
 
 MIN_WATCH_SECONDS = 0.1
 """A shorter limit of a step's time would write stacks at every step."""
+
+OPTIMIZERS: Registry[Any] = Registry("optim.name", {"adamw": "arriero.train.optim:AdamW"})
+"""Optimizers by name: subclasses of train/optim.py's Optimizer."""
+SCHEDULES: Registry[Callable[[ScheduleConfig, int, int, int], float]] = Registry(
+    "schedule.shape", {name: f"arriero.train.schedule:{name}" for name in ("cosine", "linear", "constant", "wsd")}
+)
+"""Learning-rate schedules by name: see train/schedule.py."""
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 
 
@@ -87,8 +96,10 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW's constants."""
+    """The optimizer and its constants."""
 
+    name: str = "adamw"
+    """The update rule: adamw, or one that a plugin registers."""
     betas: tuple[Annotated[float, Interval(ge=0, lt=1)], Annotated[float, Interval(ge=0, lt=1)]] = (0.9, 0.95)
     """Decay of the first and the second moment."""
     eps: Annotated[float, Interval(ge=1e-30, le=1)] = 1e-8
@@ -100,15 +111,16 @@ class OptimConfig:
 
     def problems(self) -> list[UserError]:
         """All that is impossible about it."""
-        return range_problems(self, "optim.{}".format)
+        return range_problems(self, "optim.{}".format) + OPTIMIZERS.problems(self.name)
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     """Warm-up, then a shape that ends at `min_lr`."""
 
-    shape: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """After warm-up: cosine or linear down to min_lr; constant; wsd: constant, then linear over the last part."""
+    shape: str = "cosine"
+    """After warm-up: cosine or linear down to min_lr; constant; wsd: constant, then linear over the last part; or one
+    that a plugin registers."""
     lr: Annotated[float, Interval(ge=0, le=10)] = 3e-4
     """The highest learning rate."""
     min_lr: Annotated[float, Interval(ge=0, le=10)] = 3e-5
@@ -124,7 +136,7 @@ class ScheduleConfig:
 
     def problems(self) -> list[UserError]:
         """All that is impossible about it."""
-        found = range_problems(self, "schedule.{}".format)
+        found = range_problems(self, "schedule.{}".format) + SCHEDULES.problems(self.shape)
         if self.warmup_steps and self.warmup_fraction:
             found.append(UserError("schedule.warmup_steps and schedule.warmup_fraction are both set", "keep one"))
         if self.min_lr > self.lr:
@@ -177,7 +189,7 @@ class WatchConfig:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How this start of the run differs from another start of the same run."""
+    """Options of one start of a run, which are not part of its recipe."""
 
     resume: str = ""
     """A run directory to continue from its newest checkpoint that is whole, or one of its checkpoints; the run's own

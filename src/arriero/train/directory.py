@@ -1,4 +1,4 @@
-"""The run directory before the first step: may it be written, is there room, and what lies in it from the start."""
+"""The run directory before the first step: checks that it can be written, and writes its first files."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _is_text(value: str) -> bool:
 
 
 def disk_space_problems(out: Path, recipe: Recipe) -> tuple[list[str], list[UserError]]:
-    """Lines that warn of a disk without room for the run's checkpoints; what is wrong if it can never hold one."""
+    """Warnings where the disk lacks space for the run's checkpoints; an error where it can never hold one."""
     policy, steps = recipe.checkpoint, recipe.train.steps
     size, there = checkpoint_bytes(recipe.model_config(), recipe.train.dtype), disk_usage(out)
     if there is None:
@@ -118,7 +118,7 @@ def prepare_run_directory(recipe: Recipe) -> None:
 
 
 def write_if_changed(path: Path, data: bytes) -> None:
-    """Makes a file have this content; one that has it already is left alone, so that a full disk does not matter then.
+    """Writes a file unless it has this content already, so that a full disk does not matter then.
 
     Raises:
         OSError: it cannot be written.

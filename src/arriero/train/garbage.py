@@ -1,7 +1,7 @@
-"""Python's garbage collector, run between steps and at the same ones on every process, never within a step.
+"""Runs Python's garbage collector between steps, at the same steps on every process, never within a step.
 
-Left alone it runs whenever enough objects were made: in the middle of a step, at another step on each process, and all
-wait for the one that collects (Megatron-LM's --manual-gc, and torchtitan's gc_freq, are for the same).
+By default it runs whenever enough objects were made: in the middle of a step, at another step on each process, and all
+processes wait for the one that collects (Megatron-LM's --manual-gc and torchtitan's gc_freq have the same purpose).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ STEPS_BETWEEN = 100
 
 @contextmanager
 def manual_gc() -> Iterator[Callable[[int], None]]:
-    """Within it nothing is collected but by the call that it gives: `collect(step)`, after every step.
+    """Turns automatic collection off and yields `collect(step)`, to be called after every step.
 
-    What is there already is never looked at again. At the end all is as it was before.
+    Objects that exist already are frozen, not scanned again. On exit the former state is restored.
     """
     was_on = gc.isenabled()
     gc.collect()

@@ -1,4 +1,4 @@
-"""Numerics guard: steps whose loss or gradient is not to be trusted, and copies of one state that have come apart."""
+"""Numerics guard: detects loss spikes, and replicated tensors that differ between processes."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from arriero.common.text import format_ranks
 from arriero.distributed.parallel.mesh import DIMENSIONS, Ranks
 
 LOSS_WINDOW, MIN_LOSSES = 100, 20
-"""Losses that a spike is judged by: the last so many, and none before there are so few."""
+"""A spike is detected against the last LOSS_WINDOW losses, once there are MIN_LOSSES."""
 MAX_REWINDS = 10
 
 
 @dataclass
 class SpikeDetector:
-    """Whether a loss stands out: above the running median by more than `factor` robust standard deviations
+    """Detects a loss spike: a loss above the running median by more than `factor` robust standard deviations
     (1.4826 times the median absolute deviation, at least a hundredth of the median)."""
 
     factor: float
     recent: list[float] = field(default_factory=list)
-    """The last losses that did not stand out, kept with the checkpoint."""
+    """The last losses without a spike, saved in checkpoints."""
 
     def limit(self) -> float:
-        """The largest loss that does not stand out; infinite while too few are known."""
+        """The largest loss that is no spike; infinite while too few losses are known."""
         if len(self.recent) < MIN_LOSSES:
             return math.inf
         middle = statistics.median(self.recent)
@@ -37,13 +37,13 @@ class SpikeDetector:
         return middle + self.factor * max(deviation, 0.01 * abs(middle))
 
     def add(self, loss: float) -> None:
-        """Takes note of a loss that was accepted."""
+        """Adds the loss of an accepted step."""
         self.recent = [*self.recent[1 - LOSS_WINDOW :], loss]
 
 
 @dataclass(frozen=True)
 class ReplicatedTensor:
-    """One tensor of this process, and the mesh dimensions over which every process holds the same."""
+    """A tensor, and the mesh dimensions over which it is replicated."""
 
     name: str
     value: Tensor
@@ -51,17 +51,17 @@ class ReplicatedTensor:
 
 
 def check_replicas(state: Iterable[ReplicatedTensor], ranks: Ranks, step: int) -> None:
-    """Compares what several processes hold alike: a sum over the bits of each tensor, which one flipped bit changes.
+    """Compares replicated tensors between processes by a sum over their bits, which one flipped bit changes.
 
     Raises:
         CheckFailed: on every process; names the processes that differ from most, and the tensors.
     """
     import torch.distributed as dist
 
-    held = list(state)
-    said = ""
+    tensors = list(state)
+    outliers = ""
     for name in DIMENSIONS:
-        mine = [one for one in held if name in one.over]
+        mine = [one for one in tensors if name in one.over]
         if ranks.mesh is None or ranks.sizes[name] == 1 or not mine:
             continue
         group = ranks.mesh.get_group(name)
@@ -72,16 +72,16 @@ def check_replicas(state: Iterable[ReplicatedTensor], ranks: Ranks, step: int) -
             continue
         gathered = [torch.empty_like(sums) for _ in range(ranks.sizes[name])]
         dist.all_gather(gathered, sums, group=group)
-        said = _describe_outliers(
+        outliers = _describe_outliers(
             [one.tolist() for one in gathered], [one.name for one in mine], dist.get_process_group_ranks(group)
         )
-    lines = list(dict.fromkeys(line for line in ranks.gather_texts(said) if line)) if ranks.mesh is not None else []
+    lines = list(dict.fromkeys(line for line in ranks.gather_texts(outliers) if line)) if ranks.mesh is not None else []
     if lines:
         raise CheckFailed(f"after step {step} copies of one state differ: {'; '.join(lines)}; the run has stopped")
 
 
 def _describe_outliers(rows: list[list[int]], names: list[str], members: list[int]) -> str:
-    """Which members differ from most, and in which tensor; all of them where there is no majority."""
+    """Which ranks differ from the majority, and in which tensor; all of them where there is none."""
     kinds: dict[tuple[int, ...], list[int]] = {}
     for member, row in zip(members, rows, strict=True):
         kinds.setdefault(tuple(row), []).append(member)

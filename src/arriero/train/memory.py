@@ -1,4 +1,4 @@
-"""The least memory that a run needs, against what the machine has, before anything is allocated."""
+"""A lower bound of the memory that a run needs, compared with the machine's before anything is allocated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REFUSE_ABOVE = 1.2
 
 
 def minimum_bytes(recipe: Recipe, processes: int) -> dict[str, float]:
-    """What one process must hold at least, in bytes, by what it is for; real runs need more.
+    """A lower bound of one process's memory in bytes, by purpose; real runs need more.
 
     state: parameters, gradients and two moments in float32 (float64 in a proof), cut over tensor- and pipeline-parallel
     and, as far as the ZeRO stage does it, over data-parallel ranks. activations: one hidden vector for each token of a
@@ -41,29 +41,29 @@ def minimum_bytes(recipe: Recipe, processes: int) -> dict[str, float]:
     }
 
 
-def memory_problems(recipe: Recipe, processes: int, here: int) -> tuple[list[UserError], list[str]]:
-    """Whether `here` processes of the run fit into this machine's memory, on the CPU.
+def memory_problems(recipe: Recipe, processes: int, local_processes: int) -> tuple[list[UserError], list[str]]:
+    """Whether `local_processes` processes of the run fit into this machine's memory, on the CPU.
 
     Returns:
         An error where they are far from it; a line for the log where they hardly do. Both empty where nothing is known.
     """
     machine = machine_memory()
     train = recipe.train
-    parts = {name: here * share for name, share in minimum_bytes(recipe, processes).items()}
+    parts = {name: local_processes * share for name, share in minimum_bytes(recipe, processes).items()}
     need = sum(parts.values())
-    told = (
+    summary = (
         f"{count_parameters(recipe.model_config()):,} parameters, train.micro_batch {train.micro_batch:,}, "
         f"train.global_batch {train.global_batch:,} and train.sequence_length {train.sequence_length:,} need "
-        f"{_gigabytes(need)} or more in {here} process{'es' if here > 1 else ''} ("
+        f"{_gigabytes(need)} or more in {local_processes} process{'es' if local_processes > 1 else ''} ("
         + ", ".join(f"{_gigabytes(count)} of {name}" for name, count in parts.items() if count)
         + ")"
     )
     if machine and need > REFUSE_ABOVE * machine:
         larger = WHAT_TO_REDUCE[max(parts, key=parts.__getitem__)]
         fix = f"make {larger} smaller, or spread it over more machines (parallel.*, --nodes)"
-        return [UserError(f"{told}, and this machine has {_gigabytes(machine)}", fix)], []
+        return [UserError(f"{summary}, and this machine has {_gigabytes(machine)}", fix)], []
     if available_memory() and need > available_memory():
-        return [], [f" MEMORY: {told}, and {_gigabytes(available_memory())} are free"]
+        return [], [f" MEMORY: {summary}, and {_gigabytes(available_memory())} are free"]
     return [], []
 
 

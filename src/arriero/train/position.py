@@ -1,4 +1,4 @@
-"""Where a run stands in its data: counted in samples, so that a changed global batch neither repeats nor skips one.
+"""A run's position in its data, counted in samples, so that a changed global batch neither repeats nor skips one.
 
 A step reads the samples [first, first + global batch) of the run's order, where `first` is the number of samples that
 the steps before it have read, plus those that rewinds have left out.
@@ -31,14 +31,14 @@ class SkippedSamples:
 
     windows: list[tuple[int, int]] = field(default_factory=list)
 
-    def place(self, consumed: int) -> int:
+    def next_sample(self, consumed: int) -> int:
         """The sample that is read next after so many consumed ones."""
         return consumed + sum(count for at, count in self.windows if at <= consumed)
 
     def skip_range(self, first: int, end: int) -> tuple[int, int]:
-        """Leaves out the samples that were read after `first` consumed ones, up to but not with sample `end` of the
+        """Skips the samples that were read after `first` consumed ones, up to but not with sample `end` of the
         order; returns the numbers of the first and the last."""
-        start = self.place(first)
+        start = self.next_sample(first)
         kept = [(at, count) for at, count in self.windows if at <= first]
         self.windows = [*kept, (first, end - start)]
         return start, end - 1
@@ -60,17 +60,17 @@ class Position:
     order was made for when the run began. It stays, so that another length or batch moves no sample. 0: not made."""
 
     @property
-    def place(self) -> int:
+    def next_sample(self) -> int:
         """The first sample of the order that the next step reads."""
-        return self.skipped.place(self.samples)
+        return self.skipped.next_sample(self.samples)
 
     def advance(self, batch: int, length: int) -> None:
-        """Takes note of a step over `batch` samples of `length` tokens."""
+        """Advances by a step over `batch` samples of `length` tokens."""
         self.step, self.samples, self.tokens = self.step + 1, self.samples + batch, self.tokens + batch * length
 
     def step_starts(self, steps: int, batch: int) -> range:
         """For each step from here to the last of `steps`, the first sample of the order that it reads."""
-        return range(self.place, self.place + max(0, steps - self.step) * batch, batch)
+        return range(self.next_sample, self.next_sample + max(0, steps - self.step) * batch, batch)
 
     def to_state(self) -> dict[str, Any]:
         """Its part of state.json, `step` excepted."""

@@ -23,7 +23,7 @@ def store_dtype(compute: torch.dtype) -> torch.dtype:
 
 
 class CastParameters(nn.Module):
-    """A model called with its parameters cast, under autograd's eyes.
+    """A model called with its parameters cast, under autograd.
 
     Of the embedding only the rows that are looked up are cast, and their gradients are added in float32; a head that is
     tied to it gets the whole table cast.
@@ -55,7 +55,7 @@ def in_compute_dtype(model: Llama, compute: torch.dtype) -> nn.Module:
 class LossScale:
     """float16's dynamic loss scale: doubled after a clean window, halved when overflows exhaust the hysteresis.
 
-    The decision rests on the global gradient norm, which is the same on all ranks, so they need not ask each other.
+    The decision rests on the global gradient norm, which is the same on all ranks, so no communication is needed.
     """
 
     scale: float
@@ -67,7 +67,7 @@ class LossScale:
     """Overflows since the last growth."""
 
     def update(self, *, finite: bool) -> None:
-        """Takes note of one step."""
+        """Updates the scale after a step."""
         if finite:
             self.clean += 1
             if self.clean == self.window:

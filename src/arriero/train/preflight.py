@@ -1,4 +1,4 @@
-"""What this machine cannot do for a recipe: asked before any process is started, by every verb that trains."""
+"""All checks of a recipe against this machine, before any process is started; every verb that trains calls them."""
 
 from __future__ import annotations
 
@@ -15,20 +15,26 @@ from arriero.common.errors import UserError, join_problems
 from arriero.data.check import batch_notices, check_data_against, size_notices
 from arriero.data.tokenizer import load_tokenizer
 from arriero.train.directory import disk_space_problems, out_problems, recipe_text_problems
+from arriero.train.loader import open_batches
 from arriero.train.memory import memory_problems
-from arriero.train.recipe import (
-    Recipe,
-)  # fmt: skip
+from arriero.train.recipe import Recipe
 from arriero.train.resume import check_changes, first_readable
-from arriero.train.trainer import open_batches
 
 
-def machine_problems(recipe: Recipe, kind: str) -> list[UserError]:
-    """Settings that have no effect, or do not work, on devices of this kind on this machine.
+def machine_problems(
+    recipe: Recipe, kind: str, *, processes: int, local_processes: int, check_memory: bool = True
+) -> tuple[list[UserError], list[str]]:
+    """What this machine cannot do for a recipe on devices of this kind.
 
     Args:
         recipe: what shall be run.
         kind: of device: cpu, cuda or npu.
+        processes: of the whole run.
+        local_processes: those on this machine.
+        check_memory: whether memory is looked at; on the CPU only.
+
+    Returns:
+        Settings that have no effect or do not work here, and too little memory; a notice where memory is scarce.
     """
     problems: list[UserError] = []
     if recipe.optim.offload and kind == "cpu":
@@ -37,26 +43,33 @@ def machine_problems(recipe: Recipe, kind: str) -> list[UserError]:
         problems.append(UserError(f"train.float8 does not work on {kind}", "use train.float8 none"))
     if recipe.train.compile:
         problems += compile_machine_problems(kind)
-    return problems
+    if problems or kind != "cpu" or not check_memory:
+        return problems, []
+    return memory_problems(recipe, processes, local_processes)
 
 
-def step_problems(recipe: Recipe, processes: int, *, kind: str, here: int, memory: bool = True) -> list[UserError]:
+def step_problems(
+    recipe: Recipe, processes: int, *, kind: str, local_processes: int, check_memory: bool = True
+) -> list[UserError]:
     """What keeps this machine from running the recipe's steps, whatever its data and `out` are.
 
     Args:
         recipe: what shall be run.
         processes: on how many.
         kind: of device: cpu, cuda or npu.
-        here: processes whose memory is this machine's.
-        memory: whether to estimate if the CPU's memory suffices.
+        local_processes: those on this machine.
+        check_memory: whether to estimate if the CPU's memory suffices.
     """
     problems = recipe.layout_problems(processes)
     for part in (recipe.optim, recipe.schedule, recipe.log):
         problems += part.problems()
-    problems += machine_problems(recipe, kind)
-    if not problems and memory and kind == "cpu":
-        return memory_problems(recipe, processes, here)[0]
-    return problems
+    check_memory = check_memory and not problems
+    return (
+        problems
+        + machine_problems(
+            recipe, kind, processes=processes, local_processes=local_processes, check_memory=check_memory
+        )[0]
+    )
 
 
 def compile_machine_problems(kind: str) -> list[UserError]:
@@ -78,16 +91,16 @@ def compile_machine_problems(kind: str) -> list[UserError]:
 def compiler(kind: str) -> str:
     """The program that torch.compile builds kernels with on this kind of device; empty where there is none.
 
-    On the CPU that is CXX, else g++; on CUDA, Triton builds its launchers with CC, gcc or clang. Nothing here may touch
+    On the CPU that is CXX, else g++; on CUDA, Triton builds its launchers with CC, gcc or clang. No check may use
     the device: processes are forked later.
     """
     names = (os.environ.get("CXX", "g++"),) if kind == "cpu" else (os.environ.get("CC", ""), "gcc", "clang")
     return next((found for name in names if name and (found := shutil.which(name))), "")
 
 
-def check(
+def preflight(
     recipe: Recipe, processes: int, checkpoints: Sequence[Path], *, kind: str = "cpu", joining: bool = False,
-    allowed: Sequence[str] = (), here: int = 0,
+    allowed: Sequence[str] = (), local_processes: int = 0,
 ) -> list[str]:  # fmt: skip
     """Refuses what cannot work, all problems together, before any process is started.
 
@@ -98,22 +111,21 @@ def check(
         kind: of device.
         joining: this is not the machine of rank 0, so it may come back to a run that has begun.
         allowed: changed keys that are meant.
-        here: processes whose memory is this machine's; 0 for all of them.
+        local_processes: how many run on this machine; 0 for all of them.
 
     Returns:
-        Lines that tell whether memory is scarce, what has changed since the checkpoint, and what is odd about the
-        inputs.
+        Notices: scarce memory, changes since the checkpoint, oddities of the inputs.
 
     Raises:
         UserError: what is wrong, each with its fix.
     """
     problems = recipe_text_problems(recipe) or recipe.problems(processes)
-    problems += machine_problems(recipe, kind)
     changed: list[str] = []
-    scarce: list[str] = []
     notices: list[str] = []
-    if not problems and kind == "cpu":
-        problems, scarce = memory_problems(recipe, processes, here or processes)
+    wrong, scarce = machine_problems(
+        recipe, kind, processes=processes, local_processes=local_processes or processes, check_memory=not problems
+    )
+    problems += wrong
     if not problems:
         wrong, notices = _check_inputs(recipe)
         problems += wrong

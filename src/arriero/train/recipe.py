@@ -17,7 +17,9 @@ from arriero.checkpoint.config import CheckpointConfig
 from arriero.checkpoint.formats.huggingface import read_shape
 from arriero.common.errors import UserError, closest_match
 from arriero.common.ranges import PathText, path_problem, range_problems
+from arriero.common.settings import parse
 from arriero.common.text import escape
+from arriero.common.toml import file_settings
 from arriero.data.config import DataConfig
 from arriero.distributed.parallel.config import ParallelConfig, RecomputeConfig
 from arriero.distributed.parallel.limits import compile_layout_problems, float8_problems
@@ -105,6 +107,11 @@ class Recipe:
         if self.train.compile:
             found += compile_layout_problems(self.parallel)
         return found + self.recompute.problems(self.parallel)
+
+
+def recipe_of_checkpoint(checkpoint: Path) -> Recipe:
+    """The recipe of the run that wrote a checkpoint. Raises UserError where it cannot be read."""
+    return parse(Recipe, file_settings(checkpoint / "recipe.toml"), prog="arriero pretrain")
 
 
 def find_bundled(folder: str, name: str, suffix: str) -> Path:

@@ -1,6 +1,6 @@
-"""What one run shows and leaves behind: log lines, log.txt, metrics.jsonl, env.json and the figure.
+"""What a run prints and writes: log lines, log.txt, metrics.jsonl, env.json and the figure.
 
-Only the first process has one that does anything.
+It does nothing on all processes but the first.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -28,40 +28,30 @@ from arriero.model.config import LlamaConfig
 from arriero.observe.figure import loss_figure
 from arriero.observe.line_file import LineFile, WriteErrors
 from arriero.observe.logline import arriero_line, megatron_line, validation_line
-from arriero.observe.metrics import MetricsOutput, RankMetrics, StepMetrics, ValidationMetrics
+from arriero.observe.metrics import MetricsOutput, RankMetrics, StepMeasurement, StepMetrics, ValidationMetrics
 from arriero.observe.step_time import BETWEEN, IN_STEP
 from arriero.observe.throughput import peak_flops, throughput
 from arriero.train.config import LogConfig, TrainConfig
 from arriero.train.watch import SlowestRank
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What the loop knows of a step; the rest of a line follows from it."""
+@dataclass(frozen=True, kw_only=True)
+class StepResult(StepMeasurement):
+    """What a step returns: its measurement, whether the update was skipped and why, and its times."""
 
-    step: int
-    """Steps completed, this one included."""
-    samples: int
-    """Samples that the run has read, this step's included."""
-    tokens: int
-    """Tokens likewise."""
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    loss_scale: float
     skipped: bool
-    """Whether the update was left out, on all processes."""
+    """Whether the update was skipped, on all processes."""
     seconds: float
     phases: dict[str, float]
     """Seconds of each phase (observe/step_time.py), those since the step before included."""
-    attended: float
+    attended_length: float
     """Tokens of context: the sequence length, or under document masks sum of squared lengths over their sum."""
     spike: bool = False
-    """Whether it was left out for a loss that stands out, not for one that is not finite."""
+    """Whether it was skipped for a loss spike, not for a non-finite loss."""
     unlabelled: bool = False
-    """Whether it was left out because no label of the batch carries a loss; `loss` is NaN then."""
+    """Whether it was skipped because no label of the batch carries a loss; `lm_loss` is NaN then."""
     stop: bool = False
-    """Whether some process was asked to end the run."""
+    """Whether some process was asked to stop."""
 
 
 class Reporter:
@@ -71,78 +61,78 @@ class Reporter:
         self, out: Path, log: LogConfig, train: TrainConfig, model: LlamaConfig, *, devices: int, device_name: str,
         first: bool, recomputed: int = 0, keep: tuple[str, ...] = (),
     ) -> None:  # fmt: skip
-        self.log, self.train, self.first, self.out, self.devices = log, train, first, out, devices
+        self.settings, self.train, self.first, self.out, self.devices = log, train, first, out, devices
         self.model, self._recomputed, self._keep_results = model, recomputed, keep
         peak = log.peak_tflops or (peak_flops(device_name, train.dtype) or 0.0) / 1e12
         self._peak = peak or None
         self._recent: deque[float] = deque(maxlen=20)
         self._skipped = self._nan = 0
         self.trouble = WriteErrors()
-        """What is known of files of the run that cannot be written."""
+        """Problems of the run's files that cannot be written."""
         self._text: LineFile | None = None
         self._metrics: MetricsOutput | None = None
         if first:
             make_directory(out, "name a directory that can be written with --out")
             self._text = LineFile(out / "log.txt", self.trouble, whole_lines=False)
-            self._metrics = MetricsOutput(out, self.trouble, self.say)
+            self._metrics = MetricsOutput(out, self.trouble, self.log)
             environment = {
                 "arriero": __version__, "torch": torch.__version__, "python": platform.python_version(),
                 "devices": devices, "device": device_name, "host": platform.node(), "threads": torch.get_num_threads(),
                 "started": datetime.now().astimezone().isoformat(timespec="seconds"), "command": sys.argv,
             }  # fmt: skip
             if problem := keep_environment(out, environment):
-                self.say(f" NOTICE: {problem}")
+                self.log(f" NOTICE: {problem}")
 
-    def say(self, text: str) -> None:
-        """Prints a line, and keeps it in log.txt; what a terminal would obey is shown instead (common/text.py)."""
+    def log(self, text: str) -> None:
+        """Prints a line and writes it to log.txt, control characters escaped (common/text.py)."""
         if self._text is not None:
             print(escape_message(text), flush=True)
             for line in (text, *(f" NOTICE: {note}" for note in new_write_failures())):
                 self._text.write(escape_message(line).encode())
 
-    def saved(self, results: list[SaveResult]) -> None:
-        """Tells what became of saves that have ended."""
+    def log_saves(self, results: list[SaveResult]) -> None:
+        """Logs the results of finished saves."""
         for one in results:
             if one.problem:
-                self.say(f" CHECKPOINT of step {one.step} NOT written: {one.problem}; the run goes on without it")
+                self.log(f" CHECKPOINT of step {one.step} NOT written: {one.problem}; the run goes on without it")
             else:
                 times = f"held up {one.blocked:.2f} s, on disk in {one.seconds:.2f} s"
-                self.say(f" saved checkpoint: {escape(one.path)} ({times})")
+                self.log(f" saved checkpoint: {escape(one.path)} ({times})")
             if one.notice:
-                self.say(f" NOTICE: {one.notice}")
+                self.log(f" NOTICE: {one.notice}")
 
-    def resume_after(self, step: int) -> None:
-        """Drops the metrics of steps that will be run again."""
+    def truncate_metrics_after(self, step: int) -> None:
+        """Drops the metrics of steps after `step`, which will be run again."""
         if self._metrics is not None:
             bad = self._metrics.truncate_after(step)
             for line in [*bad[:4], *([f"and {len(bad) - 4} lines more"] if len(bad) > 4 else [])]:
-                self.say(f" NOTICE: {line}; it is passed over")
+                self.log(f" NOTICE: {line}; it is passed over")
 
-    def step(self, result: StepResult) -> None:
-        """Takes note of a step: metrics always, a line when it is due."""
+    def log_step(self, result: StepResult) -> None:
+        """Writes the metrics of a step, and a log line when it is due."""
         if self._metrics is None:
             return
         train, seconds = self.train, max(result.seconds, 1e-9)
         self._recent.append(seconds)
         self._skipped += result.skipped
-        self._nan += not math.isfinite(result.loss) and not result.unlabelled
+        self._nan += not math.isfinite(result.lm_loss) and not result.unlabelled
         rate = train.global_batch * train.sequence_length / seconds / self.devices
         figures = throughput(
-            self.model, rate, result.attended, peak_tflops=self._peak, layers=self._recomputed, keep=self._keep_results
+            self.model,
+            rate,
+            result.attended_length,
+            peak_tflops=self._peak,
+            layers=self._recomputed,
+            keep=self._keep_results,
         )
         times: dict[str, Any] = {f"{name}_ms": 1000 * result.phases.get(name, 0.0) for name in BETWEEN}
         times |= {f"{name}_ms": 1000 * result.phases[name] for name in IN_STEP if name in result.phases}
+        measured = {field.name: getattr(result, field.name) for field in fields(StepMeasurement)}
         metrics = StepMetrics(
-            iteration=result.step,
+            **measured,
             iterations=train.steps,
-            consumed_samples=result.samples,
-            consumed_tokens=result.tokens,
             elapsed_ms=seconds * 1000,
-            learning_rate=result.learning_rate,
             global_batch=train.global_batch,
-            lm_loss=result.loss,
-            loss_scale=result.loss_scale,
-            grad_norm=result.grad_norm,
             sequence_length=train.sequence_length,
             skipped_iterations=self._skipped,
             nan_iterations=self._nan,
@@ -150,18 +140,20 @@ class Reporter:
             tokens_per_second_per_device=rate,
             tflops=figures.tflops,
             mfu=figures.mfu,
-            eta_seconds=(train.steps - result.step) * sum(self._recent) / len(self._recent),
+            eta_seconds=(train.steps - result.iteration) * sum(self._recent) / len(self._recent),
             mfu_full=figures.mfu_full,
             hfu=figures.hfu,
             **times,
         )
         self._metrics.write(metrics)
-        if result.step % self.log.every == 0 or result.step == train.steps:
-            self.say(megatron_line(metrics, datetime.now()) if self.log.style == "megatron" else arriero_line(metrics))
+        if result.iteration % self.settings.every == 0 or result.iteration == train.steps:
+            self.log(
+                megatron_line(metrics, datetime.now()) if self.settings.style == "megatron" else arriero_line(metrics)
+            )
             self._skipped = self._nan = 0
 
-    def slowest(self, step: int, found: SlowestRank | None, factor: float) -> None:
-        """Takes note of the process that is slower than the others; a line where it is so by more than `factor`."""
+    def log_slowest_rank(self, step: int, found: SlowestRank | None, factor: float) -> None:
+        """Writes the metrics of the slowest process, and a log line where it is slower than the median by `factor`."""
         if found is None:
             return
         if self._metrics is not None:
@@ -171,15 +163,15 @@ class Reporter:
             times = (
                 f"{found.seconds:.3f} s of its own a step, {found.ratio:.1f} times the median of {found.median:.3f} s"
             )
-            self.say(f" SLOW: rank {found.rank} takes {times}")
+            self.log(f" SLOW: rank {found.rank} takes {times}")
 
-    def validation(self, step: int, loss: float) -> None:
-        """Takes note of a validation."""
+    def log_validation(self, step: int, loss: float) -> None:
+        """Writes the metrics and the log line of a validation."""
         if self._metrics is not None:
             perplexity = math.exp(min(loss, 20.0)) if math.isfinite(loss) else math.nan  # as Megatron caps it
             metrics = ValidationMetrics(iteration=step, lm_loss=loss, perplexity=perplexity)
             self._metrics.write(metrics)
-            self.say(validation_line(metrics, framed=self.log.style == "megatron"))
+            self.log(validation_line(metrics, framed=self.settings.style == "megatron"))
 
     def finish(self) -> None:
         """Draws the figure and closes the files."""
@@ -188,10 +180,10 @@ class Reporter:
             picture = self.out / "loss.png"
             try:
                 loss_figure(self.out / "metrics.jsonl", picture)
-                self.say(f" figure: {escape(picture)}")
+                self.log(f" figure: {escape(picture)}")
             except (OSError, UserError) as error:
                 reason = error.problem if isinstance(error, UserError) else os_error_text(error)
-                self.say(f" NO figure: {escape(picture)}: {reason}")
+                self.log(f" NO figure: {escape(picture)}: {reason}")
             self._text.close()
 
 

@@ -1,4 +1,4 @@
-"""May this recipe go on from that checkpoint? What differs is shown; what would make it another run is refused."""
+"""Compares a recipe with that of the checkpoint: lists changes, refuses those that make it another run."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from typing import Any
 from arriero.checkpoint.state import load_state
 from arriero.checkpoint.verify import verify_metadata
 from arriero.common.errors import UserError, closest_match
-from arriero.common.settings import parse
 from arriero.common.text import escape
-from arriero.common.toml import file_settings
 from arriero.model.config import LlamaConfig
 from arriero.train.facts import flat, input_changes
-from arriero.train.recipe import Recipe
+from arriero.train.recipe import Recipe, recipe_of_checkpoint
 
 CHANGEABLE_KEYS = (
     "out", "device", "parallel.*", "recompute.*", "checkpoint.*", "log.*", "watch.*", "train.steps",
@@ -29,7 +27,7 @@ PATH_KEYS = ("model", "init", "tokenizer", "data.prefix")
 
 
 def first_readable(paths: Sequence[Path]) -> Path:
-    """The first checkpoint whose small files are whole; the first of all if none is, so that its error is told."""
+    """The first checkpoint whose small files are whole; the first of all if none is, so that its error is reported."""
     return next((path for path in paths if not verify_metadata(path)), paths[0])
 
 
@@ -39,7 +37,7 @@ def recipe_changes(recipe: Recipe, checkpoint: Path) -> dict[str, tuple[Any, Any
     Raises:
         UserError: the checkpoint's recipe or state cannot be read.
     """
-    then = flat(parse(Recipe, file_settings(checkpoint / "recipe.toml"), prog="arriero pretrain"))
+    then = flat(recipe_of_checkpoint(checkpoint))
     now = flat(recipe)
     found = {k: (then[k], now[k]) for k in now if k not in PATH_KEYS and then.get(k) != now[k]}
     saved, model = LlamaConfig.from_json(checkpoint).to_json(), recipe.model_config().to_json()

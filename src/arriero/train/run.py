@@ -1,4 +1,4 @@
-"""One run: its processes, and what each of them does."""
+"""A run: its checks, its processes, and what each of them does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from arriero.checkpoint.directory import MANIFEST
 from arriero.checkpoint.find import candidates, committed, save_number
@@ -26,63 +25,88 @@ from arriero.train.config import RunOptions
 from arriero.train.directory import prepare_run_directory
 from arriero.train.facts import file_sample, run_facts
 from arriero.train.loop import ResumePlan, train
-from arriero.train.preflight import check, compile_machine_problems
-from arriero.train.recipe import (
-    Recipe,
-)  # fmt: skip
+from arriero.train.preflight import compile_machine_problems, preflight
+from arriero.train.recipe import Recipe
 from arriero.train.verify_layout import verify_layout
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every process of the run is handed."""
+class RunSpec:
+    """What every process of a run receives."""
 
     recipe: Recipe
     device_kind: str
-    start: ResumePlan
+    plan: ResumePlan
     facts: dict[str, str]
-    """What all processes must agree on; see agreement.py."""
-    earlier: float = -1.0
-    """Saves up to this number are not of this job: a restart does not go on from them."""
+    """What all processes must agree on (distributed/launch/agreement.py)."""
+    ignore_saves_up_to: float = -1.0
+    """Saves up to this number were made before this start: a restart does not resume from them."""
 
 
-def pretrain(recipe: Recipe, start: RunOptions) -> int:
+def pretrain(recipe: Recipe, options: RunOptions) -> int:
     """Checks a recipe, starts its processes unless they are there, and trains. Returns the exit code.
 
     Raises:
         UserError: what is wrong with the recipe, its inputs or this machine, all together.
     """
-    launch = resolve_launch_env(start.launch, os.environ)
+    launch = resolve_launch_env(options.launch, os.environ)
     kind = device_type(recipe.device)
-    here = process_count(recipe, launch, kind)
-    world = here * max(1, launch.nodes)
-    if start.verify_layout:
-        return verify(recipe, world)
-    paths = candidates(Path(start.resume)) if start.resume else []
-    joining = launch.node_rank > 0 or RankInfo.from_environment().rank > 0
-    local = 1 if is_launched_externally() else here
-    changed = check(recipe, world, paths, kind=kind, joining=joining, allowed=start.allow_change, here=local)
-    continuation = ResumePlan(tuple(paths), tuple(changed), duration(start.stop_after))
-    earlier = -1.0
-    if paths == [Path(start.resume)]:  # one checkpoint, by its name: what was saved after it is another course
-        earlier = max(map(save_number, committed(Path(recipe.out) / "checkpoints")), default=-1.0)
-    job = Job(recipe, kind, continuation, run_facts(recipe) if world > 1 else {}, earlier)
-    secret = Secret.find(launch.secret_file, os.environ, Path(recipe.out or "arriero"))
-    joining_in: dict[str, Any] = {
-        "join_seconds": launch.join_timeout, "collective_seconds": launch.collective_timeout, "secret": secret,
-    }  # fmt: skip
+    local = process_count(recipe, launch, kind)
+    world = local * max(1, launch.nodes)
+    if options.verify_layout:
+        return check_layout(recipe, world)
+    spec = prepare_run(recipe, options, kind, local=local, world=world, first_node=launch.node_rank == 0)
+    return run_workers(spec, launch, local=local, world=world)
+
+
+def prepare_run(
+    recipe: Recipe, options: RunOptions, kind: str, *, local: int, world: int, first_node: bool
+) -> RunSpec:  # fmt: skip
+    """Finds the checkpoints to resume from and checks all that can be checked before a process is started.
+
+    Args:
+        recipe, options: the run.
+        kind: of device.
+        local: processes on this machine.
+        world: processes of the run.
+        first_node: whether rank 0 is on this machine.
+    """
+    paths = candidates(Path(options.resume)) if options.resume else []
+    joining = not first_node or RankInfo.from_environment().rank > 0
+    notices = preflight(
+        recipe, world, paths, kind=kind, joining=joining, allowed=options.allow_change,
+        local_processes=1 if is_launched_externally() else local,
+    )  # fmt: skip
+    ignored = -1.0
+    if paths == [Path(options.resume)]:  # one checkpoint, by its name: what was saved after it is of another run
+        ignored = max(map(save_number, committed(Path(recipe.out) / "checkpoints")), default=-1.0)
+    plan = ResumePlan(tuple(paths), tuple(notices), duration(options.stop_after))
+    return RunSpec(recipe, kind, plan, run_facts(recipe) if world > 1 else {}, ignored)
+
+
+def run_workers(spec: RunSpec, launch: LaunchConfig, *, local: int, world: int) -> int:
+    """Trains in this process where it is the only one or was started as a worker, else in `local` new ones.
+
+    Returns the exit code: 0 where the run is complete.
+    """
+    secret = Secret.find(launch.secret_file, os.environ, Path(spec.recipe.out or "arriero"))
     if world == 1 and not launch.max_restarts:
-        complete = run_in_process_group(work, job, saves=True)
+        complete = run_in_process_group(run_worker, spec, saves=True)
     elif is_launched_externally():
         try:
-            complete = run_in_process_group(work, job, facts=facts, saves=True, **joining_in)
+            complete = run_in_process_group(
+                run_worker, spec, facts=worker_facts, saves=True, join_seconds=launch.join_timeout,
+                collective_seconds=launch.collective_timeout, secret=secret,
+            )  # fmt: skip
             if not complete:
                 return exit_after_peers(EXIT_STOPPED)
         except BaseException as error:
             exit_worker(error)
     else:
         try:
-            complete = all(run_processes(work, job, here, launch=launch, facts=facts, saves=True, secret=secret))
+            complete = all(
+                run_processes(run_worker, spec, local, launch=launch, facts=worker_facts, saves=True, secret=secret)
+            )
         except ProcessFailed as error:
             print(escape_message(f"arriero: {error}"), file=sys.stderr)
             return EXIT_CHECK_FAILED
@@ -90,7 +114,7 @@ def pretrain(recipe: Recipe, start: RunOptions) -> int:
 
 
 def process_count(recipe: Recipe, launch: LaunchConfig, kind: str) -> int:
-    """How many processes run here, or in all where another has started them.
+    """Processes on this machine, or in all where they were started externally.
 
     Raises:
         UserError: more than there are devices.
@@ -104,8 +128,8 @@ def process_count(recipe: Recipe, launch: LaunchConfig, kind: str) -> int:
     return wanted or (share if kind == "cpu" else devices)
 
 
-def verify(recipe: Recipe, processes: int) -> int:
-    """The proof of `--verify-layout`, once the recipe's layout is possible at all."""
+def check_layout(recipe: Recipe, processes: int) -> int:
+    """`--verify-layout`: checks that the layout is possible, then that it gives one process's numbers."""
     problems = recipe.layout_problems(processes)
     if is_launched_externally():
         fix = "leave torchrun or srun out: --nproc-per-node N gives the number of processes"
@@ -117,30 +141,30 @@ def verify(recipe: Recipe, processes: int) -> int:
     return verify_layout(recipe, processes)
 
 
-def present_checkpoints(job: Job) -> tuple[Path, ...]:
-    """Where this start may begin: after a loss, from what the run itself has written."""
-    written = committed(Path(job.recipe.out) / "checkpoints") if restart_count() > 0 else []
-    return tuple(p for p in reversed(written) if save_number(p) > job.earlier) or job.start.checkpoints
+def current_checkpoints(spec: RunSpec) -> tuple[Path, ...]:
+    """The checkpoints to resume from now, the newest first: after a restart, those that the run itself has saved."""
+    written = committed(Path(spec.recipe.out) / "checkpoints") if restart_count() > 0 else []
+    return tuple(p for p in reversed(written) if save_number(p) > spec.ignore_saves_up_to) or spec.plan.checkpoints
 
 
-def facts(job: Job) -> dict[str, str]:
-    """What all processes must agree on at this start."""
-    path = next(iter(present_checkpoints(job)), None)
-    return job.facts | {"checkpoint": f"{path.name}, {file_sample(path / MANIFEST)}" if path else "none"}
+def worker_facts(spec: RunSpec) -> dict[str, str]:
+    """What all processes must agree on at this start: the run's facts, and the checkpoint."""
+    path = next(iter(current_checkpoints(spec)), None)
+    return spec.facts | {"checkpoint": f"{path.name}, {file_sample(path / MANIFEST)}" if path else "none"}
 
 
-def work(job: Job) -> bool:
-    """What each process does; returns whether the run is complete."""
-    info, start = RankInfo.from_environment(), replace(job.start, checkpoints=present_checkpoints(job))
-    with contextlib.ExitStack() as held:
+def run_worker(spec: RunSpec) -> bool:
+    """Runs in every process: trains, and returns whether the run is complete. Rank 0 holds the run's lock meanwhile."""
+    info, plan = RankInfo.from_environment(), replace(spec.plan, checkpoints=current_checkpoints(spec))
+    with contextlib.ExitStack() as cleanup:
         if info.rank == 0:
-            lock = RunLock(Path(job.recipe.out))
-            held.callback(lock.release)
+            lock = RunLock(Path(spec.recipe.out))
+            cleanup.callback(lock.release)
             if lock.stale:
-                start = replace(start, notices=(f" the last job was cut off: {lock.stale}", *start.notices))
-            prepare_run_directory(job.recipe)
-        ranks = Ranks.build(job.recipe.parallel, job.device_kind)
-        return train(job.recipe, ranks, local_rank=info.local_rank, device_kind=job.device_kind, start=start)
+                plan = replace(plan, notices=(f" the last job was cut off: {lock.stale}", *plan.notices))
+            prepare_run_directory(spec.recipe)
+        ranks = Ranks.build(spec.recipe.parallel, spec.device_kind)
+        return train(spec.recipe, ranks, local_rank=info.local_rank, device_kind=spec.device_kind, plan=plan)
 
 
 def duration(text: str) -> float:

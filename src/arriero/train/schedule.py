@@ -1,11 +1,18 @@
-"""The learning rate: a pure function of the step."""
+"""The learning rate: a pure function of the step.
+
+Warm-up is common to all schedules; what follows is a function of the table `SCHEDULES` (train/config.py), by the name
+in `schedule.shape`. It returns the rate of update `step`, given where warm-up and decay end:
+
+    def rate(config: ScheduleConfig, step: int, warmup: int, end: int) -> float
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import fields
 
-from arriero.train.config import ScheduleConfig
+from arriero.train.config import SCHEDULES, ScheduleConfig
 
 
 def learning_rate(config: ScheduleConfig, step: int, steps: int) -> float:
@@ -17,16 +24,36 @@ def learning_rate(config: ScheduleConfig, step: int, steps: int) -> float:
     warmup = config.warmup_steps or round(config.warmup_fraction * end)
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    if config.shape == "constant":
-        return config.lr
-    start = warmup
-    if config.shape == "wsd":
-        start = max(warmup, end - round(config.wsd_decay_fraction * end))
+    return SCHEDULES.get(config.shape)(config, step, warmup, end)
+
+
+def constant(config: ScheduleConfig, step: int, warmup: int, end: int) -> float:
+    """`lr` to the end."""
+    return config.lr
+
+
+def cosine(config: ScheduleConfig, step: int, warmup: int, end: int) -> float:
+    """Half a cosine from `lr` to `min_lr`."""
+    return decayed(config, step, warmup, end, lambda progress: 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def linear(config: ScheduleConfig, step: int, warmup: int, end: int) -> float:
+    """A straight line from `lr` to `min_lr`."""
+    return decayed(config, step, warmup, end, lambda progress: 1 - progress)
+
+
+def wsd(config: ScheduleConfig, step: int, warmup: int, end: int) -> float:
+    """Warm-up, stable, decay (arXiv:2404.06395): constant, then linear over the last `wsd_decay_fraction`."""
+    start = max(warmup, end - round(config.wsd_decay_fraction * end))
+    return linear(config, step, start, end)
+
+
+def decayed(config: ScheduleConfig, step: int, start: int, end: int, curve: Callable[[float], float]) -> float:
+    """`lr` until `start`, then min_lr + (lr - min_lr) curve(progress), where progress goes from 0 to 1 at `end`."""
     if step < start:
         return config.lr
     progress = min(1.0, (step - start) / (end - start)) if end > start else 1.0
-    left = 1 - progress if config.shape != "cosine" else 0.5 * (1 + math.cos(math.pi * progress))
-    return config.min_lr + (config.lr - config.min_lr) * left
+    return config.min_lr + (config.lr - config.min_lr) * curve(progress)
 
 
 def describe_rate_change(then: ScheduleConfig, before: int, now: ScheduleConfig, steps: int, *, done: int) -> str:

@@ -1,4 +1,4 @@
-"""Liveness: what every process is doing when a step takes too long, and which process is slower than the others."""
+"""Liveness: stack dumps of every process when a step takes too long, and detection of the slowest process."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from arriero.train.config import WatchConfig
 MIN_RELATIVE_LIMIT = 30.0
 """Seconds below which `watch.times` never calls a step too long: short steps vary by more than a factor."""
 FAULTHANDLER_MARGIN = 10.0
-"""Seconds beyond the limit after which faulthandler dumps, if the watchdog's thread could not."""
+"""Seconds after the limit when faulthandler dumps, in case the watchdog's thread could not."""
 STACK_FILE_WAIT = 2.0
-"""Seconds that the first process gives the others to write their stacks before it reads them."""
+"""Seconds that rank 0 waits for the other processes' stack files before it reads them."""
 
 
 class Watchdog:
-    """A thread that looks at the main thread from outside.
+    """A thread that watches the duration of the main thread's steps.
 
     Each process has one with the same limits, so that all of them dump, also those that wait for the stuck one in a
     collective, and no process has to reach another.
@@ -41,9 +41,9 @@ class Watchdog:
     Should the main thread hold the interpreter's lock for ever, faulthandler's own thread, which needs no lock, dumps.
     """
 
-    def __init__(self, out: Path, ranks: Ranks, config: WatchConfig, say: Callable[[str], None]) -> None:
+    def __init__(self, out: Path, ranks: Ranks, config: WatchConfig, log: Callable[[str], None]) -> None:
         self._folder, self._rank, self._world = out / "stacks", ranks.rank, ranks.world
-        self._config, self._say = config, say
+        self._config, self._log = config, log
         self._recent: deque[float] = deque(maxlen=20)
         self._main = threading.get_ident()
         self._began: float | None = None
@@ -56,18 +56,18 @@ class Watchdog:
             self._thread.start()
 
     def start_step(self, step: int) -> None:
-        """A step begins."""
+        """Called before a step."""
         self._step, self._began = step, time.monotonic()
 
-    def done(self) -> None:
-        """It has ended."""
+    def end_step(self) -> None:
+        """Called after it; closes the step's stack file."""
         if self._began is None:
             return
         took = time.monotonic() - self._began
         self._began = None
         self._recent.append(took)
         if self._dumped:
-            self._say(f" WATCHDOG: step {self._step} ended after {took:.1f} s")
+            self._log(f" WATCHDOG: step {self._step} ended after {took:.1f} s")
         if self._file is not None:
             faulthandler.cancel_dump_traceback_later()
             self._file.close()
@@ -115,7 +115,7 @@ class Watchdog:
         if self._rank == 0:
             time.sleep(STACK_FILE_WAIT)
             for line in self._stack_summary():
-                self._say(f" WATCHDOG: step {self._step} takes longer than {self.limit():.1f} s: {line}")
+                self._log(f" WATCHDOG: step {self._step} takes longer than {self.limit():.1f} s: {line}")
 
     def _open(self, head: str) -> IO[str] | None:
         """This process's file, new, with its first line; None where it cannot be written."""
@@ -132,7 +132,7 @@ class Watchdog:
             return None
 
     def _stack_summary(self) -> list[str]:
-        """Which ranks are where, from the first lines of all files of this step; those that stand alone come first."""
+        """A line for each location with its ranks, from the first lines of this step's files; fewest ranks first."""
         at: dict[str, list[int]] = {}
         for rank in range(self._world):
             head = ""
@@ -147,7 +147,7 @@ class Watchdog:
 
 
 def describe_frame(frame: FrameType | None) -> str:
-    """Where a thread stands: its innermost line, and the innermost one of arriero where that is another."""
+    """A thread's location: its innermost line, and the innermost one of arriero where that is another."""
     lines: list[str] = []
     while frame is not None:
         file, name = frame.f_code.co_filename, frame.f_code.co_name
@@ -160,8 +160,9 @@ def describe_frame(frame: FrameType | None) -> str:
 
 
 class HostBusyTime:
-    """What this process spent on its own work, and not on waiting for others: the host's time on a processor or in the
-    queue for one. Linux counts both for each thread, and neither while a thread sleeps in a collective.
+    """Time this process spent on its own work, not waiting for others: on a processor or in the queue for one.
+
+    Linux counts both for each thread, and neither while a thread sleeps in a collective.
 
     On an accelerator it is the host's part alone: a slow host, not a slow device.
     """
@@ -199,7 +200,7 @@ class SlowestRank:
 
 
 class StragglerDetector:
-    """Compares the processes' own time every few steps: one sum of a vector with a place for each process."""
+    """Compares the processes' own time every few steps: one sum of a vector with an element for each process."""
 
     def __init__(self, ranks: Ranks, config: WatchConfig, device: torch.device) -> None:
         self._ranks, self._every, self._device = ranks, config.every, device

@@ -21,8 +21,8 @@ from arriero.distributed.launch.launcher import run_processes
 from arriero.distributed.launch.pickle_guard import PICKLE_FUNCTIONS
 from arriero.distributed.launch.worker import run_in_process_group
 from arriero.distributed.parallel.mesh import Ranks
+from arriero.train.build import build_trainer
 from arriero.train.recipe import Recipe
-from arriero.train.trainer import Trainer
 
 PICKLES: list[str] = []
 """What this process has pickled for another, or unpickled."""
@@ -50,14 +50,14 @@ def run_case(case: dict[str, Any]) -> dict[str, Any] | None:
     recipe: Recipe = parse(Recipe, settings, prog="case")
     ranks = Ranks.build(recipe.parallel, "cpu")
     recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, keep=0))
-    trainer = Trainer(recipe, ranks, local_rank=0, device_kind="cpu")
-    trainer.start(Path(case["resume"]) if case.get("resume") else None)
+    trainer = build_trainer(recipe, ranks, local_rank=0, device_kind="cpu")
+    trainer.load(Path(case["resume"]) if case.get("resume") else None)
     result: dict[str, Any] = {"name": case["name"], "loss": [], "grad_norm": [], "scale": [], "skipped": []}
     counters.clear()
     while trainer.done < min(5, recipe.train.steps):
         step = trainer.step()
         trainer.check_replicas()  # what several processes hold alike is alike, in every layout
-        result["loss"].append(step.loss)
+        result["loss"].append(step.lm_loss)
         result["grad_norm"].append(step.grad_norm)
         result["scale"].append(step.loss_scale)
         result["skipped"].append(step.skipped)

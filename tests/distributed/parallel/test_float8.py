@@ -29,7 +29,8 @@ from arriero.distributed.parallel import apply, float8
 from arriero.distributed.parallel.config import ParallelConfig, RecomputeConfig
 from arriero.distributed.parallel.mesh import Ranks
 from arriero.model.llama import Llama
-from arriero.train.preflight import check
+from arriero.train.build import build_trainer
+from arriero.train.preflight import preflight
 from arriero.train.recipe import Recipe
 from arriero.train.trainer import Trainer
 
@@ -49,8 +50,8 @@ def recipe_in(directory: Path, **train: Any) -> Recipe:
 
 
 def trainer_of(recipe: Recipe, checkpoint: Path | None = None) -> Trainer:
-    trainer = Trainer(recipe, Ranks(), local_rank=0, device_kind="cpu")
-    trainer.start(checkpoint)
+    trainer = build_trainer(recipe, Ranks(), local_rank=0, device_kind="cpu")
+    trainer.load(checkpoint)
     return trainer
 
 
@@ -132,7 +133,7 @@ def test_sixty_steps_have_bfloat16s_loss(tmp_path: Path) -> None:
         recipe = recipe_in(tmp_path / kind, float8=kind, steps=60, micro_batch=8)
         # The toy's own rate of 1e-2 is a chaotic one: bfloat16 and float32 part by 0.7% there, and float8 by 3%.
         trainer = trainer_of(replace(recipe, schedule=replace(recipe.schedule, lr=3e-3, min_lr=3e-4)))
-        losses[kind] = [trainer.step().loss for _ in range(60)]
+        losses[kind] = [trainer.step().lm_loss for _ in range(60)]
         assert {p.dtype for p in trainer.parts[0].parameters()} == {torch.float32}
         trainer.close()
     wide = smoothed(losses["none"])
@@ -149,7 +150,7 @@ def test_recomputed_layers_give_the_same_gradient(tmp_path: Path, mode: Any) -> 
     again = recipe_in(tmp_path / "again", float8="tensorwise", micro_batch=8)
     again_trainer = trainer_of(replace(again, recompute=RecomputeConfig(mode)))
     for trainer in (kept, again_trainer):
-        trainer.forward_backward(trainer.micro_batches(trainer.batches, 0), train=True)
+        trainer.forward_backward(trainer.loader.micro_batches(trainer.loader.batches, 0), train=True)
     for one, other in zip(kept.parts[0].parameters(), again_trainer.parts[0].parameters(), strict=True):
         assert torch.equal(one.grad, other.grad)  # type: ignore[arg-type]
 
@@ -238,7 +239,7 @@ def test_what_does_not_work_is_refused_before_anything_starts(tmp_path: Path, mo
     assert "num_key_value_heads x head_dim 16 over 2 ranks" in said(cut)
     toy.write_config(tmp_path / "model", **SHAPE)
     with pytest.raises(UserError, match=r"train\.float8 does not work on npu"):
-        check(good, 1, [], kind="npu")
+        preflight(good, 1, [], kind="npu")
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchao" else find(name))
     assert "pip install torchao" in said(good)

@@ -146,7 +146,7 @@ def check(config: BenchConfig, recipe: Recipe, processes: int, kind: str, local_
         UserError: all that is wrong.
     """
     local = 1 if is_launched_externally() else local_processes
-    problems = step_problems(recipe, processes, kind=kind, here=local, memory=not config.sweep)
+    problems = step_problems(recipe, processes, kind=kind, local_processes=local, check_memory=not config.sweep)
     if config.memory_limit and kind != "cpu":
         problems.append(UserError("--memory-limit has no effect on an accelerator: its memory is the limit", "drop it"))
     if problems:

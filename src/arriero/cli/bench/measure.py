@@ -31,11 +31,12 @@ from arriero.distributed.parallel.mesh import Ranks
 from arriero.distributed.parallel.shards import local
 from arriero.model.config import LlamaConfig
 from arriero.observe.throughput import peak_flops, throughput
+from arriero.train.build import build_trainer
 from arriero.train.recipe import Recipe
 from arriero.train.reporter import StepResult
+from arriero.train.synthetic import write_random_data
 from arriero.train.trainer import Trainer
-from arriero.train.verify_layout import describe as describe_layout
-from arriero.train.verify_layout import write_random_data
+from arriero.train.verify_layout import describe_layout
 
 OUT_OF_MEMORY = "out-of-memory"
 """The file that a process writes into the measurement's directory when it runs out of memory."""
@@ -166,8 +167,8 @@ def measure(measurement: Measurement) -> None:
     """Trains warm-up and measured iterations; the first process writes the result."""
     recipe, kind = measurement.recipe, measurement.device_kind
     ranks = Ranks.build(recipe.parallel, kind)
-    trainer = Trainer(recipe, ranks, local_rank=int(os.environ.get("LOCAL_RANK", "0")), device_kind=kind)
-    initialize_randomly(trainer)
+    trainer = build_trainer(recipe, ranks, local_rank=int(os.environ.get("LOCAL_RANK", "0")), device_kind=kind)
+    initialize_randomly(trainer, recipe.seed)
     seconds: list[float] = []
     for step in range(measurement.warmup + measurement.iterations):
         if step == measurement.warmup:
@@ -198,7 +199,7 @@ def build_result(
     samples = train.global_batch / seconds / ranks.world
     tokens = samples * train.sequence_length
     figures = throughput(
-        config, tokens, last.attended, peak_tflops=peak[0] or None,
+        config, tokens, last.attended_length, peak_tflops=peak[0] or None,
         layers=recompute.layers(recipe.parallel, config.num_hidden_layers), keep=recompute.kept,
     )  # fmt: skip
     return Result(
@@ -209,7 +210,7 @@ def build_result(
         data=measurement.data, iterations=measurement.iterations,
         seconds_per_step=seconds, samples_per_second_per_device=samples, tokens_per_second_per_device=tokens,
         tflops=figures.tflops, mfu=figures.mfu, mfu_full=figures.mfu_full, hfu=figures.hfu, peak_tflops=peak[0],
-        peak_source=peak[1], first_step_seconds=first_step_seconds, peak_memory_gb=memory / 1e9, last_loss=last.loss,
+        peak_source=peak[1], first_step_seconds=first_step_seconds, peak_memory_gb=memory / 1e9, last_loss=last.lm_loss,
         compiled=train.compile,
     )  # fmt: skip
 
@@ -229,14 +230,14 @@ def find_peak(measurement: Measurement, device: torch.device) -> tuple[float, st
 
 
 @torch.no_grad()
-def initialize_randomly(trainer: Trainer) -> None:
+def initialize_randomly(trainer: Trainer, seed: int) -> None:
     """Normal weights drawn on the device: quicker than `InitialWeights`, but different in each layout."""
-    torch.manual_seed(trainer.recipe.seed)
+    torch.manual_seed(seed)
     for part in trainer.parts:
         for parameter in part.parameters():
             held = local(parameter)
             held.normal_(0.0, 0.02) if parameter.dim() > 1 else held.fill_(1.0)
-    trainer.optimizer.start(None, updates=0)
+    trainer.optimizer.load(None, updates=0)
 
 
 def wait_for_all_ranks(ranks: Ranks, kind: str) -> None:

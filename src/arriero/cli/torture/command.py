@@ -67,10 +67,10 @@ def report(
     args: TortureArgs, undisturbed: Outcome, results: KillResults, others: dict[str, float], seconds: float
 ) -> int:
     """Prints the results; raises CheckFailed if a run's outcome differs from the undisturbed run's."""
-    from arriero.train.verify_layout import LIMIT
+    from arriero.train.verify_layout import MAX_RELATIVE_DIFFERENCE
 
     wrong = sum(end != undisturbed for end in results.outcomes)
-    same_elsewhere = all(value <= LIMIT for value in others.values())
+    same_elsewhere = all(value <= MAX_RELATIVE_DIFFERENCE for value in others.values())
     facts = {
         "kills": dict(results.kills), "resumes": results.resumes, "lost steps": results.lost_steps,
         "runs completed": results.runs, "runs that ended otherwise": wrong, "sha256": undisturbed[0],
@@ -90,5 +90,6 @@ def report(
             print(f"resumed from step {MIDDLE_STEP} on {name}: final state within {value:.1e}")
         print(f"final SHA-256 {undisturbed[0]}: {'never changed' if not wrong else f'CHANGED in {wrong} runs'}")
     if wrong or not same_elsewhere:
-        raise CheckFailed(f"{wrong} of {results.runs} runs ended otherwise; other layouts: {others}, limit {LIMIT:g}")
+        limit = f"{MAX_RELATIVE_DIFFERENCE:g}"
+        raise CheckFailed(f"{wrong} of {results.runs} runs ended otherwise; other layouts: {others}, limit {limit}")
     return EXIT_OK

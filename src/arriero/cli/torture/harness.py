@@ -60,7 +60,7 @@ class KillHarness:
         from arriero.common.settings import parse
         from arriero.common.toml import file_settings, to_toml
         from arriero.train.recipe import Recipe, find_bundled
-        from arriero.train.verify_layout import reduced
+        from arriero.train.synthetic import reduced_recipe
 
         self.kills, self.root, self.random = kills, root, random.Random(seed)
         whole = parse(Recipe, file_settings(find_bundled("", recipe or "demo", ".toml")), prog="arriero torture")
@@ -72,7 +72,7 @@ class KillHarness:
         self.processes = processes or 2 * whole.parallel.model_parallel
         if problems := whole.layout_problems(self.processes):
             raise join_problems(problems)
-        small = reduced(whole, self.processes, root)
+        small = reduced_recipe(whole, self.processes, root, steps=STEPS)
         small = replace(
             small, train=replace(small.train, steps=STEPS), log=replace(small.log, every=1),
             checkpoint=replace(small.checkpoint, every=CHECKPOINT_EVERY, keep=2, keep_every=MIDDLE_STEP),

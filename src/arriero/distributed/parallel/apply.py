@@ -1,6 +1,6 @@
 """Applies a layout to the plain model in a fixed order: pipeline, float8, context, tensor, recompute, compile, ZeRO.
 
-The model is laid out while it has no memory (on the meta device); then each process makes room for its own parts and
+The model is laid out while it has no memory (on the meta device); then each process allocates its own parts and
 reads just those from a source: initial weights, a Hugging Face directory or a checkpoint.
 """
 
@@ -22,12 +22,12 @@ from arriero.distributed.parallel.pipeline import prune_to_stage, stages_of
 from arriero.distributed.parallel.recompute import apply_recompute
 from arriero.distributed.parallel.shards import is_dtensor, local, shards
 from arriero.distributed.parallel.zero import apply_zero
-from arriero.model.config import LlamaConfig
+from arriero.model.config import FAMILIES, LlamaConfig
 from arriero.model.llama import Llama
 
 
 class WeightSource(Protocol):
-    """Reads slices of named tensors, such as checkpoint.tensors.stream.ViewReader."""
+    """A source of slices of named tensors: initial weights, a Hugging Face directory, a checkpoint."""
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> torch.Tensor:
         """The part of `name` that `index` selects."""
@@ -58,7 +58,7 @@ def build_model_parts(
         config: the model's shape.
         parallel: the layout.
         recompute: activation checkpointing.
-        ranks: this process's place in the layout.
+        ranks: this process's coordinates in the layout.
         length: tokens of a sequence, all context ranks together.
         device: where the parts live.
         store: dtype of the parameters at rest, which the optimizer updates.
@@ -69,7 +69,7 @@ def build_model_parts(
     parts = []
     for stage in stages_of(parallel, ranks.coordinates["pipeline"]):
         with torch.device("meta"):
-            model = Llama(config).to(store)
+            model: Llama = FAMILIES.get(config.model_type).module(config).to(store)
         if parallel.pipeline_parallel > 1:
             prune_to_stage(model, stage, parallel)
         apply_float8(model, float8, emulate=not has_float8_units(device.type))
@@ -96,7 +96,7 @@ def build_model_parts(
 
 
 def materialize(model: Llama, device: torch.device) -> None:
-    """Gives every parameter memory on `device`, with arbitrary values.
+    """Allocates every parameter on `device`, with arbitrary values.
 
     It is `to_empty` without `empty_like` on the meta device, which imports the compiler's algebra: more than a second.
     """
@@ -109,7 +109,7 @@ def materialize(model: Llama, device: torch.device) -> None:
 
 
 def tie_embeddings(model: Llama) -> None:
-    """Makes the head the embedding again, where the config says so: laying out and `to_empty` part them."""
+    """Ties the head to the embedding again, where the config asks for it: sharding and `to_empty` separate them."""
     if model.config.tie_word_embeddings and model.lm_head is not None and model.model.embed_tokens is not None:
         model.lm_head.weight = model.model.embed_tokens.weight
 

@@ -33,7 +33,7 @@ def apply_compile(model: Llama) -> None:
 
 
 def _wait_for_collective(module: nn.Module, inputs: object, out: Tensor) -> Tensor:
-    """The tensor-parallel embedding hands on a sum that is still under way; a compiled layer would lose its gradient.
+    """The tensor-parallel embedding returns a sum that is still in flight; a compiled layer would lose its gradient.
 
     The copy waits for it, and autograd sees that.
     """

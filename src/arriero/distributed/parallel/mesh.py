@@ -1,7 +1,7 @@
-"""This process's place in the layout, the device mesh made of it, and sums over parts of it.
+"""This process's coordinates in the layout, the device mesh, and collectives over its dimensions.
 
 Ranks are ordered pipeline, replica, zero, tensor, the last one fastest: neighbours are of one tensor-parallel group,
-which talks most, and the pipeline, which talks least, spans the farthest. `zero` holds the data-parallel ranks of one
+which communicates most, and a pipeline, which communicates least, spans all. `zero` holds the data-parallel ranks of a
 ZeRO group and the context-parallel ranks, which hold the same parameters: context is its fastest part.
 """
 
@@ -41,7 +41,7 @@ class Ranks:
 
     @classmethod
     def build(cls, config: ParallelConfig, device_type: str) -> Ranks:
-        """Makes the meshes over the initialised process group; without one, the place of a lone process."""
+        """Makes the meshes over the initialised process group; without one, those of a single process."""
         import torch.distributed as dist
         from torch.distributed.device_mesh import init_device_mesh
 
@@ -80,7 +80,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process speaks for all: it logs, and writes what is not cut."""
+        """Whether this is rank 0, which logs and writes what is not sharded."""
         return self.rank == 0
 
     @property
@@ -109,19 +109,19 @@ class Ranks:
                 value.copy_(here)
         return value
 
-    def any(self, *wanted: bool) -> list[bool]:
-        """Of each of these, whether any process wants it: one collective for all of them, between the hosts."""
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag, whether any process has set it: one collective for all of them, between the hosts."""
         import torch
         import torch.distributed as dist
 
         if self.mesh is None:
-            return list(wanted)
-        flags = torch.tensor(wanted, dtype=torch.int32)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        return [bool(flag) for flag in flags.tolist()]
+            return list(flags)
+        tensor = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return [bool(flag) for flag in tensor.tolist()]
 
     def gather_texts(self, text: str, group: ProcessGroup | None = None, *, limit: int = 1024) -> list[str]:
-        """What every process says, by rank, cut at `limit` bytes; `group` is one of all processes on the CPU."""
+        """Gathers a text of every rank, cut at `limit` bytes; `group` holds all processes, on the CPU."""
         import torch
         import torch.distributed as dist
 

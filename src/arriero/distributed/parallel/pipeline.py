@@ -46,7 +46,7 @@ def prune_to_stage(model: Llama, stage: int, config: ParallelConfig) -> None:
 def stage_shapes(
     stage: int, config: ParallelConfig, *, rows: int, length: int, width: int, compute: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """What stage `stage` takes and gives for one micro-batch, as tensors without memory.
+    """Input and output of stage `stage` for one micro-batch, as meta tensors.
 
     Args:
         stage: its number.
@@ -100,9 +100,11 @@ class Pipeline:
         width = parts[0].config.hidden_size
         self.stages: list[PipelineStage] = []
         for forward, number in zip(forwards, own, strict=True):
-            takes, gives = stage_shapes(number, config, rows=rows, length=length, width=width, compute=compute)
+            stage_input, stage_output = stage_shapes(
+                number, config, rows=rows, length=length, width=width, compute=compute
+            )
             stage = PipelineStage(
-                forward, number, config.stages, device, input_args=takes, output_args=gives, group=group
+                forward, number, config.stages, device, input_args=stage_input, output_args=stage_output, group=group
             )
             self.stages.append(stage)
         self.holds_first, self.holds_last = 0 in own, config.stages - 1 in own
@@ -113,8 +115,8 @@ class Pipeline:
             loss_fn=lambda loss, labels: loss.sum(),  # the last stage has taken the labels, and returns the loss
         )  # fmt: skip
 
-    def watch(self, timed: Callable[..., Callable[..., Any]]) -> None:
-        """Has the schedule's calls timed by `timed(call, phase, before)`; what lies between them is communication."""
+    def time_phases(self, timed: Callable[..., Callable[..., Any]]) -> None:
+        """Times the schedule's calls by `timed(call, phase, before)`; the time between them is communication."""
         for stage in self.stages:
             for name in ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk"):
                 setattr(stage, name, timed(getattr(stage, name), name.partition("_")[0], "communication"))
@@ -138,9 +140,9 @@ class Pipeline:
             keywords["labels"] = target
         losses: list[Tensor] = []
         backward = train or self.v_shaped
-        go = self.schedule.step if backward else self.schedule.eval
+        run_schedule = self.schedule.step if backward else self.schedule.eval
         with torch.set_grad_enabled(backward):
-            go(*inputs, target=target, losses=losses if self.holds_last else None, **keywords)
+            run_schedule(*inputs, target=target, losses=losses if self.holds_last else None, **keywords)
         if backward and not train:
             for part in self.parts:
                 part.zero_grad()
@@ -151,7 +153,7 @@ class Pipeline:
 
 
 def sum_tied_gradients(parts: list[Llama], config: LlamaConfig, ranks: Ranks) -> None:
-    """Where embedding and head are one matrix on two stages, gives both the sum of their gradients."""
+    """Where embedding and head are one matrix on two stages, sets both gradients to their sum."""
     if not config.tie_word_embeddings or ranks.sizes["pipeline"] == 1:
         return
     weights = [p.model.embed_tokens.weight for p in parts if p.model.embed_tokens is not None]

@@ -1,4 +1,4 @@
-"""Activation checkpointing (arXiv:1604.06174): what a layer forgets after its forward pass and computes again."""
+"""Activation checkpointing (arXiv:1604.06174): layers drop activations and recompute them in the backward pass."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OPERATORS: dict[str, tuple[Any, ...]] = {
 
 
 def apply_recompute(model: Llama, config: RecomputeConfig, stage: int = 0) -> None:
-    """Makes layers of `model`, which is pipeline stage `stage`, forget and recompute, in place.
+    """Applies activation checkpointing to layers of `model`, which is pipeline stage `stage`, in place.
 
     The layer's forward is replaced rather than wrapped in a module: parameter names stay what they are.
     """

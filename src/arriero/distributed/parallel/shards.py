@@ -1,4 +1,4 @@
-"""The part of each parameter that this process holds: where it lies in the whole, and who else holds it."""
+"""The shard of each parameter on this process: its offset in the whole, and the mesh dimensions it is sharded over."""
 
 from __future__ import annotations
 

@@ -8,6 +8,8 @@ position, too: the sum after a block becomes a reduce-scatter, and an all-gather
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,43 +25,47 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.distributed.tensor.placement_types import Placement
 
+from arriero.model.config import FAMILIES, LlamaConfig
 from arriero.model.head import VocabularyShard, linear_cross_entropy
 from arriero.model.llama import Llama
 
 
-def plan(*, sequence: bool) -> dict[str, ParallelStyle]:
-    """Module path -> style. `*` stands for every layer.
+def styles(*, sequence: bool) -> dict[str, Callable[[], ParallelStyle]]:
+    """The styles that a family's plan (model/family.py) names.
 
     The block's input becomes one replicated DTensor before its column-parallel matrices, so that their input gradients
     are added locally and summed over ranks once, not once a matrix.
     """
     whole, none = Replicate(), None
     stream = Shard(1) if sequence else Replicate()
-    table: dict[str, ParallelStyle] = {
-        "model.embed_tokens": RowwiseParallel(input_layouts=whole, output_layouts=stream),
-        "model.layers.*.self_attn": PrepareModuleInput(
+    return {
+        "embedding": lambda: RowwiseParallel(input_layouts=whole, output_layouts=stream),
+        "attention": lambda: PrepareModuleInput(
             input_layouts=(stream, none, none, none, none), desired_input_layouts=(whole, none, none, none, none)
         ),
-        "model.layers.*.self_attn.q_proj": ColwiseParallel(),
-        "model.layers.*.self_attn.k_proj": ColwiseParallel(),
-        "model.layers.*.self_attn.v_proj": ColwiseParallel(),
-        "model.layers.*.self_attn.o_proj": RowwiseParallel(output_layouts=stream),
-        "model.layers.*.mlp": PrepareModuleInput(input_layouts=stream, desired_input_layouts=whole),
-        "model.layers.*.mlp.gate_proj": ColwiseParallel(),
-        "model.layers.*.mlp.up_proj": ColwiseParallel(),
-        "model.layers.*.mlp.down_proj": RowwiseParallel(output_layouts=stream),
-        "lm_head": ColwiseParallel(input_layouts=stream, output_layouts=Shard(-1), use_local_output=False),
+        "mlp": lambda: PrepareModuleInput(input_layouts=stream, desired_input_layouts=whole),
+        "column": ColwiseParallel,
+        "row": lambda: RowwiseParallel(output_layouts=stream),
+        "norm": lambda: SequenceParallel(use_local_output=True),
+        "head": lambda: ColwiseParallel(input_layouts=stream, output_layouts=Shard(-1), use_local_output=False),
     }
-    if sequence:
-        for norm in ("model.layers.*.input_layernorm", "model.layers.*.post_attention_layernorm", "model.norm"):
-            table[norm] = SequenceParallel(use_local_output=True)
-    return table
+
+
+def plan(config: LlamaConfig, *, sequence: bool) -> dict[str, ParallelStyle]:
+    """Module path -> style, of the model's family. `*` is every layer; norms are in it with `sequence` only."""
+    table: Mapping[str, str] = FAMILIES.get(config.model_type).plan
+    by_name = styles(sequence=sequence)
+    return {path: by_name[style]() for path, style in table.items() if sequence or style != "norm"}
 
 
 def apply_tensor_parallel(model: Llama, mesh: DeviceMesh, *, sequence: bool) -> None:
     """Cuts the parameters of what is there of the model over `mesh` (one dimension), in place."""
     absent = {"model.embed_tokens": model.model.embed_tokens, "model.norm": model.model.norm, "lm_head": model.lm_head}
-    table = {path: style for path, style in plan(sequence=sequence).items() if absent.get(path, model) is not None}
+    table = {
+        path: style
+        for path, style in plan(model.config, sequence=sequence).items()
+        if absent.get(path, model) is not None
+    }
     parallelize_module(model, mesh, table)
     if model.lm_head is not None:
         model.token_loss = VocabularyParallelLoss(mesh, model.config.vocab_size, Shard(1) if sequence else Replicate())

@@ -49,19 +49,19 @@ def apply_zero(model: Llama, mesh: DeviceMesh, stage: int, compute_dtype: torch.
 
 
 def is_fsdp(module: nn.Module) -> TypeGuard[FSDPModule]:
-    """Whether FSDP manages it; a lone process need not import FSDP to know."""
+    """Whether FSDP manages it; a single process need not import FSDP for it."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def set_gradient_sync(model: Llama, stage: int, *, last: bool) -> None:
-    """Tells FSDP whether this micro-batch's backward ends in a gradient sum; without FSDP it does nothing."""
+    """Sets whether this micro-batch's backward sums gradients over ranks; without FSDP it does nothing."""
     if is_fsdp(model):
         model.set_requires_gradient_sync(last or stage > 1)
 
 
 def reshard(model: Llama) -> None:
-    """Frees parameters that a forward pass without backward has left whole; without FSDP it does nothing."""
+    """Frees parameters that are still gathered after a forward pass without backward; without FSDP it does nothing."""
     for module in model.modules():
         if is_fsdp(module):
             module.reshard()

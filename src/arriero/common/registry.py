@@ -1,0 +1,81 @@
+"""Tables of named parts that packages outside arriero can extend: optimizers, learning-rate schedules, model families.
+
+A plugin is a module that registers its parts when it is imported. Two ways name one:
+
+- an entry point of the installed package: `[project.entry-points."arriero.plugins"]` with `my-name = "my_module"`;
+- the environment variable ARRIERO_PLUGINS, modules separated by commas, for a file that is not installed.
+
+A recipe or checkpoint cannot name code: both are files that may come from strangers.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar
+
+from arriero.common.errors import UserError, closest_match
+
+T = TypeVar("T")
+VARIABLE, GROUP = "ARRIERO_PLUGINS", "arriero.plugins"
+
+
+class Registry(Generic[T]):
+    """Parts of one kind by name.
+
+    Args:
+        key: the recipe's key that selects one, for messages.
+        builtin: arriero's own, as "module:attribute", so that naming them imports nothing.
+    """
+
+    def __init__(self, key: str, builtin: dict[str, str]) -> None:
+        self.key = key
+        self._parts: dict[str, T | str] = dict(builtin)
+
+    def register(self, name: str, part: T) -> None:
+        """Adds a part under a new name. Raises ValueError where the name is taken by another."""
+        if self._parts.get(name, part) is not part:
+            raise ValueError(f"{self.key} {name} is registered already")
+        self._parts[name] = part
+
+    def names(self) -> list[str]:
+        """All names that a recipe may use, those of plugins included."""
+        load_plugins()
+        return list(self._parts)
+
+    def problems(self, name: str) -> list[UserError]:
+        """What is wrong with the name, with the nearest known ones as the fix."""
+        if name in self._parts or name in self.names():
+            return []
+        return [UserError(f"{self.key} {name!r} is not known", closest_match(name, self.names()))]
+
+    def get(self, name: str) -> T:
+        """The part of that name; built-in ones are imported now. Raises UserError for an unknown name."""
+        if problems := self.problems(name):
+            raise problems[0]
+        part = self._parts[name]
+        if isinstance(part, str):
+            module, _, attribute = part.partition(":")
+            part = self._parts[name] = getattr(importlib.import_module(module), attribute)
+        return part
+
+
+@functools.cache
+def load_plugins() -> None:
+    """Imports every plugin, once a process.
+
+    Raises:
+        UserError: one cannot be imported.
+    """
+    modules = [point.module for point in entry_points(group=GROUP)]
+    modules += [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UserError(
+                f"the plugin {module} cannot be imported: {error}",
+                f"put its folder on PYTHONPATH, or remove it from {VARIABLE} or uninstall it",
+            ) from None
