@@ -139,7 +139,7 @@ class Trainer:
         if self.rewinds > MAX_REWINDS:
             raise UserError(f"rewound {MAX_REWINDS} times: it is not the data", "lower the rate, or look at the model")
         checkpoint = (
-            newest_intact_checkpoint(checkpoints, self.ranks, say=log, model=self.config) if checkpoints else None
+            newest_intact_checkpoint(checkpoints, self.ranks, log=log, model=self.config) if checkpoints else None
         )
         self.loader.close()
         if checkpoint is None:
