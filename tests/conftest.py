@@ -42,6 +42,22 @@ def places() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith(names)}
 
 
+LONGEST = (
+    "distributed/parallel/test_layouts.py",
+    "test_docs.py",
+    "distributed/launch/test_launcher.py",
+    "distributed/parallel/test_compiled.py",
+    "cli/torture/test_torture.py",
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under `pytest -n` the longest files come first, so that no worker is left alone with one of them at the end."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        names = {HERE / name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: names.get(item.path, len(names)))
+
+
 @pytest.fixture(autouse=True)
 def environment_stays() -> Iterator[None]:
     """Fails a test that leaves such a variable behind: later tests, and what they start, would take it as theirs."""

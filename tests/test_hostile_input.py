@@ -47,6 +47,8 @@ from arriero.distributed.parallel.mesh import Ranks
 from arriero.train.loop import ResumePlan, train
 from arriero.train.recipe import Recipe
 
+pytestmark = pytest.mark.slow
+
 Damage = Callable[[Path], object]
 STARTS = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "pty.spawn", "pickle.find_class",
           "socket.connect", "ctypes.dlopen")  # fmt: skip

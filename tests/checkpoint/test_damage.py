@@ -18,6 +18,8 @@ from arriero.checkpoint.verify import newest_intact_checkpoint, verify_checkpoin
 from arriero.common.errors import UserError
 from arriero.distributed.parallel.mesh import Ranks
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:

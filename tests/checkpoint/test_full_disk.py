@@ -18,6 +18,8 @@ from arriero.common.errors import EXIT_OK, EXIT_USAGE
 from arriero.observe.line_file import LineFile, WriteErrors
 from toy import write_config, write_recipe
 
+pytestmark = pytest.mark.slow
+
 
 class SmallDisk:
     """A tmpfs of a size where this user may mount one; elsewhere a limit on the size of files."""

@@ -28,12 +28,15 @@ from arriero.distributed.parallel.mesh import Ranks
 from arriero.observe.events import Events
 from arriero.observe.profile import Profile
 from arriero.train import reporter as reporter_module
+from arriero.train import watch as watch_module
 from arriero.train.config import WatchConfig
 from arriero.train.directory import prepare_run_directory
 from arriero.train.recipe import Recipe
 from arriero.train.reporter import Reporter, StepResult
 from arriero.train.watch import Watchdog
 from toy import CONFIG
+
+pytestmark = pytest.mark.slow
 
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink", "os.chmod")
 _written: list[str] | None = None
@@ -231,6 +234,7 @@ def test_whatever_lies_in_the_place_of_a_file_of_the_run_is_not_followed(
     refused = ""
     try:
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(watch_module, "STACK_FILE_WAIT", 0.0)  # there are no other processes to wait for
             if name != "loss.png":
                 patch.setattr(reporter_module, "loss_figure", lambda *_: None)  # which takes most of the time
             start(recipe, profiled=name.startswith("profile"))
