@@ -24,7 +24,7 @@ settings.register_profile("busy", deadline=None)  # a busy machine is no failure
 settings.load_profile("busy")
 
 
-def places() -> dict[str, str]:
+def rank_variables() -> dict[str, str]:
     """The variables that say which process of which run this is."""
     names = (
         "ARRIERO_",
@@ -59,8 +59,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def environment_stays() -> Iterator[None]:
+def no_rank_variable_stays() -> Iterator[None]:
     """Fails a test that leaves such a variable behind: later tests, and what they start, would take it as theirs."""
-    before = places()
+    before = rank_variables()
     yield
-    assert places() == before
+    assert rank_variables() == before

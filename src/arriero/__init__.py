@@ -175,11 +175,13 @@ def _train(recipe: Recipe, resumed: Path | None = None, *, processes: int, allow
     from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_STOPPED, CheckFailed
     from arriero.common.signals import interrupt_on_signals
     from arriero.distributed.launch.config import LaunchConfig
+    from arriero.distributed.launch.worker import restart_clock
     from arriero.train.config import RunOptions
     from arriero.train.run import pretrain
 
     launch = LaunchConfig(nproc_per_node=processes)
     options = RunOptions(resume=str(resumed or ""), launch=launch, allow_change=allow_change)
+    restart_clock()
     with interrupt_on_signals():
         code = pretrain(recipe, options)
     if code == EXIT_CHECK_FAILED:

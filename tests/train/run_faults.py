@@ -50,7 +50,7 @@ def spin(seconds: float) -> None:
         pass
 
 
-def install(fault: str, here: bool, skipped: list[int]) -> None:
+def install(fault: str, here: bool, skipped: list[int], out: Path) -> None:
     """Makes the third step, or every one where the fault is slowness, go wrong on this process."""
     steps = [0]
 
@@ -66,7 +66,7 @@ def install(fault: str, here: bool, skipped: list[int]) -> None:
     def batch(self: Trainer) -> Any:
         micro = BATCH(self)
         if here and fault == "sleep" and steps[0] == 3:
-            oversleep(Path(self.recipe.out) / "log.txt")
+            oversleep(out / "log.txt")
         return micro
 
     def gradients(self: Optimizer) -> None:
@@ -90,7 +90,7 @@ def run_job(job: dict[str, Any]) -> None:
         recipe: Recipe = parse(Recipe, settings, prog="case")
         ranks = Ranks.build(recipe.parallel, "cpu")
         skipped: list[int] = []
-        install(case["fault"], ranks.rank == case["rank"], skipped)
+        install(case["fault"], ranks.rank == case["rank"], skipped, Path(recipe.out))
         failed = ""
         try:
             train(recipe, ranks, local_rank=0, device_kind="cpu", plan=ResumePlan())

@@ -76,6 +76,7 @@ def losses(run: Path) -> list[tuple[int, float]]:
         ({"node_rank": 1}, {}, "--node-rank without --nodes has no effect"),
         ({"master_addr": "h", "master_port": 2000}, {}, "--master-addr, --master-port without --nodes"),
         ({"nodes": 2, "node_rank": 0, "master_addr": "h", "master_port": 80}, {}, "from 1024 to 65535"),
+        ({"nodes": 2, "node_rank": 0, "master_addr": "h"}, {"MASTER_PORT": "1"}, "MASTER_PORT is 1"),
         ({"nproc_per_node": -1}, {}, "--nproc-per-node is -1"),
         ({"max_restarts": -1}, {}, "--max-restarts is -1"),
         ({"join_timeout": 0.0}, {}, "--join-timeout is 0"),
