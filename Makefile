@@ -7,13 +7,20 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 NPU := build/npu
 PEERS := build/peers
 
-.PHONY: demo test lint docs torture npu cluster peers clean
+.PHONY: demo test test-quick lint docs torture npu cluster peers clean
 
 demo: $(VENV)/.demo
 	$(BIN)/arriero demo --overwrite
 
+# A file's tests share what its fixtures build, so that each file runs on one worker.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.test lint
-	$(BIN)/pytest
+	$(PYTEST)
+
+# For the loop of work, in under two minutes: all tests but those that start processes or take seconds.
+test-quick: $(VENV)/.test
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -148,26 +148,44 @@ def memory_by_layout() -> str:
     return "\n".join(rows)
 
 
-def example(name: str) -> str:
-    """A file of examples/extending as a block."""
-    return f"```python\n{(ROOT / 'examples' / 'extending' / name).read_text(encoding='utf-8').rstrip()}\n```"
+EXAMPLES = {
+    "schedule.py": "A learning-rate schedule",
+    "optimizer.py": "An optimizer",
+    "model_family.py": "A model family",
+    "data_format.py": "A data format",
+    "tracker.py": "A tracker",
+    "verb.py": "A verb",
+}
+"""The titles of the examples, in the order of the page."""
+
+
+def examples() -> str:
+    """Every file of examples/extending under its title."""
+    files = {path.name: path for path in sorted((ROOT / "examples" / "extending").glob("*.py"))}
+    names = [*(name for name in EXAMPLES if name in files), *(name for name in files if name not in EXAMPLES)]
+    parts = []
+    for name in names:
+        title = EXAMPLES.get(name, name.removesuffix(".py").replace("_", " ").capitalize())
+        text = files[name].read_text(encoding="utf-8").rstrip()
+        parts.append(f"## {title}\n\n`examples/extending/{name}`:\n\n```python\n{text}\n```")
+    return "\n\n".join(parts)
 
 
 GENERATED: dict[str, Callable[[], str]] = {
     "memory by recipe": memory_by_recipe,
     "memory by layout": memory_by_layout,
+    "examples": examples,
 }
-
-
-def content(name: str) -> str:
-    """What a marked place of a page holds: a table, or `example FILE`."""
-    return example(name.removeprefix("example ")) if name.startswith("example ") else GENERATED[name]()
 
 
 def filled(text: str) -> str:
     """A page with every marked place written anew."""
     pattern = r"<!-- generated: ([^>]+) -->\n.*?<!-- end -->"
-    return re.sub(pattern, lambda m: f"<!-- generated: {m[1]} -->\n\n{content(m[1])}\n\n<!-- end -->", text, flags=re.S)
+
+    def written(place: re.Match[str]) -> str:
+        return f"<!-- generated: {place[1]} -->\n\n{GENERATED[place[1]]()}\n\n<!-- end -->"
+
+    return re.sub(pattern, written, text, flags=re.S)
 
 
 def current() -> dict[Path, str]:

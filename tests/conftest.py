@@ -24,7 +24,7 @@ settings.register_profile("busy", deadline=None)  # a busy machine is no failure
 settings.load_profile("busy")
 
 
-def places() -> dict[str, str]:
+def rank_variables() -> dict[str, str]:
     """The variables that say which process of which run this is."""
     names = (
         "ARRIERO_",
@@ -42,9 +42,25 @@ def places() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith(names)}
 
 
+LONGEST = (
+    "distributed/parallel/test_layouts.py",
+    "test_docs.py",
+    "distributed/launch/test_launcher.py",
+    "distributed/parallel/test_compiled.py",
+    "cli/torture/test_torture.py",
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under `pytest -n` the longest files come first, so that no worker is left alone with one of them at the end."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        names = {HERE / name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: names.get(item.path, len(names)))
+
+
 @pytest.fixture(autouse=True)
-def environment_stays() -> Iterator[None]:
+def no_rank_variable_stays() -> Iterator[None]:
     """Fails a test that leaves such a variable behind: later tests, and what they start, would take it as theirs."""
-    before = places()
+    before = rank_variables()
     yield
-    assert places() == before
+    assert rank_variables() == before

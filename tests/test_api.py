@@ -12,6 +12,7 @@ import pytest
 
 import arriero
 import toy
+from arriero.distributed.launch import worker
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +63,13 @@ def test_a_run_goes_on_in_another_layout(run: arriero.Run) -> None:
 
 def test_how_a_run_ended_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = arriero.load_recipe("demo", {"out": str(tmp_path)})
+    monkeypatch.setattr(worker._Clock, "start", -1e9)
     monkeypatch.setattr("arriero.train.run.pretrain", lambda *_: 75)
     assert not arriero.pretrain(recipe).complete
     monkeypatch.setattr("arriero.train.run.pretrain", lambda *_: 1)
     with pytest.raises(arriero.CheckFailed, match="a process of the run failed"):
         arriero.pretrain(recipe)
+    assert worker._Clock.start > -1e9, "a run's time counts from its own start, not from that of the notebook"
 
 
 def test_metrics_are_columns(run: arriero.Run) -> None:

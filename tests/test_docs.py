@@ -1,7 +1,9 @@
 """The docs state only what runs.
 
 Every `$ ` line of a console block is executed, in order, in an empty directory, by a login shell of its own with
-nothing of this test's environment; what the block shows below it must be what was printed, both streams together:
+nothing of this test's environment. On the README's page and for the demo, `arriero` is the installed script; on the
+other pages it is a client of the fork server, which saves each command the import of torch. What the block shows below
+it must be what was printed, both streams together:
 
 - a line `...` stands for any number of lines, and `...` within a line for any text;
 - after the comment `<!-- numbers vary -->` above a block, each number in it stands for any number.
@@ -22,9 +24,13 @@ from pathlib import Path
 
 import pytest
 
+import fork_server
 from arriero.cli.main import VERBS
 from arriero.common.settings import field_types
 from arriero.train.recipe import Recipe
+from programs import fork_server_socket
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -110,9 +116,15 @@ def prepared(directory: Path) -> Path:
     return directory
 
 
-def run(command: str, directory: Path, shell: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def forked_arriero() -> str:
+    """A shell function `arriero` that runs its words in a process forked from one that has imported torch."""
+    client = shlex.join([sys.executable, "-IS", fork_server.__file__, fork_server_socket()])
+    return f'arriero() {{ {client} "$@"; }}\n'
+
+
+def run(command: str, directory: Path, shell: dict[str, str], arriero: str = "") -> subprocess.CompletedProcess[str]:
     """Runs a command as the shell does in which the README's first line has been typed."""
-    lines = f"{ACTIVATE}\nexport COLUMNS=100\n{command}\n"
+    lines = f"{ACTIVATE}\nexport COLUMNS=100\n{arriero}{command}\n"
     return subprocess.run(
         ["bash", "--login", "-c", lines], cwd=directory, env=shell, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, timeout=1800, check=False,
@@ -125,13 +137,14 @@ def test_every_command_works_and_prints_what_is_shown(
     page: Path, tmp_path: Path, shell: dict[str, str], request: pytest.FixtureRequest
 ) -> None:
     prepared(tmp_path)
+    arriero = "" if page == README else forked_arriero()
     for action in actions(page):
         if not action.command:
             (tmp_path / action.name).write_text(action.text, encoding="utf-8")
         elif action.command == DEMO:
             shutil.copytree(request.getfixturevalue("demo"), tmp_path / "demo")
         else:
-            done = run(action.command, tmp_path, shell)
+            done = run(action.command, tmp_path, shell, arriero)
             assert done.returncode == 0, f"{page.name}: $ {action.command}\n{done.stdout}"
             if action.text:
                 same = fits(action.text, done.stdout, numbers_vary=action.numbers_vary)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import numpy as np
 
 from arriero.data.indexed import IndexedWriter
 from arriero.model.config import LlamaConfig
+from programs import arriero  # noqa: F401 - with the toy recipe, most often
 
 CONFIG = LlamaConfig(
     vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -106,13 +104,3 @@ warmup_steps = 2
 """
     )
     return path
-
-
-def arriero(*words: object, code: int = 0, cwd: Path | None = None) -> str:
-    """Runs the command line as a user does; asserts its exit code, returns what it printed on either stream."""
-    command = [sys.executable, "-m", "arriero", *map(str, words)]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=cwd, env=environment, check=False)
-    printed = done.stdout + done.stderr
-    assert done.returncode == code, f"exit {done.returncode} instead of {code}:\n{printed}"
-    return printed

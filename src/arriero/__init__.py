@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from arriero.checkpoint.export import ExportDtype, Exported
     from arriero.checkpoint.language_model import DeviceChoice, LanguageModel, ModelDtype
-    from arriero.checkpoint.open_model import Opened
+    from arriero.checkpoint.open_model import OpenedModel
     from arriero.common.errors import CheckFailed, UserError
     from arriero.observe.compare import Comparison
     from arriero.train.recipe import Recipe
@@ -175,11 +175,13 @@ def _train(recipe: Recipe, resumed: Path | None = None, *, processes: int, allow
     from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_STOPPED, CheckFailed
     from arriero.common.signals import interrupt_on_signals
     from arriero.distributed.launch.config import LaunchConfig
+    from arriero.distributed.launch.worker import restart_clock
     from arriero.train.config import RunOptions
     from arriero.train.run import pretrain
 
     launch = LaunchConfig(nproc_per_node=processes)
     options = RunOptions(resume=str(resumed or ""), launch=launch, allow_change=allow_change)
+    restart_clock()
     with interrupt_on_signals():
         code = pretrain(recipe, options)
     if code == EXIT_CHECK_FAILED:
@@ -265,7 +267,7 @@ def load_model(
     return LanguageModel(Path(path), tokenizer=where, dtype=dtype, device=device)
 
 
-def open_model(path: str | Path) -> Opened:
+def open_model(path: str | Path) -> OpenedModel:
     """Opens a run, a checkpoint, or a model of another system; nothing is read before a tensor is asked for.
 
     `opened.reader` has `names()`, `shape(name)`, `dtype(name)` and `read(name)`, under Hugging Face's names;

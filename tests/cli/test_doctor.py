@@ -13,6 +13,8 @@ import arriero
 from arriero.cli import doctor
 from arriero.cli.doctor import DoctorArgs, examine, run
 
+pytestmark = pytest.mark.slow
+
 SOURCES = str(Path(arriero.__file__).parents[1])
 
 

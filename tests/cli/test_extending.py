@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import toy
+from programs import arriero
 
 EXAMPLE = Path(__file__).parents[2] / "examples/extending/verb.py"
 
@@ -28,11 +29,11 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("installed")
 def test_a_verb_of_another_package(tmp_path: Path) -> None:
     prefix = toy.write_data(tmp_path / "data", documents=3)
-    assert json.loads(toy.arriero("tokens", prefix, "--json"))["tokens"] > 0
-    toy.arriero("tokens", prefix, "--at-least", 10**9, code=1)
-    assert "--at-least is -1" in toy.arriero("tokens", prefix, "--at-least", -1, code=2)
-    assert "The data set's prefix." in toy.arriero("tokens", "--help")
-    assert "from the package my-package" in toy.arriero("--help")
+    assert json.loads(arriero("tokens", prefix, "--json"))["tokens"] > 0
+    arriero("tokens", prefix, "--at-least", 10**9, code=1)
+    assert "--at-least is -1" in arriero("tokens", prefix, "--at-least", -1, code=2)
+    assert "The data set's prefix." in arriero("tokens", "--help")
+    assert "from the package my-package" in arriero("--help")
 
 
 def test_the_example_is_short() -> None:

@@ -6,11 +6,11 @@ import subprocess
 
 import pytest
 
-import toy
 from arriero.cli import main as cli
 from arriero.cli.completion import completion_script, verb_flags
 from arriero.common.errors import UserError
 from arriero.train.recipe import bundled_directory
+from programs import arriero
 
 
 def help_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -47,7 +47,7 @@ def test_the_complete_help_has_every_flag_and_every_recipe(capsys: pytest.Captur
 
 def test_no_boxes_in_a_pipe() -> None:
     for words in (["pretrain", "--help"], ["generate", "--help"], ["launch", "slurm", "--help"], ["bench", "--help"]):
-        assert toy.arriero(*words).isascii(), words
+        assert arriero(*words).isascii(), words
 
 
 COMPLETED = {

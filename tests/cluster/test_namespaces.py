@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from toy import arriero, write_recipe
+from programs import arriero
+from toy import write_recipe
+
+pytestmark = pytest.mark.slow
 
 NODES = 4
 ADDRESS = "10.77.0.{}"

@@ -14,7 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from toy import arriero, write_recipe
+from programs import arriero
+from toy import write_recipe
+
+pytestmark = pytest.mark.slow
 
 CONFIG = """ClusterName=arriero
 SlurmctldHost={host}(127.0.0.1)

@@ -10,6 +10,8 @@ import pytest
 
 from arriero.common import device
 
+pytestmark = pytest.mark.slow
+
 
 def test_looking_for_the_device_leaves_the_process_free_to_fork(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch asks NVIDIA's management library under this variable, and CUDA, which does not survive a fork, without."""

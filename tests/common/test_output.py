@@ -17,6 +17,8 @@ from arriero.common.errors import UserError
 from arriero.common.output import OutputClosed, guarded_output, new_write_failures
 from toy import write_recipe
 
+pytestmark = pytest.mark.slow
+
 
 def unread_pipe() -> io.TextIOWrapper:
     """A stream into a pipe that nobody reads."""

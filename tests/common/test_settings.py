@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from arriero.cli.bench.command import BenchConfig
 from arriero.cli.launch_slurm import SlurmArgs
 from arriero.cli.main import VERBS
+from arriero.common import settings as common_settings
 from arriero.common.errors import UserError
 from arriero.common.ranges import (
     bare_type,
@@ -26,6 +27,7 @@ from arriero.common.ranges import (
     find_annotation,
     flag,
     format_interval,
+    leaves,
     range_problems,
     value_problem,
 )
@@ -292,3 +294,21 @@ def test_the_other_programs_names_are_of_keys_that_exist() -> None:
 def test_a_value_that_looks_like_a_flag_stays_a_value() -> None:
     assert parse(Recipe, [Setting("out", ["--train.steps=3"], "r.toml:1")], prog="test").out == "--train.steps=3"
     assert parse(Recipe, [Setting("out", ["--help"], "r.toml:1")], prog="test").out == "--help"
+
+
+def test_a_wrong_value_among_many_has_the_whole_recipe_read_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading all keys for each key took seconds."""
+    sizes: list[int] = []
+    read = common_settings._read_settings
+
+    def counted(cls: Any, *rest: Any) -> Any:
+        sizes.append(len(field_ranges(cls)))
+        return read(cls, *rest)
+
+    monkeypatch.setattr(common_settings, "_read_settings", counted)
+    given = [Setting(key, [str(value)], "r.toml:1") for key, _, value in leaves(Recipe()) if isinstance(value, int)]
+    with pytest.raises(UserError, match="one of float32"):
+        parse(Recipe, [*given, Setting("train.dtype", ["single"], "r.toml:2")], prog="test")
+    assert sizes[0] > 60
+    assert set(sizes[1:]) == {1}
+    assert len(sizes) == len(given) + 2

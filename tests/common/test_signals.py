@@ -12,6 +12,8 @@ import pytest
 
 from toy import write_recipe
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 SAVED = ["group twice", "timeout -s INT", "launcher", "worker 1", "nohup", "lone, timeout -s INT"]
 ENDED = {

@@ -22,6 +22,8 @@ from arriero.data.indexed import IndexedDataset
 from arriero.data.manifest import read_manifest
 from arriero.data.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 Prepare = Callable[..., str]
 GOOD = b'{"text": "good"}\n'
 # (name, bytes of a file's second line, reason); the first and third lines are good.

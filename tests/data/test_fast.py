@@ -18,6 +18,8 @@ from arriero.data.fast import FastTokenizer, choose_fast_tokenizer
 from arriero.data.indexed import IndexedDataset
 from arriero.data.tokenizer import Tokenizer, load_tokenizer, split_text
 
+pytestmark = pytest.mark.slow
+
 SAMPLE = list(pydoc_data.topics.topics.values())[:4]
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from small_inputs import write_records
 
 from arriero.cli.inspect.dataset import inspect, recognises
 from arriero.common.errors import UserError
+from arriero.data import prefetch
 from arriero.data.batches import Batches
 from arriero.data.config import DataConfig
 from arriero.data.indexed import IndexedDataset, IndexedWriter
@@ -118,8 +120,19 @@ def test_prefetched_batches_are_the_same_in_order(tmp_path: Path) -> None:
     batches = Batches(DataConfig(prefix=str(tmp_path / "a"), split="1,0,0"), sequence_length=8, global_batch=4, seed=0)
     with Prefetch(lambda step: batches.batch(step, 0, 4), range(3, 20)) as ready:
         found = [batch.tokens.tolist() for batch in ready]
-        assert ready.waited_ms >= 0
     assert found == [batches.batch(step, 0, 4).tokens.tolist() for step in range(3, 20)]
+
+
+def test_prefetch_measures_how_long_the_reader_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(perf_counter=iter([1.0, 1.25, 7.0, 7.5]).__next__)
+    monkeypatch.setattr(prefetch, "time", clock)
+    waited = []
+    with Prefetch(lambda n: n, range(2)) as ready:
+        for _ in ready:
+            waited.append(ready.waited_ms)
+            if len(waited) == 2:
+                break
+    assert waited == [250.0, 500.0]
 
 
 def test_prefetch_hands_on_errors_and_stops_early() -> None:

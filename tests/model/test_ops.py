@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -21,6 +20,7 @@ import npu_twin
 from arriero.common import device
 from arriero.model import npu, ops
 from arriero.model.llama import Llama
+from programs import free_port
 from toy import CONFIG
 
 TOLERANCE = 1e-12  # float64, relative
@@ -227,9 +227,7 @@ def test_the_model_is_the_same_on_fused_operators(packed: bool) -> None:
 def test_the_model_is_the_same_under_sequence_parallelism() -> None:
     """There the norms see DTensors, for which the vendor's operators have no rules."""
     script = Path(__file__).with_name("sequence_parallel_norms.py")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     environment = {
         **os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(script.parents[1]),

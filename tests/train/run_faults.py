@@ -23,14 +23,25 @@ from arriero.train.loop import ResumePlan, train
 from arriero.train.optim import Optimizer
 from arriero.train.recipe import Recipe
 from arriero.train.trainer import Trainer
+from arriero.train.watch import HostBusyTime, Watchdog
 
 STEP, BATCH, GRADIENTS = Trainer.step, Trainer.next_batch, Optimizer.collect_gradients
+SUMMARY = Watchdog._stack_summary
 NAME = "model.norm.weight"
 
 
-def oversleep(seconds: float) -> None:
-    """Its name is looked for in the stacks."""
-    time.sleep(seconds)
+def oversleep(log: Path) -> None:
+    """Until the watchdog has reported the step; this function's name is looked for in the stacks."""
+    while "WATCHDOG: step 3 takes longer" not in log.read_text():
+        time.sleep(0.05)
+
+
+def stacks_of_all(self: Watchdog) -> list[str]:
+    """What `_stack_summary` returns once every process has written its stacks, however busy the machine is."""
+    files = [self._folder / f"rank-{rank:05d}.txt" for rank in range(self._world)]
+    while not all(file.exists() and f"step {self._step} " in file.read_text() for file in files):
+        time.sleep(0.05)
+    return SUMMARY(self)
 
 
 def spin(seconds: float) -> None:
@@ -39,7 +50,7 @@ def spin(seconds: float) -> None:
         pass
 
 
-def install(fault: str, here: bool, skipped: list[int]) -> None:
+def install(fault: str, here: bool, skipped: list[int], out: Path) -> None:
     """Makes the third step, or every one where the fault is slowness, go wrong on this process."""
     steps = [0]
 
@@ -55,7 +66,7 @@ def install(fault: str, here: bool, skipped: list[int]) -> None:
     def batch(self: Trainer) -> Any:
         micro = BATCH(self)
         if here and fault == "sleep" and steps[0] == 3:
-            oversleep(4)
+            oversleep(out / "log.txt")
         return micro
 
     def gradients(self: Optimizer) -> None:
@@ -68,6 +79,9 @@ def install(fault: str, here: bool, skipped: list[int]) -> None:
             held.view(-1)[0] = math.nan
 
     Trainer.step, Trainer.next_batch, Optimizer.collect_gradients = step, batch, gradients  # type: ignore[method-assign]
+    Watchdog._stack_summary = stacks_of_all if fault == "sleep" else SUMMARY  # type: ignore[method-assign]
+    # Without the wait for a processor, which on a busy machine may be longer on any other process.
+    HostBusyTime._now = lambda self: time.thread_time()  # type: ignore[method-assign]
 
 
 def run_job(job: dict[str, Any]) -> None:
@@ -76,7 +90,7 @@ def run_job(job: dict[str, Any]) -> None:
         recipe: Recipe = parse(Recipe, settings, prog="case")
         ranks = Ranks.build(recipe.parallel, "cpu")
         skipped: list[int] = []
-        install(case["fault"], ranks.rank == case["rank"], skipped)
+        install(case["fault"], ranks.rank == case["rank"], skipped, Path(recipe.out))
         failed = ""
         try:
             train(recipe, ranks, local_rank=0, device_kind="cpu", plan=ResumePlan())

@@ -12,6 +12,8 @@ import pytest
 
 from toy import write_config, write_data
 
+pytestmark = pytest.mark.slow
+
 CASES = {  # fault and the layout of three data-parallel processes: three copies, or one state cut in three
     "nan in one copy": ("nan", 1, {"parallel.zero_group": 1}),
     "nan in one shard": ("nan", 1, {"train.check_replicas_every": 0}),

@@ -28,6 +28,9 @@ from arriero.train.guard import SpikeDetector
 from arriero.train.loop import ResumePlan, train
 from arriero.train.recipe import Recipe
 from arriero.train.trainer import Trainer
+from programs import arriero
+
+pytestmark = pytest.mark.slow
 
 
 def recipe_in(directory: Path, **changes: Any) -> Recipe:
@@ -156,11 +159,11 @@ def test_the_time_of_a_run_that_was_killed_and_resumed(tmp_path: Path) -> None:
             time.sleep(0.005)
             last = max([event.get("step", 0) for event in read_events(out)], default=0)
         child.send_signal(signal.SIGKILL)
-    toy.arriero("pretrain", "--resume", out, "--train.steps", last + 10)
+    arriero("pretrain", "--resume", out, "--train.steps", last + 10)
     found = goodput(read_events(out))
     assert sum(found[kind] for kind in KINDS) == pytest.approx(found["wall"])
     assert all(found[kind] > 0 for kind in ("productive", "checkpoint", "restart", "lost"))
-    printed = toy.arriero("inspect", out)
+    printed = arriero("inspect", out)
     shares = [float(word[:-1]) for word in printed.partition("time ")[2].partition(" of ")[0].split() if "%" in word]
     assert len(shares) == len(KINDS)
     assert sum(shares) == pytest.approx(100, abs=0.3)

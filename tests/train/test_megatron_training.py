@@ -19,6 +19,8 @@ from arriero.model.init import InitialWeights
 from arriero.train.config import ScheduleConfig
 from arriero.train.schedule import learning_rate
 
+pytestmark = pytest.mark.slow
+
 CONFIG = replace(toy.CONFIG, vocab_size=260, num_hidden_layers=4)
 
 
@@ -34,12 +36,13 @@ def test_losses_equal_megatron_core_at_tensor_parallel_2(tmp_path: Path) -> None
     batches = Batches(data, sequence_length=32, global_batch=8, seed=7)
     rows = [batches.batch(step, 0, 8) for step in range(5)]
     schedule = ScheduleConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2)
-    run_oracle(
-        tmp_path, 2, action="train", config=asdict(CONFIG), padded_vocab=260, out=str(tmp_path / "megatron.json"),
-        tokens=[r.tokens.tolist() for r in rows], labels=[r.labels.tolist() for r in rows],
-        rates=[learning_rate(schedule, step, 5) for step in range(5)], weight_decay=0.1, betas=[0.9, 0.95],
-        file=str(tmp_path / "megatron/release/mp_rank_{:02d}/model_optim_rng.pt"),
-    )  # fmt: skip
+    job = {
+        "action": "train", "config": asdict(CONFIG), "padded_vocab": 260, "out": str(tmp_path / "megatron.json"),
+        "tokens": [r.tokens.tolist() for r in rows], "labels": [r.labels.tolist() for r in rows],
+        "rates": [learning_rate(schedule, step, 5) for step in range(5)], "weight_decay": 0.1, "betas": [0.9, 0.95],
+        "file": str(tmp_path / "megatron/release/mp_rank_{:02d}/model_optim_rng.pt"),
+    }  # fmt: skip
+    run_oracle(tmp_path, 2, job)
     theirs = json.loads((tmp_path / "megatron.json").read_text())
     given = {"model": "", "init": str(tmp_path / "hf"), "train__grad_clip": 0.0, "dtype": "float32"}
     two = case(tmp_path, "two", **given, **{"parallel.tensor_parallel": 2, "parallel.sequence_parallel": True})

@@ -21,7 +21,10 @@ from arriero.cli.main import dispatch
 from arriero.common.errors import EXIT_OK, EXIT_STOPPED, EXIT_USAGE, UserError
 from arriero.data.indexed import IndexedWriter
 from arriero.train.run import duration
-from toy import arriero, write_recipe
+from programs import arriero
+from toy import write_recipe
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

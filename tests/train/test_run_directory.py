@@ -16,10 +16,10 @@ import pytest
 from forging import seal
 from small_inputs import train_sentencepiece
 
+from arriero.checkpoint.directory import file_digest
 from arriero.checkpoint.find import committed
-from arriero.checkpoint.layout import file_digest
 from arriero.checkpoint.lock import RunLock
-from arriero.checkpoint.verify import verify
+from arriero.checkpoint.verify import verify_checkpoint
 from arriero.cli.main import dispatch
 from arriero.common.errors import EXIT_OK, EXIT_USAGE, UserError
 from arriero.common.settings import parse
@@ -28,12 +28,15 @@ from arriero.distributed.parallel.mesh import Ranks
 from arriero.observe.events import Events
 from arriero.observe.profile import Profile
 from arriero.train import reporter as reporter_module
+from arriero.train import watch as watch_module
 from arriero.train.config import WatchConfig
 from arriero.train.directory import prepare_run_directory
 from arriero.train.recipe import Recipe
 from arriero.train.reporter import Reporter, StepResult
 from arriero.train.watch import Watchdog
 from toy import CONFIG
+
+pytestmark = pytest.mark.slow
 
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink", "os.chmod")
 _written: list[str] | None = None
@@ -94,7 +97,7 @@ def test_a_checkpoint_that_is_resumed_from_is_only_read(
     assert {k: v for k, v in content(run / "checkpoints").items() if "step-00000003" not in k} == before
     # the newest is what was saved last, though the steps 4 and 6 of the course that was left are still there
     assert [p.name[-1] for p in committed(run / "checkpoints")] == ["2", "4", "6", "3"]
-    assert [line for p in committed(run / "checkpoints") for line in verify(p)] == []
+    assert [line for p in committed(run / "checkpoints") for line in verify_checkpoint(p)] == []
     assert dispatch(["pretrain", "--resume", str(run), "--train.steps", "4"]) == EXIT_OK
     assert "step-00000003 after step 3" in capsys.readouterr().out
 
@@ -124,7 +127,7 @@ def test_a_checkpoint_outside_a_run_needs_an_out(
     assert "lies in no run directory" in capsys.readouterr().err
     assert content(run) == before  # where its recipe says that it was written
     assert dispatch(["pretrain", "--resume", str(best), "--out", str(run.parent / "again")]) == EXIT_OK
-    assert verify(best) == []
+    assert verify_checkpoint(best) == []
 
 
 @pytest.mark.parametrize("inside", ["", "/deeper/down", ".tmp"])
@@ -231,6 +234,7 @@ def test_whatever_lies_in_the_place_of_a_file_of_the_run_is_not_followed(
     refused = ""
     try:
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(watch_module, "STACK_FILE_WAIT", 0.0)  # there are no other processes to wait for
             if name != "loss.png":
                 patch.setattr(reporter_module, "loss_figure", lambda *_: None)  # which takes most of the time
             start(recipe, profiled=name.startswith("profile"))

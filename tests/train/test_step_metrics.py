@@ -13,13 +13,16 @@ from arriero.data.batches import Batches
 from arriero.data.config import DataConfig
 from arriero.model.config import LlamaConfig
 from arriero.observe.throughput import attended_length, throughput
+from programs import arriero
+
+pytestmark = pytest.mark.slow
 
 IN_STEP = ("data_wait_ms", "forward_ms", "backward_ms", "communication_ms", "optimizer_ms")
 
 
 def steps_of(directory: Path, *words: object) -> list[dict[str, Any]]:
     recipe = toy.write_recipe(directory)
-    toy.arriero("pretrain", recipe, "--train.steps", "3", *words)
+    arriero("pretrain", recipe, "--train.steps", "3", *words)
     records = [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()]
     return [r for r in records if r["kind"] == "step"]
 

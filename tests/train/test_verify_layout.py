@@ -10,6 +10,9 @@ import pytest
 import toy
 from arriero.checkpoint.load import CheckpointReader
 from arriero.train import verify_layout as verify
+from programs import arriero
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_bundled_recipe_s_own_layout(tmp_path: Path) -> None:
@@ -17,7 +20,7 @@ def test_a_bundled_recipe_s_own_layout(tmp_path: Path) -> None:
     words = ["--parallel.tensor-parallel", "2", "--parallel.pipeline-parallel", "2", "--nproc-per-node", "4"]
     config = toy.write_config(tmp_path, num_hidden_layers=4)
     recipe = ["tinyllama-1.1b", "--model", config, "--parallel.sequence-parallel", "True"]
-    printed = toy.arriero("pretrain", *recipe, *words, "--verify-layout", cwd=tmp_path)
+    printed = arriero("pretrain", *recipe, *words, "--verify-layout", cwd=tmp_path)
     assert "pipeline 2 x tensor 2" in printed
     assert printed.count(" ok") == 5
     assert "the same run" in printed
@@ -44,5 +47,5 @@ def test_it_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_impossible_layout_is_refused_first(tmp_path: Path) -> None:
-    printed = toy.arriero("pretrain", "llama-33b-zero-32p", "--verify-layout", "--nproc-per-node", "12", code=2)
+    printed = arriero("pretrain", "llama-33b-zero-32p", "--verify-layout", "--nproc-per-node", "12", code=2)
     assert "do not divide" in printed

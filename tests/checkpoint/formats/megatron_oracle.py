@@ -1,20 +1,20 @@
-"""megatron-core's GPTModel on the CPU: `python megatron_oracle.py JOB.json` in each of tensor-parallel many processes.
+"""megatron-core's GPTModel on the CPU: `python megatron_oracle.py JOBS.json` in each of tensor-parallel many processes.
 
-Job: action `logits` loads a rank file a process, writes logits and loss; `torch_dist` saves a distributed checkpoint.
+Jobs have one layer spec. Action `logits` loads a rank file a process, writes logits and loss; `train` writes the losses
+of AdamW steps; `torch_dist` saves a distributed checkpoint.
 """
 
 import argparse
 import contextlib
 import json
-import os
 import sys
 from pathlib import Path
 
 import te_stub
 import torch
 
-JOB = json.loads(Path(sys.argv[1]).read_text())
-if JOB.get("spec") == "te":
+JOBS = json.loads(Path(sys.argv[1]).read_text())
+if JOBS[0]["spec"] == "te":
     te_stub.install()
 torch.cuda.current_device = lambda: "cpu"  # Megatron uses it as device= for buffers and collectives
 torch.cuda.synchronize = lambda *a, **k: None
@@ -92,20 +92,13 @@ def train(model, job):
     return losses
 
 
-def main():
-    job = JOB
-    rank, tensor = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo")
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
-    register_safe_globals()
-    payload = torch.load(job["file"].format(rank), weights_only=True, mmap=True) if job["file"] else {}
+def run_job(job, rank, tensor):
+    payload = torch.load(job["file"].format(rank), weights_only=True, mmap=True)
     args = payload.get("args") or shape_of(job["config"])
     model = build(args, tensor, job["padded_vocab"])
-    if job["file"]:
-        state = payload["model"]
-        missing, unexpected = model.load_state_dict(state, strict=False)
-        assert not unexpected, unexpected
-        assert all("_extra_state" in name for name in missing), missing
+    missing, unexpected = model.load_state_dict(payload["model"], strict=False)
+    assert not unexpected, unexpected
+    assert all("_extra_state" in name for name in missing), missing
     if job["action"] == "torch_dist":
         groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
         dist_checkpointing.save(
@@ -128,6 +121,15 @@ def main():
         if rank == 0:
             torch.save({"logits": torch.cat(parts, -1), "loss": loss}, job["out"])
     dist.barrier()
+
+
+def main():
+    dist.init_process_group("gloo")
+    rank, tensor = dist.get_rank(), dist.get_world_size()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
+    register_safe_globals()
+    for job in JOBS:
+        run_job(job, rank, tensor)
     dist.destroy_process_group()
 
 

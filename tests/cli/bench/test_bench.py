@@ -23,6 +23,9 @@ from arriero.distributed.parallel.config import RecomputeConfig
 from arriero.model.config import LlamaConfig
 from arriero.observe.throughput import flops_per_token
 from arriero.train.recipe import Recipe
+from programs import arriero
+
+pytestmark = pytest.mark.slow
 
 SHORT = ("--iterations", "2", "--warmup", "1")
 
@@ -34,7 +37,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_table_has_the_seed_s_columns_and_no_run_is_written(recipe: Path, tmp_path: Path) -> None:
     before = sorted(recipe.parent.rglob("*"))
-    printed = toy.arriero("bench", recipe, *SHORT, "--log.peak-tflops", "0.1", "--recompute.mode", "full", cwd=tmp_path)
+    printed = arriero("bench", recipe, *SHORT, "--log.peak-tflops", "0.1", "--recompute.mode", "full", cwd=tmp_path)
     head, rule, row = printed.splitlines()[:3]
     seed = "| device | model | iterations | samples/s/p | tokens/s/p | s/step | TFLOPs | MFU |"
     assert head == seed + " MFU, attention in full | HFU | peak memory, GB | first step, s |"
@@ -48,7 +51,7 @@ def test_the_table_has_the_seed_s_columns_and_no_run_is_written(recipe: Path, tm
 
 def test_figures_follow_from_each_other_on_two_processes(recipe: Path) -> None:
     words = ("--parallel.tensor-parallel", "2", "--data.prefix", "nowhere", "--data.attention", "document", "--json")
-    row = Result(**json.loads(toy.arriero("bench", recipe, *SHORT, *words)))
+    row = Result(**json.loads(arriero("bench", recipe, *SHORT, *words)))
     assert row.processes == 2
     assert row.layout == "tensor 2"
     assert row.data == "random tokens (nowhere is not here)"
@@ -64,7 +67,7 @@ def test_figures_follow_from_each_other_on_two_processes(recipe: Path) -> None:
 
 
 def test_the_matmul_peak(tmp_path: Path) -> None:
-    printed = toy.arriero("bench", "--peak", cwd=tmp_path)
+    printed = arriero("bench", "--peak", cwd=tmp_path)
     assert "| dtype | TFLOP/s | fastest matmul | data sheet |" in printed
     assert "- float32 on this device: --log.peak_tflops 0." in printed
     assert list(tmp_path.iterdir()) == []
@@ -106,17 +109,17 @@ def test_all_flag_problems_are_told_together() -> None:
 
 
 def test_out_of_memory_is_a_message_in_a_bench_and_a_result_in_a_sweep(recipe: Path, tmp_path: Path) -> None:
-    printed = toy.arriero("bench", recipe, *SHORT, "--memory-limit", "0.05", code=2, cwd=tmp_path)
+    printed = arriero("bench", recipe, *SHORT, "--memory-limit", "0.05", code=2, cwd=tmp_path)
     assert "out of memory: a process held" in printed
     assert "train.micro_batch" in printed
     words = ("--sweep", "--write", "best.toml", "--memory-limit", "0.05")
-    printed = toy.arriero("bench", recipe, *SHORT, *words, code=1, cwd=tmp_path)
+    printed = arriero("bench", recipe, *SHORT, *words, code=1, cwd=tmp_path)
     assert "no setting fits into memory" in printed
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_compiled_bench_says_so(recipe: Path) -> None:
-    printed = toy.arriero("bench", recipe, *SHORT, "--train.compile", "true")
+    printed = arriero("bench", recipe, *SHORT, "--train.compile", "true")
     assert "recompute none, layers compiled;" in printed
     assert "first step: with the compilation and all else" in printed
 

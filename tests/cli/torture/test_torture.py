@@ -8,7 +8,9 @@ import pytest
 from arriero.cli.main import dispatch
 from arriero.cli.torture import command as torture
 from arriero.common.errors import EXIT_USAGE, CheckFailed, UserError
-from toy import arriero
+from programs import arriero
+
+pytestmark = pytest.mark.slow
 
 
 def test_killed_and_killed_again_it_ends_the_same(tmp_path: Path) -> None:

@@ -30,24 +30,19 @@ from arriero.distributed.launch.config import LaunchConfig, resolve, resolve_lau
 from arriero.distributed.launch.rendezvous import FixedRankRendezvous
 from arriero.distributed.launch.secret import Secret
 from arriero.distributed.launch.store import call_with_timeout, open_store
-from toy import arriero, write_data, write_recipe
+from programs import ARRIERO, arriero, clean_environment, free_port
+from toy import write_data, write_recipe
+
+pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def start(
-    *words: object, program: Sequence[object] = (sys.executable, "-m", "arriero"), **environment: str
+    *words: object, program: Sequence[object] = ARRIERO, **environment: str
 ) -> subprocess.Popen[str]:  # fmt: skip
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    clean["ARRIERO_THREADS"] = "1"  # what plays a machine here has not all the cores
     return subprocess.Popen(
-        [*map(str, program), *map(str, words)], env=clean | environment, start_new_session=True,
+        [*map(str, program), *map(str, words)], env=clean_environment(**environment), start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -81,6 +76,7 @@ def losses(run: Path) -> list[tuple[int, float]]:
         ({"node_rank": 1}, {}, "--node-rank without --nodes has no effect"),
         ({"master_addr": "h", "master_port": 2000}, {}, "--master-addr, --master-port without --nodes"),
         ({"nodes": 2, "node_rank": 0, "master_addr": "h", "master_port": 80}, {}, "from 1024 to 65535"),
+        ({"nodes": 2, "node_rank": 0, "master_addr": "h"}, {"MASTER_PORT": "1"}, "MASTER_PORT is 1"),
         ({"nproc_per_node": -1}, {}, "--nproc-per-node is -1"),
         ({"max_restarts": -1}, {}, "--max-restarts is -1"),
         ({"join_timeout": 0.0}, {}, "--join-timeout is 0"),
@@ -170,10 +166,10 @@ def test_a_node_that_does_not_arrive_is_named() -> None:
 
 def test_nodes_that_start_different_numbers_of_processes_are_refused() -> None:
     first = FixedRankRendezvous(
-        nodes=2, node_rank=0, address="127.0.0.1", port=free_port(), processes=2, join_seconds=9.0, restarts=0
+        nodes=2, node_rank=0, address="127.0.0.1", port=free_port(), processes=2, join_seconds=600.0, restarts=0
     )
     second = FixedRankRendezvous(
-        nodes=2, node_rank=1, address="127.0.0.1", port=first.port, processes=1, join_seconds=9.0, restarts=0
+        nodes=2, node_rank=1, address="127.0.0.1", port=first.port, processes=1, join_seconds=600.0, restarts=0
     )
     with ThreadPoolExecutor() as pool:
         answers = [pool.submit(m.next_rendezvous) for m in (first, second)]

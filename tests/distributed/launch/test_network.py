@@ -13,7 +13,6 @@ import random
 import socket
 import struct
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -50,6 +49,9 @@ from arriero.distributed.launch.rendezvous import FixedRankRendezvous
 from arriero.distributed.launch.secret import Secret
 from arriero.distributed.parallel.config import ParallelConfig
 from arriero.distributed.parallel.pipeline import stage_shapes
+from programs import ARRIERO, free_port
+
+pytestmark = pytest.mark.slow
 
 KEY, OTHER = b"a secret of thirty-two bytes....", b"another secret of 32 bytes......"
 REPLY = b"what the store answers"
@@ -339,7 +341,7 @@ def test_a_forged_node_does_not_join(monkeypatch: pytest.MonkeyPatch) -> None:
     with listen() as probe:
         port = port_of(probe)
     place = {"nodes": 2, "address": "127.0.0.1", "port": port, "processes": 1, "restarts": 0}
-    node_0 = FixedRankRendezvous(node_rank=0, join_seconds=20, secret=secret_of(KEY), **place)
+    node_0 = FixedRankRendezvous(node_rank=0, join_seconds=600, secret=secret_of(KEY), **place)
     try:
         with pytest.raises(UserError, match="node 0 has another secret"):
             FixedRankRendezvous(node_rank=1, join_seconds=1, secret=secret_of(OTHER), **place)
@@ -347,8 +349,8 @@ def test_a_forged_node_does_not_join(monkeypatch: pytest.MonkeyPatch) -> None:
             dist.TCPStore("127.0.0.1", port, wait_for_workers=False, timeout=timedelta(seconds=1))
         assert not node_0.store.check(["0/node-1"])
         with ThreadPoolExecutor() as pool:
-            both = [node_0, FixedRankRendezvous(node_rank=1, join_seconds=20, secret=secret_of(KEY), **place)]
-            assert [a.result(60).world_size for a in [pool.submit(m.next_rendezvous) for m in both]] == [2, 2]
+            both = [node_0, FixedRankRendezvous(node_rank=1, join_seconds=600, secret=secret_of(KEY), **place)]
+            assert [a.result(900).world_size for a in [pool.submit(m.next_rendezvous) for m in both]] == [2, 2]
     finally:
         node_0.close()
 
@@ -407,8 +409,8 @@ def losses(run: Path) -> list[float]:
     return [record["lm_loss"] for record in records if record["kind"] == "step"]
 
 
-def start_node(recipe: Path, *data: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "arriero", "pretrain", recipe, "--train.steps", 12, *data]
+def start_node(recipe: Path, *words: object) -> subprocess.Popen[str]:
+    command = [*ARRIERO, "pretrain", recipe, "--train.steps", 12, *words]
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -425,7 +427,7 @@ def run_disturbed(nodes: list[subprocess.Popen[str]]) -> tuple[set[tuple[str, in
                 seen |= ports
                 time.sleep(0.2)
         for node in nodes:
-            message, _ = node.communicate(timeout=60)
+            message, _ = node.communicate(timeout=900)
             assert node.returncode == 0, message
     finally:
         for node in nodes:
@@ -442,8 +444,7 @@ def test_garbage_on_every_port_changes_nothing(tmp_path: Path) -> None:
     assert {address for address, _ in alone} == {"127.0.0.1"}  # nothing of a run on one machine listens outside
     assert len(alone) > 2  # the store and each process's gloo
     assert sent > 0
-    with listen() as probe:
-        port = port_of(probe)
+    port = free_port()
     both = ["--nodes", 2, "--master-addr", "127.0.0.1", "--master-port", port, "--nproc-per-node", 1]
     both += ["--out", tmp_path / "two"]
     several, _ = run_disturbed([start_node(recipe, *both, "--node-rank", k) for k in range(2)])

@@ -19,7 +19,7 @@ from arriero.distributed.parallel.config import ParallelConfig
 from arriero.distributed.parallel.limits import compile_layout_problems
 from arriero.train.preflight import compile_machine_problems
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "one, documents": (1, {"data__attention": "document"}),

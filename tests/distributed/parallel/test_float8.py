@@ -34,6 +34,8 @@ from arriero.train.preflight import preflight
 from arriero.train.recipe import Recipe
 from arriero.train.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 # Sizes that float8 takes, also in halves; the toy's own heads are too narrow.
 SHAPE: dict[str, Any] = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128}
 CONFIG = replace(toy.CONFIG, **SHAPE)

@@ -78,16 +78,16 @@ def resolve(config: LaunchConfig, environment: Mapping[str, str]) -> LaunchConfi
 
 
 def launch_problems(config: LaunchConfig, *, counted: bool, given: LaunchConfig) -> list[UserError]:
-    """All invalid values of a resolved configuration; `given` has the flags of the command line, `counted` whether the
-    number of nodes was given at all."""
+    """All invalid values of a resolved configuration.
+
+    Args:
+        config: resolved.
+        counted: whether the number of nodes was given at all.
+        given: the flags of the command line.
+    """
     found: list[UserError] = []
-    idle = [
-        f
-        for f in ("node_rank", "master_addr", "master_port", "secret_file")
-        if getattr(given, f) != getattr(LaunchConfig(), f)
-    ]
-    if idle and not counted:
-        flags = ", ".join(map(flag, idle))
+    flags = _given_flags(given, ["node_rank", "master_addr", "master_port", "secret_file"])
+    if flags and not counted:
         found.append(UserError(f"{flags} without --nodes has no effect", "give --nodes N, the number of machines"))
     elif config.nodes < 1:
         found.append(UserError(f"--nodes is {config.nodes}", "give a whole number from 1"))
@@ -100,8 +100,14 @@ def launch_problems(config: LaunchConfig, *, counted: bool, given: LaunchConfig)
         fix = "give every machine the address of node 0: --master-addr HOST, or MASTER_ADDR"
         found.append(UserError(f"--nodes {config.nodes} without --master-addr", fix))
     if 0 < config.master_port < 1024:
-        found.append(UserError(f"--master-port is {config.master_port}", "give a port from 1024 to 65535"))
+        name = "--master-port" if given.master_port else "MASTER_PORT"
+        found.append(UserError(f"{name} is {config.master_port}", "give a port from 1024 to 65535"))
     return found + range_problems(config, flag)
+
+
+def _given_flags(config: LaunchConfig, names: list[str]) -> str:
+    """Those of the named fields that differ from their defaults, as flags."""
+    return ", ".join(flag(name) for name in names if getattr(config, name) != getattr(LaunchConfig(), name))
 
 
 def resolve_launch_env(config: LaunchConfig, environment: MutableMapping[str, str]) -> LaunchConfig:
@@ -116,9 +122,7 @@ def resolve_launch_env(config: LaunchConfig, environment: MutableMapping[str, st
         return resolve(config, environment)
     names = ["nproc_per_node", "nodes", "node_rank", "master_addr", "master_port", "max_restarts"]
     names += ["secret_file"] if uses_agent_store(environment) else []  # torchrun's store uses no secret
-    idle = [f for f in names if getattr(config, f) != getattr(LaunchConfig(), f)]
-    if idle:
-        flags = ", ".join("--" + f.replace("_", "-") for f in idle)
+    if flags := _given_flags(config, names):
         fix = "leave them out, or start arriero without torchrun, once on each machine"
         raise UserError(f"{flags}: no effect, RANK says that the processes are started already", fix)
     RankInfo.from_environment(environment)

@@ -211,9 +211,15 @@ def bind_gloo_interface(address: str) -> None:
                     os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
-_process_start = time.monotonic()
+class _Clock:
+    start = time.monotonic()
+
+
+def restart_clock() -> None:
+    """Counts `seconds_since_start` from now: for a process that trains several runs."""
+    _Clock.start = time.monotonic()
 
 
 def seconds_since_start() -> float:
-    """Seconds since this process, or the one from which it was forked, imported this module."""
-    return time.monotonic() - _process_start
+    """Seconds since this process, or the one from which it was forked, imported this module or restarted the clock."""
+    return time.monotonic() - _Clock.start
