@@ -18,7 +18,7 @@ import numpy as np
 
 from arriero.common.errors import UserError
 from arriero.common.text import escape
-from arriero.common.untrusted import inside, read_bytes, read_json
+from arriero.common.untrusted import read_bytes, read_json, require_inside
 from arriero.data.tokenizer_files import VOCABULARY_FILES, copy_generation_config, copy_tokenizer_files
 from arriero.data.tokenizer_safety import call_with_timeout, check_sentencepiece, check_tokenizer_json, library_errors
 
@@ -274,7 +274,7 @@ def _adds_prefix_space(part: Any) -> bool:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    found: dict[str, Any] = read_json(inside(path.parent, path), "restore it from the tokenizer's source", dict)
+    found: dict[str, Any] = read_json(require_inside(path.parent, path), "restore it from the tokenizer's source", dict)
     return found
 
 
@@ -327,7 +327,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
                 f"{escape(path)} holds no tokenizer.model and no tokenizer.json",
                 "give the directory of the model's tokenizer",
             )
-        path = inside(path, found)
+        path = require_inside(path, found)
     if not os.path.isfile(path):
         raise UserError(
             f"no tokenizer at {escape(path)}", "give a directory with tokenizer.model or tokenizer.json, or such a file"

@@ -14,7 +14,7 @@ from typing import Any
 
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory
-from arriero.common.untrusted import misfit, read_bytes
+from arriero.common.untrusted import read_bytes, schema_problem
 from arriero.observe.line_file import LineFile, WriteErrors
 
 FILE = "events.jsonl"
@@ -65,7 +65,7 @@ def read_events(out: Path) -> list[dict[str, Any]]:
             record: Any = json.loads(line) if len(line) < MAX_LINE else None
         except (ValueError, RecursionError):
             continue
-        fits = not misfit(record, EVENT_SCHEMA) and not misfit(
+        fits = not schema_problem(record, EVENT_SCHEMA) and not schema_problem(
             record, {key: NUMBER_SCHEMA.get(key, object) for key in record}
         )
         if fits and all(math.isfinite(record.get(key, 0)) for key in NUMBER_SCHEMA):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory, write_atomic
-from arriero.common.untrusted import misfit
+from arriero.common.untrusted import schema_problem
 from arriero.observe.metrics import iterate_metrics
 
 if TYPE_CHECKING:
@@ -41,9 +41,13 @@ def loss_figure(metrics_path: Path, png_path: Path, *, title: str = "") -> None:
     steps, checks = [], []
     for record in iterate_metrics(metrics_path, skipped=[]):
         drawn = {key: record[key] for key in _DRAWN_KEYS if key in record}  # a long run has a hundred MB of the others
-        if record.get("kind") == "step" and not misfit(record, STEP_SCHEMA):
+        if record.get("kind") == "step" and not schema_problem(record, STEP_SCHEMA):
             steps.append(drawn)
-        elif record.get("kind") == "validation" and not misfit(record, LOSS_SCHEMA) and math.isfinite(drawn["lm_loss"]):
+        elif (
+            record.get("kind") == "validation"
+            and not schema_problem(record, LOSS_SCHEMA)
+            and math.isfinite(drawn["lm_loss"])
+        ):
             checks.append(drawn)
     if not steps:
         raise UserError(f"{metrics_path}: no training step in it", "draw the figure after the first step")

@@ -19,7 +19,7 @@ from arriero.common.errors import UserError
 from arriero.common.files import make_directory, open_regular, os_error_text, write_atomic
 from arriero.common.plugins import load_plugins
 from arriero.common.text import escape
-from arriero.common.untrusted import misfit, parse_json
+from arriero.common.untrusted import parse_json, schema_problem
 from arriero.observe.line_file import LineFile, WriteErrors
 
 RECORD_SCHEMA = {"iteration": int}
@@ -349,7 +349,7 @@ def _record(line: bytes, where: str) -> dict[str, Any] | UserError:
         record = parse_json(line, where, FIX, RECORD_SCHEMA, unique_keys=True)
     except UserError as error:
         return error
-    if wrong := misfit(record, VALUE_SCHEMA):
+    if wrong := schema_problem(record, VALUE_SCHEMA):
         return UserError(f"{where}: {escape(wrong)}", FIX)
     return {k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()}
 
