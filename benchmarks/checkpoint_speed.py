@@ -60,9 +60,9 @@ def raw(state: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def parts_of(state: dict[str, torch.Tensor]):
-    from arriero.checkpoint.parts import Part
+    from arriero.checkpoint.shards import TensorShard
 
-    return {k: Part(v, tuple(v.shape), (0,) * v.dim()) for k, v in state.items()}
+    return {k: TensorShard(v, tuple(v.shape), (0,) * v.dim()) for k, v in state.items()}
 
 
 class Saves:
@@ -78,7 +78,7 @@ class Saves:
             mode: Saver(root / f"arriero-{mode}", CheckpointConfig(keep=0, retries=0, asynchronous=mode), Ranks())
             for mode in (False, True)
         }
-        self.savers[True].reserve(parts_of(state))
+        self.savers[True].allocate_buffers(parts_of(state))
         self.savers[True].wait()
 
     def run(self, name: str, path: Path) -> float:
@@ -149,10 +149,11 @@ def load(name: str, state: dict[str, torch.Tensor], files: dict[str, Path]) -> N
 
         dcp.load(state, storage_reader=dcp.FileSystemReader(files[name]), no_dist=True)
     else:
-        from arriero.checkpoint.load import CheckpointReader, newest_that_verifies
+        from arriero.checkpoint.load import CheckpointReader
+        from arriero.checkpoint.verify import newest_intact_checkpoint
         from arriero.distributed.parallel.mesh import Ranks
 
-        reader = CheckpointReader(newest_that_verifies([files[name]], Ranks(), say=print))
+        reader = CheckpointReader(newest_intact_checkpoint([files[name]], Ranks(), log=print))
         for key, value in state.items():
             reader.read_into(key, [0] * value.dim(), value)
 

@@ -35,7 +35,8 @@ from test_foreign import to_meta
 
 import arriero
 import toy
-from arriero.checkpoint.load import CheckpointReader, newest_that_verifies
+from arriero.checkpoint.load import CheckpointReader
+from arriero.checkpoint.verify import newest_intact_checkpoint
 from arriero.cli.convert import ConvertArgs, run
 from arriero.cli.main import dispatch
 from arriero.common.errors import UserError
@@ -431,13 +432,13 @@ def test_a_checkpoint_is_not_resumed_from(good: Path, tmp_path: Path, name: str)
         shutil.copytree(good / CHECKPOINT, checkpoint)
         damage(checkpoint / name)
         with watched(tmp_path) as seen, pytest.raises(UserError, match="no checkpoint there is whole"):
-            newest_that_verifies([checkpoint], Ranks(), say=said.append)
+            newest_intact_checkpoint([checkpoint], Ranks(), log=said.append)
         assert seen == []
 
 
 def test_a_manifest_that_names_files_elsewhere_reads_none_of_them(good: Path, tmp_path: Path) -> None:
     """Its digests may even be right: who can write the manifest can write the marker."""
-    from arriero.checkpoint.layout import MANIFEST, file_digest
+    from arriero.checkpoint.directory import MANIFEST, file_digest
     from arriero.common.checkpoint_names import MARKER
 
     checkpoint = tmp_path / "step-00000002"
@@ -448,7 +449,7 @@ def test_a_manifest_that_names_files_elsewhere_reads_none_of_them(good: Path, tm
     (checkpoint / MARKER).write_text(json.dumps({"manifest": file_digest(checkpoint / MANIFEST)}))
     said: list[str] = []
     with watched(tmp_path) as seen, pytest.raises(UserError):
-        newest_that_verifies([checkpoint], Ranks(), say=said.append)
+        newest_intact_checkpoint([checkpoint], Ranks(), log=said.append)
     assert seen == []
     assert "outside its directory" in said[0]
     assert CheckpointReader(checkpoint).names()  # the weights themselves never were in doubt

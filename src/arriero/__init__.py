@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from arriero.checkpoint.export import ExportDtype, Exported
     from arriero.checkpoint.language_model import DeviceChoice, LanguageModel, ModelDtype
-    from arriero.checkpoint.open_model import Opened
+    from arriero.checkpoint.open_model import OpenedModel
     from arriero.common.errors import CheckFailed, UserError
     from arriero.observe.compare import Comparison
     from arriero.train.recipe import Recipe
@@ -267,7 +267,7 @@ def load_model(
     return LanguageModel(Path(path), tokenizer=where, dtype=dtype, device=device)
 
 
-def open_model(path: str | Path) -> Opened:
+def open_model(path: str | Path) -> OpenedModel:
     """Opens a run, a checkpoint, or a model of another system; nothing is read before a tensor is asked for.
 
     `opened.reader` has `names()`, `shape(name)`, `dtype(name)` and `read(name)`, under Hugging Face's names;

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from arriero.checkpoint.layout import MANIFEST, file_digest
+from arriero.checkpoint.directory import MANIFEST, file_digest
 from arriero.common.checkpoint_names import MARKER
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from arriero.checkpoint.config import CheckpointConfig
-from arriero.checkpoint.parts import Part
-from arriero.checkpoint.save import Saved, Saver
+from arriero.checkpoint.save import Saver, SaveResult
+from arriero.checkpoint.shards import TensorShard
 from arriero.distributed.parallel.mesh import Ranks
 
 
@@ -19,15 +19,15 @@ def state(seed: int = 0) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def parts(tensors: dict[str, torch.Tensor]) -> dict[str, Part]:
-    return {name: Part(t, tuple(t.shape), (0,) * t.dim()) for name, t in tensors.items()}
+def parts(tensors: dict[str, torch.Tensor]) -> dict[str, TensorShard]:
+    return {name: TensorShard(t, tuple(t.shape), (0,) * t.dim()) for name, t in tensors.items()}
 
 
 def saver(root: Path, **config: Any) -> Saver:
     return Saver(root, CheckpointConfig(**{"retries": 0, "keep": 0} | config), Ranks())
 
 
-def save(one: Saver, step: int, tensors: dict[str, torch.Tensor] | None = None) -> list[Saved]:
+def save(one: Saver, step: int, tensors: dict[str, torch.Tensor] | None = None) -> list[SaveResult]:
     """Saves, waits, and returns what became of it."""
     one.save(step, parts(tensors or state(step)), state={"updates": step}, texts={"config.json": "{}\n"})
     one.wait()

@@ -14,8 +14,7 @@ import saving
 from test_save import flip
 
 from arriero.checkpoint.find import candidates
-from arriero.checkpoint.load import newest_that_verifies
-from arriero.checkpoint.verify import verify, verify_small
+from arriero.checkpoint.verify import newest_intact_checkpoint, verify_checkpoint, verify_metadata
 from arriero.common.errors import UserError
 from arriero.distributed.parallel.mesh import Ranks
 
@@ -41,9 +40,9 @@ def test_ten_thousand_flipped_bits_are_all_found(copy: Path) -> None:
     assert len(bits) > 10_000
     for path, bit in chance.sample(bits, 10_000):
         flip(path, bit)
-        assert verify(copy), f"bit {bit} of {path.name}"
+        assert verify_checkpoint(copy), f"bit {bit} of {path.name}"
         flip(path, bit)
-    assert verify(copy) == []
+    assert verify_checkpoint(copy) == []
 
 
 def truncate(path: Path) -> None:
@@ -84,23 +83,32 @@ DAMAGE: list[tuple[str, Callable[[Path], object], str]] = [
 @pytest.mark.parametrize(("name", "damage", "said"), DAMAGE, ids=[f"{n}-{d.__name__}" for n, d, _ in DAMAGE])
 def test_damage_is_named(copy: Path, name: str, damage: Callable[[Path], object], said: str) -> None:
     damage(copy / name)
-    wrong = verify(copy)
+    wrong = verify_checkpoint(copy)
     assert any(said in line for line in wrong), wrong
     if "tensor" not in said:
-        assert verify_small(copy)
+        assert verify_metadata(copy)
+
+
+def test_files_of_others_are_no_damage(copy: Path) -> None:
+    """What a file manager or a person puts beside the files of the manifest is neither read nor an error."""
+    for name in (".DS_Store", "Thumbs.db", "notes.txt"):
+        (copy / name).write_bytes(b"x")
+    (copy / "__MACOSX").mkdir()
+    assert verify_checkpoint(copy) == []
+    assert verify_metadata(copy) == []
 
 
 def test_shards_of_two_checkpoints_cannot_be_swapped(copy: Path, tmp_path: Path) -> None:
     other = saving.save(saving.saver(tmp_path / "other"), 5, saving.state(99))[0].path
     shutil.copy(other / "rank-00000.safetensors", copy)
-    assert len([line for line in verify(copy) if "is damaged" in line]) == len(saving.state())
+    assert len([line for line in verify_checkpoint(copy) if "is damaged" in line]) == len(saving.state())
     shutil.copy(other / "rank-00000.json", copy)
-    assert any("rank-00000.json: size or SHA-256 differs" in line for line in verify(copy))
+    assert any("rank-00000.json: size or SHA-256 differs" in line for line in verify_checkpoint(copy))
 
 
 def test_shares_together_check_every_byte(copy: Path) -> None:
     flip(copy / "rank-00000.safetensors", 8 * 2000)
-    found = [line for share in range(3) for line in verify(copy, share=share, of=3)]
+    found = [line for share in range(3) for line in verify_checkpoint(copy, share=share, of=3)]
     assert any("is damaged" in line for line in found)
 
 
@@ -111,9 +119,9 @@ def test_a_damaged_one_is_named_and_the_one_before_it_is_used(tmp_path: Path) ->
     damaged = tmp_path / "checkpoints/step-00000003/rank-00000.safetensors"
     flip(damaged, 8 * damaged.stat().st_size - 1)
     said: list[str] = []
-    assert newest_that_verifies(candidates(tmp_path), Ranks(), say=said.append).name == "step-00000002"
+    assert newest_intact_checkpoint(candidates(tmp_path), Ranks(), log=said.append).name == "step-00000002"
     assert any("DAMAGED" in line and str(damaged) in line and "tensor" in line for line in said)
     for step in (1, 2):
         (tmp_path / f"checkpoints/step-0000000{step}/state.json").write_text("{}")
     with pytest.raises(UserError, match="no checkpoint there is whole"):
-        newest_that_verifies(candidates(tmp_path), Ranks(), say=said.append)
+        newest_intact_checkpoint(candidates(tmp_path), Ranks(), log=said.append)

@@ -15,12 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arriero.checkpoint import verify as verify_module
+from arriero.checkpoint.directory import step_directory
 from arriero.checkpoint.find import committed
-from arriero.checkpoint.layout import step_directory
-from arriero.checkpoint.load import newest_that_verifies
 from arriero.checkpoint.state import load_state
 from arriero.checkpoint.tensors.safetensors_file import build_header
-from arriero.checkpoint.verify import verify
+from arriero.checkpoint.verify import newest_intact_checkpoint, verify_checkpoint
 from arriero.cli.main import dispatch
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_USAGE, UserError
 from arriero.distributed.parallel.mesh import Ranks
@@ -106,7 +105,7 @@ def test_a_forged_checkpoint_is_named_and_the_one_before_it_used(newest: Path, k
     seal(newest)
     told: list[str] = []
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = newest_that_verifies(committed(newest.parent)[::-1], Ranks(), say=told.append, model=CONFIG)
+    found = newest_intact_checkpoint(committed(newest.parent)[::-1], Ranks(), log=told.append, model=CONFIG)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kilobytes
     assert found.name == "step-00000002"
     assert any("DAMAGED" in line and said in line for line in told), told
@@ -133,7 +132,7 @@ def test_a_huge_block_is_read_in_small_pieces(newest: Path) -> None:
 )
 def test_a_manifest_names_each_data_file_once(newest: Path, data: list[str], said: str) -> None:
     seal(newest, data=data)
-    wrong = verify(newest)
+    wrong = verify_checkpoint(newest)
     assert len(wrong) == 1
     assert said in wrong[0]
 

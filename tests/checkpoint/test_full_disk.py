@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from arriero.checkpoint.find import committed
-from arriero.checkpoint.verify import verify
+from arriero.checkpoint.verify import verify_checkpoint
 from arriero.cli.main import dispatch
 from arriero.common.errors import EXIT_OK, EXIT_USAGE
 from arriero.observe.line_file import LineFile, WriteErrors
@@ -74,7 +74,7 @@ def test_a_full_disk_is_told_the_run_goes_on_and_the_old_checkpoint_stays(
     assert "iteration        6/       6" in printed.out
     assert "the last checkpoint, of step 6, could not be written" in printed.err
     left = committed(disk.path / "run/checkpoints")
-    assert [(p.name, verify(p)) for p in left] == [("step-00000002", [])]
+    assert [(p.name, verify_checkpoint(p)) for p in left] == [("step-00000002", [])]
     assert sorted(p.name for p in (disk.path / "run/checkpoints").iterdir()) == ["step-00000002"]
     disk.make_room()
     assert dispatch([*words, "--train.steps", "4"]) == EXIT_OK

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from arriero.checkpoint import disk, retention
 from arriero.checkpoint import save as save_module
 from arriero.checkpoint.config import CheckpointConfig
+from arriero.checkpoint.directory import step_directory
 from arriero.checkpoint.find import committed
-from arriero.checkpoint.layout import step_directory
 from arriero.checkpoint.load import CheckpointReader
-from arriero.checkpoint.save import last_word
-from arriero.checkpoint.verify import verify
+from arriero.checkpoint.save import raise_if_last_save_failed
+from arriero.checkpoint.verify import verify_checkpoint
 from arriero.cli.torture.fault import Fault
 from arriero.common.checkpoint_names import step_of
 from arriero.common.errors import UserError
@@ -35,18 +35,18 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_what_is_saved_is_read_back_and_verifies(tmp_path: Path) -> None:
     done = saving.save(saving.saver(tmp_path), 7)
     assert [(s.step, s.problem, s.notice) for s in done] == [(7, "", "")]
-    assert verify(done[0].path) == []
+    assert verify_checkpoint(done[0].path) == []
     assert same(read_all(done[0].path), saving.state(7))
 
 
 def test_what_changes_while_it_is_written_does_not_leak_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    go, write = threading.Event(), save_module.write_parts
+    go, write = threading.Event(), save_module.write_shards
 
-    def late(path: Path, parts: dict[str, save_module.Part]) -> None:
+    def late(path: Path, parts: dict[str, save_module.TensorShard]) -> None:
         assert go.wait(20)
         write(path, parts)
 
-    monkeypatch.setattr(save_module, "write_parts", late)
+    monkeypatch.setattr(save_module, "write_shards", late)
     one, tensors = saving.saver(tmp_path), saving.state(1)
     one.save(1, saving.parts(tensors), state={}, texts={})
     assert one.results() == []  # the step goes on
@@ -59,7 +59,7 @@ def test_what_changes_while_it_is_written_does_not_leak_in(tmp_path: Path, monke
 
 def test_one_save_at_a_time_and_the_copies_are_reused(tmp_path: Path) -> None:
     one = saving.saver(tmp_path)
-    one.reserve(saving.parts(saving.state()))
+    one.allocate_buffers(saving.parts(saving.state()))
     one.wait()
     rooms = {key: room.data_ptr() for key, room in one._copies.items()}
     for step in (1, 2, 3):
@@ -74,11 +74,11 @@ def test_one_save_at_a_time_and_the_copies_are_reused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_failed_save_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, asynchronous: bool) -> None:
-    monkeypatch.setattr(save_module, "PAUSE", 0.0)
+    monkeypatch.setattr(save_module, "RETRY_DELAY", 0.0)
     arm(monkeypatch, "EIO@4")
     done = saving.save(saving.saver(tmp_path, retries=1, asynchronous=asynchronous), 1)
     assert done[0].problem == ""
-    assert verify(done[0].path) == []
+    assert verify_checkpoint(done[0].path) == []
 
 
 def test_a_save_that_fails_for_good_is_told_and_leaves_nothing(
@@ -86,7 +86,7 @@ def test_a_save_that_fails_for_good_is_told_and_leaves_nothing(
 ) -> None:  # fmt: skip
     one = saving.saver(tmp_path, retries=1)
     assert saving.save(one, 1)[0].problem == ""
-    monkeypatch.setattr(save_module, "PAUSE", 0.0)
+    monkeypatch.setattr(save_module, "RETRY_DELAY", 0.0)
     arm(monkeypatch, "ENOSPC@2+")
     done = saving.save(one, 2)
     assert "step-00000002.tmp: No space left on device" in done[0].problem
@@ -94,7 +94,7 @@ def test_a_save_that_fails_for_good_is_told_and_leaves_nothing(
     assert "tried 2 times" in done[0].problem
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     with pytest.raises(UserError, match="the last checkpoint, of step 2, could not be written"):
-        last_word(done)
+        raise_if_last_save_failed(done)
     disarm(monkeypatch)
     assert saving.save(one, 3)[0].problem == ""
     assert [p.name for p in committed(tmp_path)] == ["step-00000001", "step-00000003"]
@@ -102,11 +102,11 @@ def test_a_save_that_fails_for_good_is_told_and_leaves_nothing(
 
 def arm(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """Makes an operation from here on fail."""
-    monkeypatch.setattr(disk, "before", Fault.parse(fault))
+    monkeypatch.setattr(disk, "before_operation", Fault.parse(fault))
 
 
 def disarm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk, "before", disk.nothing)
+    monkeypatch.setattr(disk, "before_operation", disk.no_fault)
 
 
 def test_every_operation_can_fail_and_none_leaves_a_checkpoint_that_is_not_whole(
@@ -123,7 +123,7 @@ def test_every_operation_can_fail_and_none_leaves_a_checkpoint_that_is_not_whole
         disarm(monkeypatch)
         whole = committed(root)
         assert whole
-        assert all(verify(path) == [] for path in whole)
+        assert all(verify_checkpoint(path) == [] for path in whole)
         if done.problem:
             failed += 1
             assert step_of(whole[0]) == 1
@@ -148,8 +148,8 @@ def test_retention_keeps_the_newest_and_every_nth(
         step_directory(root, step).mkdir()
         (step_directory(root, step) / "COMMITTED").touch()
     policy = CheckpointConfig(keep=keep, keep_every=every)
-    for path in retention.superfluous(root, policy, whole=lambda path: True)[0]:
-        retention.forget(path)
+    for path in retention.expired(root, policy, is_intact=lambda path: True)[0]:
+        retention.delete_checkpoint(path)
     left = [step_of(p) for p in committed(root)]
     newest = steps[-keep:] if keep else steps
     assert left == [s for s in steps if s in newest or (every and s % every == 0)]
@@ -192,11 +192,11 @@ def test_only_what_verifies_counts_as_kept(tmp_path: Path) -> None:
         flip(data, 8 * data.stat().st_size - 1)
     again = saving.saver(tmp_path, keep=2)  # a start that went on from step 2
     done = saving.save(again, 3)[0]
-    assert [step_of(p) for p in committed(tmp_path)] == [2, 5, 6, 3]  # 1 is superfluous; damaged ones are left
+    assert [step_of(p) for p in committed(tmp_path)] == [2, 5, 6, 3]  # 1 is expired; damaged ones are left
     assert "step-00000006 is damaged, and does not count as kept" in done.notice
     assert saving.save(again, 4)[0].notice == ""
     assert [step_of(p) for p in committed(tmp_path)] == [3, 4]
-    assert all(verify(path) == [] for path in committed(tmp_path))
+    assert all(verify_checkpoint(path) == [] for path in committed(tmp_path))
 
 
 def test_one_that_is_damaged_after_it_was_saved_does_not_count(tmp_path: Path) -> None:
@@ -239,14 +239,24 @@ def test_what_arriero_did_not_write_is_never_touched(tmp_path: Path) -> None:
     ours = {str(root / "step-00000011"), *map(str, (root / "step-00000011").iterdir())}
     assert sorted((str(p), p.lstat().st_mtime_ns) for p in root.rglob("*") if str(p) not in ours) == before
     assert "in the way" in saving.save(one, 7)[0].problem or "File exists" in saving.save(one, 7)[0].problem
+    (root / "step-00000007.tmp/notes.txt").unlink()
+    (root / "step-00000007.tmp").rmdir()
+    problem = saving.save(one, 7)[0].problem
+    assert "in the way" in problem
+    assert "free there" not in problem  # of a full disk only
     assert (root / "step-00000007/notes.txt").read_text() == "mine"
     assert list(elsewhere.iterdir()) == [elsewhere / "step-00000008"]
 
 
-def test_a_checkpoint_with_files_of_others_in_it_is_not_deleted(tmp_path: Path) -> None:
+def test_a_checkpoint_with_files_of_others_in_it_counts_and_is_not_deleted(tmp_path: Path) -> None:
     one = saving.saver(tmp_path, keep=1)
     saving.save(one, 1)
     (step_directory(tmp_path, 1) / "notes.txt").write_text("mine")
     for step in (2, 3):
-        saving.save(one, step)
+        assert saving.save(one, step)[0].notice == ""
     assert [step_of(p) for p in committed(tmp_path)] == [1, 3]
+    (step_directory(tmp_path, 3) / ".DS_Store").write_text("a file manager's")
+    again = saving.saver(tmp_path, keep=2)
+    for step in (4, 5):
+        assert saving.save(again, step)[0].notice == ""
+    assert [step_of(p) for p in committed(tmp_path)] == [1, 3, 4, 5]

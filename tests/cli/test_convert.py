@@ -14,7 +14,7 @@ from small_models import TINY, VARIANTS, assert_same, random_weights, save_hf, s
 
 from arriero.checkpoint.formats.huggingface import open_huggingface
 from arriero.checkpoint.formats.megatron_args import beyond_megatron, saved_arguments
-from arriero.checkpoint.formats.rank_table import Cut
+from arriero.checkpoint.formats.sharding_plan import ParallelDegrees
 from arriero.checkpoint.open_model import open_model
 from arriero.cli import convert
 from arriero.cli.convert import ConvertArgs, run
@@ -171,7 +171,7 @@ MEGATRONS_OWN = (
 
 
 def test_every_argument_that_megatron_asks_for_is_written():
-    arguments = saved_arguments(TINY, Cut(2, 2, padded_vocab=256), multiple=128, local=False)
+    arguments = saved_arguments(TINY, ParallelDegrees(2, 2, padded_vocab=256), multiple=128, local=False)
     assert set(MEGATRONS_OWN) <= arguments.keys()
 
 
@@ -267,15 +267,15 @@ def test_impossible_layouts_name_the_possible(tmp_path, options, says):
 
 
 def test_the_33b_is_not_cut_in_eight(tmp_path):
-    from arriero.checkpoint.formats.rank_table import Cut, check_cut
+    from arriero.checkpoint.formats.sharding_plan import ParallelDegrees, check_degrees
 
     config = LlamaConfig(
         hidden_size=6656, intermediate_size=17920, num_hidden_layers=60, num_attention_heads=52, num_key_value_heads=52
     )
     with pytest.raises(UserError, match=r"(?s)52 attention heads.*over 8.*possible --tp: 1, 2, 4$") as error:
-        check_cut(config, Cut(8, 4))
+        check_degrees(config, ParallelDegrees(8, 4))
     assert "17920" not in str(error.value)
-    check_cut(config, Cut(4, 4))
+    check_degrees(config, ParallelDegrees(4, 4))
 
 
 def test_too_little_disk_is_told_before(tmp_path, monkeypatch):
@@ -306,11 +306,11 @@ def test_rows_in_the_wrong_place_fail_the_proof_and_leave_nothing(tmp_path, monk
 
     def swapped(*args):
         files = real(*args)
-        gate, up = (next(i for i, p in enumerate(files[1].puts) if n in p.name) for n in ("gate_proj", "up_proj"))
-        puts = files[1].puts
-        puts[gate], puts[up] = (
-            replace(puts[gate], offset=puts[up].offset),
-            replace(puts[up], offset=puts[gate].offset),
+        gate, up = (next(i for i, p in enumerate(files[1].writes) if n in p.name) for n in ("gate_proj", "up_proj"))
+        writes = files[1].writes
+        writes[gate], writes[up] = (
+            replace(writes[gate], offset=writes[up].offset),
+            replace(writes[up], offset=writes[gate].offset),
         )
         return files
 

@@ -148,9 +148,9 @@ def test_blends_are_megatrons_bit_for_bit() -> None:
     cases += [(random_weights(random), int(random.integers(1, 250))) for _ in range(3000)]
     for weights, samples in cases:
         blend = MegatronBlend(weights, samples)
-        blend.share_out([10**6] * len(weights))
+        blend.assign([10**6] * len(weights))
         which, within, drawn = blended_by_megatron(weights, samples)
-        found = blend.of(np.arange(len(which)))
+        found = blend.lookup(np.arange(len(which)))
         assert np.array_equal(found[0], which), (weights, samples)
         assert np.array_equal(found[1], within)
         assert found[0].dtype == which.dtype

@@ -16,7 +16,7 @@ def read_all(sizes: list[int], *, length: int, seed: int, epoch: int) -> tuple[l
     tokens = np.arange(lengths.sum())
     order = StableOrder(lengths, np.arange(len(sizes), dtype=np.int32), length=length, seed=seed)
     windows = order.windows(epoch)
-    begin, end, count = windows.pieces(np.arange(order.samples_per_epoch), lengths, starts)
+    begin, end, count = windows.token_ranges(np.arange(order.samples_per_epoch), lengths, starts)
     parts = [tokens[a:b] for a, b in zip(begin, end, strict=True)]
     ends = np.cumsum(count)
     return [np.concatenate(parts[b - n : b]) for n, b in zip(count, ends, strict=True)], order

@@ -58,11 +58,11 @@ def test_the_samples_that_keep_no_label_are_counted_exactly(tmp_path: Path, pack
 
     (one,) = batches.sets
     assert isinstance(one, InstructionSet)
-    found = one.labels_kept()
-    assert (found.samples, found.without) == (count, without(length))
+    found = one.label_coverage()
+    assert (found.samples, found.without_labels) == (count, without(length))
     if packing == "pad":
-        assert without(found.enough) == found.never < without(found.enough - 1)
-    few = one.labels_kept(most=1000)
+        assert without(found.sufficient_length) == found.never < without(found.sufficient_length - 1)
+    few = one.label_coverage(most=1000)
     assert 0 < few.samples < found.samples
 
 

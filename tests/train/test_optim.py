@@ -166,13 +166,13 @@ def test_starting_anew_forgets_moments_steps_and_values(*, offload: bool) -> Non
     used, fresh = pair()
     values = {name: p.detach().clone() for name, p in used.named_parameters()}
     a, b = AdamW([used], config, Ranks()), AdamW([fresh], config, Ranks())
-    a.start(None, updates=0)
-    b.start(None, updates=0)
+    a.load(None, updates=0)
+    b.load(None, updates=0)
     for step in range(1, 4):
         take_step(a, used, step)
     for name, parameter in used.named_parameters():
         parameter.data.copy_(values[name])
-    a.start(None, updates=0)
+    a.load(None, updates=0)
     for step in range(1, 4):
         take_step(a, used, step)
         take_step(b, fresh, step)

@@ -16,10 +16,10 @@ import pytest
 from forging import seal
 from small_inputs import train_sentencepiece
 
+from arriero.checkpoint.directory import file_digest
 from arriero.checkpoint.find import committed
-from arriero.checkpoint.layout import file_digest
 from arriero.checkpoint.lock import RunLock
-from arriero.checkpoint.verify import verify
+from arriero.checkpoint.verify import verify_checkpoint
 from arriero.cli.main import dispatch
 from arriero.common.errors import EXIT_OK, EXIT_USAGE, UserError
 from arriero.common.settings import parse
@@ -97,7 +97,7 @@ def test_a_checkpoint_that_is_resumed_from_is_only_read(
     assert {k: v for k, v in content(run / "checkpoints").items() if "step-00000003" not in k} == before
     # the newest is what was saved last, though the steps 4 and 6 of the course that was left are still there
     assert [p.name[-1] for p in committed(run / "checkpoints")] == ["2", "4", "6", "3"]
-    assert [line for p in committed(run / "checkpoints") for line in verify(p)] == []
+    assert [line for p in committed(run / "checkpoints") for line in verify_checkpoint(p)] == []
     assert dispatch(["pretrain", "--resume", str(run), "--train.steps", "4"]) == EXIT_OK
     assert "step-00000003 after step 3" in capsys.readouterr().out
 
@@ -127,7 +127,7 @@ def test_a_checkpoint_outside_a_run_needs_an_out(
     assert "lies in no run directory" in capsys.readouterr().err
     assert content(run) == before  # where its recipe says that it was written
     assert dispatch(["pretrain", "--resume", str(best), "--out", str(run.parent / "again")]) == EXIT_OK
-    assert verify(best) == []
+    assert verify_checkpoint(best) == []
 
 
 @pytest.mark.parametrize("inside", ["", "/deeper/down", ".tmp"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from arriero.checkpoint.layout import read_json
+from arriero.checkpoint.directory import read_json
 from arriero.checkpoint.load import CheckpointReader
 from arriero.common.checkpoint_names import STATE
 

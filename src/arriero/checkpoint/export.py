@@ -8,7 +8,7 @@ from typing import Literal
 
 from arriero.checkpoint.formats.huggingface import open_huggingface, write_huggingface
 from arriero.checkpoint.open_model import build, open_model
-from arriero.checkpoint.tensors.stream import PieceReader, torch_dtype
+from arriero.checkpoint.tensors.stream import ViewReader, torch_dtype
 from arriero.checkpoint.tensors.transfer import read_fingerprints
 from arriero.checkpoint.tensors.values import fingerprint
 from arriero.common.errors import CheckFailed
@@ -59,22 +59,22 @@ def export(
     opened = open_model(source)
     tokenizer = tokenizer or opened.tokenizer
     with ProgressBar("writing", sum(t.nbytes for t in opened.reader.tensors.values())) as progress:
-        prints = write_huggingface(
+        fingerprints = write_huggingface(
             destination, opened.reader, config=opened.config, tokenizer_dir=tokenizer,
             generation=opened.generation, dtype=torch_dtype(_NAMES[dtype]) if dtype != "keep" else None,
             max_shard_bytes=max_shard_gb * 1e9, advance=progress.advance,
         )  # fmt: skip
     reloaded = open_huggingface(destination)
-    if read_fingerprints(reloaded.tensors) != prints:
+    if read_fingerprints(reloaded.tensors) != fingerprints:
         raise CheckFailed(f"{destination}: reads back other weights than were written")
     return Exported(
         opened.path, destination, sum(t.numel for t in reloaded.tensors.values()),
-        fingerprint(reloaded.tensors, None, prints), logit_difference(opened.reader, reloaded, opened.config),
+        fingerprint(reloaded.tensors, None, fingerprints), logit_difference(opened.reader, reloaded, opened.config),
         tokenizer, opened.notes,
     )  # fmt: skip
 
 
-def logit_difference(a: PieceReader, b: PieceReader, config: LlamaConfig, *, tokens: int = 64) -> float:
+def logit_difference(a: ViewReader, b: ViewReader, config: LlamaConfig, *, tokens: int = 64) -> float:
     """Largest absolute difference of two models' logits on random tokens; both compute in float32."""
     import torch
 

@@ -58,44 +58,26 @@ def is_run(path: Path) -> bool:
     return (path / "checkpoints").is_dir() or all((path / name).is_file() for name in ("recipe.toml", "lock.json"))
 
 
-def newest_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or the newest whole one of the run.
-
-    Raises:
-        UserError: it was not committed, or there is none.
-    """
-    if is_checkpoint(path):
-        if not (path / MARKER).is_file():
-            raise UserError(f"{path}: was not committed, its writing was cut off", "name an earlier checkpoint")
-        return path
-    found = committed(path / "checkpoints")
-    if not found:
-        raise UserError(f"{path}: holds no checkpoint", "train until the first one is saved, or name another run")
-    return found[-1]
-
-
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or the newest whole one of the run.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The checkpoint that `path` means: itself, or the newest of the run. Raises UserError as `candidates` does."""
     return candidates(path)[0]
 
 
 def candidates(path: Path) -> list[Path]:
-    """The checkpoints from which `path` can be resumed, the best first: itself, or all of a run.
+    """The checkpoints that `path` means, the newest first: itself, or all committed ones of a run.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or `path` is one that was not committed.
     """
     if not os.path.isdir(path):  # which, unlike Path.is_dir, takes any text
         raise UserError(f"{escape(path)}: no such directory", "name a run directory, or one of its checkpoints/step-*")
     if (path / STATE).is_file():
+        if not (path / MARKER).is_file():
+            raise UserError(f"{escape(path)}: not committed, its writing was cut off", "name an earlier checkpoint")
         return [path]
     found = committed(path / "checkpoints")
     if not found:
-        fix = "start the run without --resume, or name another directory"
+        fix = "train until the first checkpoint is saved (without --resume), or name another directory"
         if committed(path):
             fix = f"name the run's directory: --resume {escape(os.path.normpath(path / os.pardir))}"
         raise UserError(f"{escape(path)}: holds no checkpoint", fix)

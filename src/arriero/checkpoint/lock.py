@@ -1,9 +1,8 @@
-"""One job a run directory: a lock that the kernel lets go when its holder dies, with the holder's name in it."""
+"""One job a run directory: a file lock, released when its process ends, with the owner's name in it."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -11,7 +10,7 @@ import time
 from pathlib import Path
 
 from arriero.common.errors import UserError
-from arriero.common.files import make_directory, open_regular, os_error_text, write_atomic
+from arriero.common.files import make_directory, open_regular, os_error_text, try_lock, write_atomic
 from arriero.common.text import escape
 
 LOCK = "lock.json"
@@ -21,7 +20,7 @@ class RunLock:
     """Held by the first process of a job from its start to its end."""
 
     def __init__(self, out: Path, *, seconds: float = 10.0) -> None:
-        """Takes the lock, waiting some seconds for a holder that is just ending.
+        """Takes the lock, waiting up to `seconds` for a job that is just ending.
 
         Raises:
             UserError: another job has it; the error names host, process and start.
@@ -42,18 +41,18 @@ class RunLock:
                 fix = "wait for it, end it, or write elsewhere with --out"
                 raise UserError(f"{escape(out)}: another job is writing this run ({owner})", fix)
             time.sleep(0.2)
-        if os.fstat(self._handle).st_nlink > 1:  # another name of the file, maybe not the run's: it keeps its content
+        if os.fstat(self._handle).st_nlink > 1:  # a hard link, maybe to a file outside the run: not overwritten
             self._replace(fix)
         self.stale = self.owner()
-        """Who held it and died; empty if the last job ended in order."""
+        """Who held it and was killed; empty if the last job released it."""
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         text = json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": now})
-        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same, without a name
+        with contextlib.suppress(OSError):  # a full disk: the lock holds, without an owner's name
             os.ftruncate(self._handle, 0)
             os.pwrite(self._handle, text.encode() + b"\n", 0)
 
     def _replace(self, fix: str) -> None:
-        """Goes on with a file of its own, locked from the start."""
+        """Replaces the file by a new one, locked."""
         os.close(self._handle)
         try:
             write_atomic(self.path, b"")
@@ -64,17 +63,14 @@ class RunLock:
 
     def _try(self) -> bool:
         try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
+            return try_lock(self._handle)
         except OSError as error:
             os.close(self._handle)
             fix = "use a file system that has locks (flock) with --out"
             raise UserError(f"{escape(self.path)}: cannot be locked ({os_error_text(error)})", fix) from None
-        return True
 
     def owner(self) -> str:
-        """Who is named in the file, in words."""
+        """The owner that the file names; empty if none."""
         try:
             found = json.loads(os.pread(self._handle, 4096, 0))
             return escape(f"process {found['process']} on {found['host']}, since {found['since']}")
@@ -82,7 +78,7 @@ class RunLock:
             return ""
 
     def release(self) -> None:
-        """Lets go in order: the file stays, empty."""
+        """Releases the lock: the file stays, empty."""
         with contextlib.suppress(OSError):
             os.ftruncate(self._handle, 0)
         os.close(self._handle)

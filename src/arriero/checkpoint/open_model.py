@@ -1,19 +1,21 @@
-"""Which kind of model a path is, and opening any of them under Hugging Face's names."""
+"""Detects what kind of model a path holds, and opens any kind under Hugging Face's names."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arriero.checkpoint import find
-from arriero.checkpoint.formats import megatron, meta, native, torch_dist
-from arriero.checkpoint.formats.foreign_config import ConfigHints
-from arriero.checkpoint.formats.huggingface import has_weights, open_with_config
-from arriero.checkpoint.tensors.stream import PieceReader
-from arriero.checkpoint.verify import verify
+from arriero.checkpoint.formats import megatron, meta, torch_dist
+from arriero.checkpoint.formats.foreign_config import ConfigHints, ForeignModel
+from arriero.checkpoint.formats.huggingface import has_weights, open_with_config, validate_tensors
+from arriero.checkpoint.load import CheckpointReader
+from arriero.checkpoint.tensors.stream import ViewReader
+from arriero.checkpoint.verify import verify_checkpoint
 from arriero.common.errors import UserError
-from arriero.common.untrusted import inside, misfit, read_json
+from arriero.common.untrusted import read_json, require_inside, schema_problem
 from arriero.data.tokenizer_files import GENERATION_CONFIG, VOCABULARY_FILES
 from arriero.model.config import FAMILIES, LlamaConfig
 
@@ -23,18 +25,28 @@ if TYPE_CHECKING:
     from arriero.model.llama import Llama
 
 
+DETECTORS: dict[str, Callable[[Path], bool]] = {
+    "torch_dist": torch_dist.is_torch_dist, "megatron": megatron.is_rank_directory, "meta": meta.is_meta,
+}  # fmt: skip
+"""Other programs' formats, in the order in which they are tried."""
+OPENERS: dict[str, Callable[[Path, ConfigHints], ForeignModel]] = {
+    "torch_dist": torch_dist.open_torch_dist, "megatron": megatron.open_ranks, "ascendspeed": megatron.open_ranks,
+    "meta": meta.open_meta,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
-class Opened:
+class OpenedModel:
     """A model that can be read."""
 
     kind: str
     path: Path
-    reader: PieceReader
+    reader: ViewReader
     config: LlamaConfig
     tokenizer: Path | None = None
     """Directory of the tokenizer's files, where the source has one."""
     layout: str = "whole"
-    """How the source is cut, in words."""
+    """How the source is sharded, for messages."""
     generation: Path | None = None
     """generation_config.json, where the source has one."""
     assumed: list[str] = field(default_factory=list)
@@ -46,73 +58,63 @@ class Opened:
         return [*self.assumed, *self.config.notices]
 
 
-def detect(path: Path) -> str:
+def detect_kind(path: Path) -> str:
     """The kind of model that a path is.
 
     Raises:
-        UserError: nothing is there, or nothing that is known.
+        UserError: nothing is there, or nothing of a known kind.
     """
     if not path.exists():
         raise UserError(f"{path}: no such file or directory", "name a run, a checkpoint or a model directory")
     if path.is_dir():
         if find.is_run(path) or find.is_checkpoint(path):
             return "run"
-        if torch_dist.is_torch_dist(path):
-            return "torch_dist"
-        if megatron.is_rank_directory(path):
-            return "megatron"
-        if meta.is_meta(path):
-            return "meta"
+        for kind, recognises in DETECTORS.items():
+            if recognises(path):
+                return kind
         if has_weights(path) or (path / "config.json").is_file():
             return "hf"
     known = "a Hugging Face directory, a run, Megatron's, AscendSpeed's or Meta's checkpoint"
     raise UserError(f"{path}: is no model that arriero knows", f"name {known}")
 
 
-def open_model(path: Path, kind: str | None = None, hints: ConfigHints | None = None) -> Opened:
+def open_model(path: Path, kind: str | None = None, hints: ConfigHints | None = None) -> OpenedModel:
     """Opens any model under Hugging Face's names.
 
     Args:
         path: a directory.
         kind: hf, run, megatron, ascendspeed (which share an opener), torch_dist or meta; None detects it.
-        hints: the shape and vocabulary, for checkpoints that do not tell.
+        hints: the shape and vocabulary, for checkpoints that lack them.
 
     Raises:
-        UserError: nothing there, or not a whole model; the error names the file.
+        UserError: nothing is there, or the model is not complete; the error names the file.
     """
     path, hints = Path(path), hints or ConfigHints()
-    kind = kind or detect(path)
+    kind = kind or detect_kind(path)
     opened = _open(path, kind, hints)
     places = [path, opened.path]
     if kind == "run":
         places.append(opened.path.parent.parent / "tokenizer")
     tokenizer = hints.tokenizer or next((place for place in places if holds_tokenizer(place)), None)
     files = [place / GENERATION_CONFIG for place in places if (place / GENERATION_CONFIG).is_file()]
-    generation = inside(files[0].parent, files[0]) if files else None
+    generation = require_inside(files[0].parent, files[0]) if files else None
     return replace(opened, tokenizer=tokenizer, generation=generation)
 
 
-def _open(path: Path, kind: str, hints: ConfigHints) -> Opened:
+def _open(path: Path, kind: str, hints: ConfigHints) -> OpenedModel:
     """The model itself, by its kind's own opener."""
     if kind == "run":
-        reader, config, directory = native.open_run(path)
-        if damage := verify(directory):
-            fix = "name an earlier checkpoint of the run: RUN/checkpoints/step-..."
-            raise UserError(f"{damage[0]}", fix)
-        return Opened("run", directory, reader, config, layout=directory.name)
-    if kind in ("megatron", "ascendspeed"):
-        ranks = megatron.open_ranks(path, hints)
-        kind = "ascendspeed" if ranks.dialect.inv_freq else "megatron"
-        layout = f"{ranks.dialect.name}, {ranks.cut.words()}"
-        return Opened(kind, path, ranks.reader, ranks.config, layout=layout, assumed=ranks.notes)
-    if kind == "torch_dist":
-        reader, config, notes = torch_dist.open_torch_dist(path, hints)
-        return Opened(kind, path, reader, config, layout="torch_dist", assumed=notes)
-    if kind == "meta":
-        reader, config, count, notes = meta.open_meta(path, hints)
-        return Opened(kind, path, reader, config, layout=f"{count} model-parallel ranks", assumed=notes)
+        directory = find.find_checkpoint(path)
+        config, where = LlamaConfig.from_json(directory), str(directory)
+        reader = validate_tensors(CheckpointReader(directory, mapped=False).weights(), config, where=where)
+        if damage := verify_checkpoint(directory):
+            raise UserError(damage[0], "name an earlier checkpoint of the run: RUN/checkpoints/step-...")
+        return OpenedModel("run", directory, reader, config, layout=directory.name)
+    if kind in OPENERS:
+        found = OPENERS[kind](path, hints)
+        return OpenedModel(found.kind, path, found.reader, found.config, layout=found.layout, assumed=found.notes)
     reader, config = open_with_config(path, None if hints.config is None else LlamaConfig.from_json(hints.config))
-    return Opened("hf", path, reader, config)
+    return OpenedModel("hf", path, reader, config)
 
 
 def holds_tokenizer(directory: Path) -> bool:
@@ -120,7 +122,7 @@ def holds_tokenizer(directory: Path) -> bool:
     return any((directory / name).is_file() for name in VOCABULARY_FILES)
 
 
-def end_ids(opened: Opened, eos_id: int | None) -> frozenset[int]:
+def end_ids(opened: OpenedModel, eos_id: int | None) -> frozenset[int]:
     """Every token id that ends a text of this model.
 
     Args:
@@ -134,7 +136,7 @@ def end_ids(opened: Opened, eos_id: int | None) -> frozenset[int]:
     if opened.generation is not None:
         form = {"eos_token_id": (int, [int], None)}
         raw = read_json(opened.generation, "restore the file, or remove it", dict)
-        if wrong := misfit({"eos_token_id": None, **raw}, form):
+        if wrong := schema_problem({"eos_token_id": None, **raw}, form):
             raise UserError(f"{opened.generation}: {wrong}", "restore the file, or remove it")
         given = raw.get("eos_token_id")
         ends |= set(given if isinstance(given, list) else [] if given is None else [given])
@@ -144,7 +146,7 @@ def end_ids(opened: Opened, eos_id: int | None) -> frozenset[int]:
 def load_model(
     path: Path, dtype: torch.dtype | None = None, device: torch.device | None = None
 ) -> tuple[Llama, Path | None]:
-    """Loads a model for inference, and says where its tokenizer lies.
+    """Loads a model for inference; also returns the directory of its tokenizer.
 
     Args:
         path: a Hugging Face directory, a run or a checkpoint.
@@ -159,7 +161,7 @@ def load_model(
 
 
 def build(
-    reader: PieceReader, config: LlamaConfig, dtype: torch.dtype | None = None, device: torch.device | None = None
+    reader: ViewReader, config: LlamaConfig, dtype: torch.dtype | None = None, device: torch.device | None = None
 ) -> Llama:
     """The model in memory, one tensor read at a time, in evaluation mode."""
     import torch

@@ -1,7 +1,7 @@
-"""Saving the training state: each process writes the parts that it alone, or it first, holds.
+"""Saving the training state: each process writes its shards; of replicated ones, the first process that has them.
 
-The step stands still only while the parts are copied; a thread writes the copy. What the processes must agree on
-during a save goes through a group of its own, so that it never meets the collectives of the steps that go on.
+The step waits only while the shards are copied; a thread writes the copy. The processes agree on a save's success
+through a process group of its own, apart from the collectives of the steps that run meanwhile.
 """
 
 from __future__ import annotations
@@ -17,32 +17,33 @@ from typing import TYPE_CHECKING, Any
 
 from arriero.checkpoint import disk
 from arriero.checkpoint.config import CheckpointConfig
+from arriero.checkpoint.directory import TEMPORARY, commit, step_directory, write_json
 from arriero.checkpoint.find import committed, save_number
-from arriero.checkpoint.layout import TEMPORARY, commit, step_directory, write_json
-from arriero.checkpoint.parts import Part, data_file, write_parts
-from arriero.checkpoint.retention import forget, never_committed, superfluous, sweep
-from arriero.checkpoint.verify import verify
+from arriero.checkpoint.retention import delete_checkpoint, expired, is_uncommitted, remove_uncommitted
+from arriero.checkpoint.shards import TensorShard, data_file, write_shards
+from arriero.checkpoint.verify import verify_checkpoint
 from arriero.common.checkpoint_names import STATE
 from arriero.common.device import empty_host_tensor, synchronize
 from arriero.common.errors import UserError
+from arriero.common.files import DISK_FULL
 from arriero.distributed.parallel.mesh import Ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
-PAUSE = 1.0
+RETRY_DELAY = 1.0
 """Seconds before a failed save is tried again."""
 
 
 @dataclass(frozen=True)
-class Saved:
-    """What became of one save."""
+class SaveResult:
+    """The outcome of one save."""
 
     step: int
     path: Path
     blocked: float
-    """Seconds that the step stood still."""
+    """Seconds for which the step waited."""
     seconds: float = 0.0
     """Seconds until it was committed."""
     problem: str = ""
@@ -64,40 +65,41 @@ class Saver:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # a slow disk is not a lost rank
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
-        self._done: list[Saved] = []
-        self._whole: dict[Path, list[tuple[str, int, int, int]]] = {}
-        """Checkpoints that were read back and found whole, with their files' names, sizes, times and numbers then."""
+        self._done: list[SaveResult] = []
+        self._intact: dict[Path, list[tuple[str, int, int, int]]] = {}
+        """Checkpoints that were read back and found intact, with their files' names, sizes, times and inodes then."""
         self._damaged: set[Path] = set()
 
-    def save(self, step: int, parts: dict[str, Part], *, state: dict[str, Any], texts: dict[str, str]) -> None:
-        """Starts writing `checkpoints/step-N`, whole or not at all; waits for the one before it.
+    def save(self, step: int, shards: dict[str, TensorShard], *, state: dict[str, Any], texts: dict[str, str]) -> None:
+        """Starts writing `checkpoints/step-N`, which appears complete or not at all; waits for the one before it.
 
         Args:
             step: steps completed.
-            parts: what this process writes, by global name; free to change once this returns.
+            shards: what this process writes, by global name; may be changed once this returns.
             state: everything else that a resumed run needs, as JSON.
             texts: further small files by name.
         """
         began = time.perf_counter()
         self.wait()
         if self.config.asynchronous:
-            copies = {key: replace(part, value=self._copy(key, part.value)) for key, part in parts.items()}
-            for kind in {part.value.device.type for part in parts.values()}:
+            copies = {key: replace(shard, value=self._copy(key, shard.value)) for key, shard in shards.items()}
+            for kind in {shard.value.device.type for shard in shards.values()}:
                 synchronize(kind)
         else:
-            copies = {key: replace(part, value=part.value.cpu().contiguous()) for key, part in parts.items()}
-        saved = Saved(step, step_directory(self.root, step), time.perf_counter() - began)
+            copies = {key: replace(shard, value=shard.value.cpu().contiguous()) for key, shard in shards.items()}
+        saved = SaveResult(step, step_directory(self.root, step), time.perf_counter() - began)
         small = {"step": step, **state}
         self._thread = threading.Thread(target=self._write, args=(saved, copies, small, texts), name="checkpoint")
         self._thread.start()
         if not self.config.asynchronous:
             self.wait()
 
-    def reserve(self, parts: dict[str, Part]) -> None:
-        """Makes room for the copies on a thread: the first touch of memory costs more than the copy."""
+    def allocate_buffers(self, shards: dict[str, TensorShard]) -> None:
+        """Allocates the copies on a thread: the first touch of memory costs more than the copy."""
         if self.config.asynchronous:
             self._thread = threading.Thread(
-                target=lambda: [self._room(k, p.value).zero_() for k, p in parts.items()], name="checkpoint-reserve"
+                target=lambda: [self._host_buffer(k, p.value).zero_() for k, p in shards.items()],
+                name="checkpoint-buffers",
             )
             self._thread.start()
 
@@ -107,42 +109,46 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def results(self) -> list[Saved]:
+    def results(self) -> list[SaveResult]:
         """What was finished since the last call."""
         done, self._done = self._done, []
         return done
 
-    def _room(self, key: str, value: Tensor) -> Tensor:
-        room = self._copies.get(key)
-        if room is None or room.shape != value.shape or room.dtype != value.dtype:
-            room = self._copies[key] = empty_host_tensor(value)
-        return room
+    def _host_buffer(self, key: str, value: Tensor) -> Tensor:
+        buffer = self._copies.get(key)
+        if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+            buffer = self._copies[key] = empty_host_tensor(value)
+        return buffer
 
     def _copy(self, key: str, value: Tensor) -> Tensor:
-        return self._room(key, value).copy_(value.detach(), non_blocking=True)
+        return self._host_buffer(key, value).copy_(value.detach(), non_blocking=True)
 
-    def _write(self, saved: Saved, parts: dict[str, Part], state: dict[str, Any], texts: dict[str, str]) -> None:
-        """Runs on the thread: tries, agrees, tries again, and notes what became of it."""
+    def _write(
+        self, saved: SaveResult, shards: dict[str, TensorShard], state: dict[str, Any], texts: dict[str, str]
+    ) -> None:
+        """Runs on the thread: tries until all processes have succeeded, and records the outcome."""
         began, problem, notice = time.perf_counter(), "", ""
         for attempt in range(1 + self.config.retries):
-            problem = self._attempt(saved.path, parts, state, texts)  # one text for all processes
+            problem = self._attempt(saved.path, shards, state, texts)  # one text for all processes
             if not problem:
                 break
             if attempt < self.config.retries:
-                time.sleep(PAUSE)
+                time.sleep(RETRY_DELAY)
         seconds = saved.blocked + time.perf_counter() - began
         if problem and self.config.retries:
             problem += f" (tried {1 + self.config.retries} times)"
         if not problem:
-            notice = self._forget_old(saved.path)
+            notice = self._delete_expired(saved.path)
         self._done.append(replace(saved, seconds=seconds, problem=problem, notice=notice))
 
-    def _attempt(self, final: Path, parts: dict[str, Part], state: dict[str, Any], texts: dict[str, str]) -> str:
+    def _attempt(
+        self, final: Path, shards: dict[str, TensorShard], state: dict[str, Any], texts: dict[str, str]
+    ) -> str:
         """Why this attempt failed, the same on every process; empty if the checkpoint is committed."""
         temporary = final.with_name(final.name + TEMPORARY)
 
         def prepare() -> None:
-            sweep(self.root)
+            remove_uncommitted(self.root)
             disk.make_directory(temporary)
 
         def finish() -> None:
@@ -153,79 +159,80 @@ class Saver:
             commit(temporary, final)
 
         problem = (
-            self._agree(prepare if self.ranks.first else None, temporary)
-            or self._agree(lambda: write_parts(data_file(temporary, self.ranks.rank), parts), temporary)
-            or self._agree(finish if self.ranks.first else None, temporary)
+            self._on_all_ranks(prepare if self.ranks.first else None, temporary)
+            or self._on_all_ranks(lambda: write_shards(data_file(temporary, self.ranks.rank), shards), temporary)
+            or self._on_all_ranks(finish if self.ranks.first else None, temporary)
         )
         if problem and self.ranks.first:
-            for path in (temporary, final):  # room for the next attempt
-                if never_committed(path):
+            for path in (temporary, final):  # frees the disk for the next attempt
+                if is_uncommitted(path):
                     shutil.rmtree(path, ignore_errors=True)
         return problem
 
-    def _agree(self, work: Any, directory: Path) -> str:
-        """Does this process's part of a phase; the first problem that any process had."""
+    def _on_all_ranks(self, work: Any, directory: Path) -> str:
+        """Runs this process's part of a phase; returns the first problem that any process had."""
         problem = ""
         try:
             if work is not None:
                 work()
         except OSError as error:
-            problem = f"{error.filename or directory}: {error.strerror}{free_space(directory)}"
+            problem = f"{error.filename or directory}: {error.strerror}"
+            problem += free_space(directory) if error.errno in DISK_FULL else ""
         except Exception as error:
             problem = f"{directory}: {type(error).__name__}: {error}"
         return next((p for p in self.ranks.gather_texts(problem, self._group) if p), "")
 
-    def _forget_old(self, newest: Path) -> str:
+    def _delete_expired(self, newest: Path) -> str:
         """Deletes what the policy does not keep; what counts as kept is read back from the disk first, by all processes
         together. Returns what the user should know of it."""
-        told: list[str] = []
+        messages: list[str] = []
         if self.ranks.first:
             try:
-                told = self._delete(newest)
+                messages = self._delete(newest)
             except OSError as error:
-                told = [f"{error.filename}: cannot be deleted: {error.strerror}"]
+                messages = [f"{error.filename}: cannot be deleted: {error.strerror}"]
             self.ranks.gather_texts("", self._group)  # nothing more to be read
         else:
             while name := self.ranks.gather_texts("", self._group)[0]:
                 self._read_back(self.root / name, newest)
-        return "; ".join(told)
+        return "; ".join(messages)
 
     def _delete(self, newest: Path) -> list[str]:
-        """The first process's part of it."""
+        """The first process's part of `_delete_expired`."""
         wrong: dict[Path, str] = {}
 
-        def whole(path: Path) -> bool:
-            if self._whole.get(path) == (here := stamps(path)):
+        def is_intact(path: Path) -> bool:
+            if self._intact.get(path) == (here := file_stats(path)):
                 return True
             self.ranks.gather_texts(path.name, self._group)
             wrong[path] = self._read_back(path, newest)
             if not wrong[path]:
-                self._whole[path] = here
+                self._intact[path] = here
             return not wrong[path]
 
-        old, damaged = superfluous(self.root, self.config, whole=whole)
+        old, damaged = expired(self.root, self.config, is_intact=is_intact)
         for path in old:
-            forget(path)
-            self._whole.pop(path, None)
-        told = [
+            delete_checkpoint(path)
+            self._intact.pop(path, None)
+        messages = [
             f"{path} is damaged, and does not count as kept: {wrong.get(path) or 'it holds files of others'}"
             for path in damaged if path != newest and path not in self._damaged
         ]  # fmt: skip
         self._damaged.update(damaged)
         if wrong.get(newest):
-            told.insert(0, f"{wrong[newest]}: it was written, but does not read back; older checkpoints are kept")
-        return told
+            messages.insert(0, f"{wrong[newest]}: it was written, but does not read back; older checkpoints are kept")
+        return messages
 
     def _read_back(self, path: Path, newest: Path) -> str:
         """What is wrong with a checkpoint, the same on every process: each reads a share, of the newest its own."""
         mine = data_file(path, self.ranks.rank) if path == newest else None
-        found = verify(path, share=self.ranks.rank, of=self.ranks.world, only=mine)
+        found = verify_checkpoint(path, share=self.ranks.rank, of=self.ranks.world, only=mine)
         return next((line for text in self.ranks.gather_texts("\n".join(found), self._group) if (line := text)), "")
 
 
-def stamps(path: Path) -> list[tuple[str, int, int, int]]:
-    """Name, size, time of the last change and number of every file of a checkpoint: as long as they stay, so do its
-    bytes, as far as the system knows."""
+def file_stats(path: Path) -> list[tuple[str, int, int, int]]:
+    """Name, size, time of the last change and inode of every file of a checkpoint: while these stay the same, its
+    bytes are taken to be the same."""
     found = []
     for one in sorted(path.iterdir()):
         at = one.stat(follow_symlinks=False)
@@ -243,8 +250,8 @@ def free_space(path: Path) -> str:
     return f" ({free / 1e9:.2f} GB free there)" if free >= 1e9 else f" ({free / 1e6:.2f} MB free there)"
 
 
-def last_word(saved: list[Saved]) -> None:
-    """Raises UserError if the last of these saves failed: the end of a run must not be lost in silence."""
+def raise_if_last_save_failed(saved: list[SaveResult]) -> None:
+    """Raises UserError if the last of these saves failed: the end of a run must not be lost without an error."""
     if saved and saved[-1].problem:
         step, problem = saved[-1].step, saved[-1].problem
         fix = "make room or mend the directory, then go on with --resume from the checkpoint before it"

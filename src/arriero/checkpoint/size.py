@@ -13,8 +13,8 @@ def checkpoint_bytes(model: LlamaConfig, dtype: str) -> int:
     return 3 * count_parameters(model) * (8 if dtype == "float64" else 4)
 
 
-def disk_room(path: Path) -> tuple[int, int] | None:
-    """Bytes in all and free on the disk on which `path` lies or would lie; None where the system does not tell."""
+def disk_usage(path: Path) -> tuple[int, int] | None:
+    """Bytes in all and free on the disk on which `path` lies or would lie; None where the system does not give it."""
     try:
         here = next((p for p in (path, *path.resolve().parents) if p.exists()), Path("/"))
         usage = shutil.disk_usage(here)
@@ -23,13 +23,13 @@ def disk_room(path: Path) -> tuple[int, int] | None:
     return (usage.total, usage.free) if usage.total else None
 
 
-def held_bytes(checkpoint: Path) -> int:
+def directory_bytes(checkpoint: Path) -> int:
     """Bytes of the files of a checkpoint."""
     return sum(path.lstat().st_size for path in checkpoint.iterdir())
 
 
-def in_bytes(count: float) -> str:
-    """A size in words: 103 MB."""
+def format_bytes(count: float) -> str:
+    """A size as text: 103 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

@@ -1,5 +1,7 @@
-"""Is a checkpoint what was committed? The marker vouches for the manifest, it for the small files, their indices for
-every block of the data: each byte is under one SHA-256, and what differs is named, the tensor too.
+"""Checks that a checkpoint is what was committed.
+
+The marker holds the SHA-256 of the manifest, the manifest those of the small files, and their indices those of every
+block of the data. What differs is reported, with the tensor's name.
 """
 
 from __future__ import annotations
@@ -7,22 +9,26 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from arriero.checkpoint.layout import FORMAT, MANIFEST, file_digest, read_json
+from arriero.checkpoint.directory import FORMAT, MANIFEST, file_digest, is_checkpoint_file, read_json
+from arriero.checkpoint.load import INDEX as SHARDS
 from arriero.checkpoint.state import state_problem
 from arriero.common.checkpoint_names import MARKER, STATE
 from arriero.common.errors import UserError
 from arriero.common.files import open_regular, os_error_text
 from arriero.common.text import escape
-from arriero.common.untrusted import MAX_JSON_BYTES, plain_name
+from arriero.common.untrusted import MAX_JSON_BYTES, require_file_name
 from arriero.model.config import LlamaConfig, parameter_shapes
 
+if TYPE_CHECKING:
+    from arriero.distributed.parallel.mesh import Ranks
+
 INDEX = {"bytes": int, "block": int, "header": str, "tensors": {str: {"start": int, "sha256": [str]}}}
-PLACES = {"tensors": {str: {"shape": [int], "offset": [int], "part": [int], "dtype": str}}}
 DATA = re.compile(r"rank-[0-9]{5,}\.safetensors")
 SMALLEST_BLOCK, LARGEST_BLOCK = 64 << 10, 1 << 30
 """Bytes that one digest covers; arriero writes blocks of 8 MiB."""
@@ -41,8 +47,8 @@ class Block:
     sha256: str
 
 
-def verify(path: Path, *, share: int = 0, of: int = 1, only: Path | None = None) -> list[str]:
-    """Checks a checkpoint; returns what is wrong, one sentence each.
+def verify_checkpoint(path: Path, *, share: int = 0, of: int = 1, only: Path | None = None) -> list[str]:
+    """Checks every byte of a checkpoint; returns what is wrong, one sentence each.
 
     Args:
         path: the checkpoint's directory.
@@ -50,24 +56,24 @@ def verify(path: Path, *, share: int = 0, of: int = 1, only: Path | None = None)
         of: so many; the small files are checked by all.
         only: the one data file to check, for the process that has just written it.
     """
-    try:
-        wrong, blocks = _chain(path)
-    except UserError as error:
-        return [error.problem]
-    except OSError as error:
-        return [f"{escape(error.filename or path)}: cannot be read ({os_error_text(error)})"]
-    chosen = [b for b in blocks if b.path == only] if only else stretch(blocks, share, of)
+    wrong, blocks = _check_small_files(path)
+    chosen = [b for b in blocks if b.path == only] if only else contiguous_share(blocks, share, of)
     return wrong + check_blocks(chosen)
 
 
-def verify_small(path: Path) -> list[str]:
+def verify_metadata(path: Path) -> list[str]:
     """Checks all but the data itself: quick, whatever the model's size."""
+    return _check_small_files(path)[0]
+
+
+def _check_small_files(path: Path) -> tuple[list[str], list[Block]]:
+    """As `_follow_digests`, with an error that ends it as the one problem."""
     try:
-        return _chain(path)[0]
+        return _follow_digests(path)
     except UserError as error:
-        return [error.problem]
+        return [error.problem], []
     except OSError as error:
-        return [f"{escape(error.filename or path)}: cannot be read ({os_error_text(error)})"]
+        return [f"{escape(error.filename or path)}: cannot be read ({os_error_text(error)})"], []
 
 
 def shape_problems(path: Path, model: LlamaConfig) -> list[str]:
@@ -78,7 +84,7 @@ def shape_problems(path: Path, model: LlamaConfig) -> list[str]:
     whole = parameter_shapes(model)
     try:
         for index in sorted(path.glob("rank-*.json")):
-            for key, place in read_json(index, PLACES)["tensors"].items():
+            for key, place in read_json(index, SHARDS)["tensors"].items():
                 expected = whole.get(key) or whole.get(key.partition(".")[2])  # an optimizer state is STATE.PARAMETER
                 if expected is None:
                     return [f"{index}: {escape(key)} is no tensor of this model"]
@@ -89,7 +95,7 @@ def shape_problems(path: Path, model: LlamaConfig) -> list[str]:
     return []
 
 
-def _chain(path: Path) -> tuple[list[str], list[Block]]:
+def _follow_digests(path: Path) -> tuple[list[str], list[Block]]:
     """What is wrong with the small files and the files' sizes, and the blocks still to be hashed."""
     if not (path / MARKER).is_file():
         return [f"{escape(path)}: not committed, its writing was cut off"], []
@@ -100,7 +106,7 @@ def _chain(path: Path) -> tuple[list[str], list[Block]]:
         return [f"{path / MANIFEST}: not the manifest that was committed"], []
     manifest = read_json(path / MANIFEST, {"format": int, "files": {str: dict}, "data": [str]})
     for name in (*manifest["files"], *manifest["data"]):
-        plain_name(name, str(path / MANIFEST))
+        require_file_name(name, str(path / MANIFEST))
     if manifest["format"] != FORMAT:
         return [f"{path / MANIFEST}: format {manifest['format']}, this version reads {FORMAT}"], []
     if problem := _names_problem(manifest):
@@ -120,9 +126,8 @@ def _chain(path: Path) -> tuple[list[str], list[Block]]:
     if STATE in manifest["files"] and not wrong and (problem := state_problem(path)):
         wrong.append(problem)
     known = {*manifest["files"], *manifest["data"], MANIFEST, MARKER}
-    wrong += [
-        f"{path / escape(name)}: not in the manifest" for name in sorted({p.name for p in path.iterdir()} - known)
-    ]
+    extra = sorted(one.name for one in path.iterdir() if is_checkpoint_file(one.name) and one.name not in known)
+    wrong += [f"{path / escape(name)}: not in the manifest" for name in extra]
     return wrong, blocks
 
 
@@ -178,15 +183,15 @@ def _blocks(path: Path, index: dict[str, Any]) -> list[Block]:
 
 def check_blocks(blocks: list[Block]) -> list[str]:
     """Reads and hashes on all cores; returns one sentence for each tensor or header that differs."""
-    workers = max(2, min(8, 2 * len(os.sched_getaffinity(0))))  # the disk answers several askers faster than one
+    workers = max(2, min(8, 2 * len(os.sched_getaffinity(0))))  # several requests at a time are faster on a disk
     with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
-        parts = [stretch(blocks, i, workers) for i in range(workers)]
+        parts = [contiguous_share(blocks, i, workers) for i in range(workers)]
         wrong = [line for found in pool.map(_check, [p for p in parts if p]) for line in found]
     return list(dict.fromkeys(wrong))
 
 
-def stretch(blocks: list[Block], part: int, of: int) -> list[Block]:
-    """One of `of` parts, neighbours together: whoever reads in one direction is read ahead for."""
+def contiguous_share(blocks: list[Block], part: int, of: int) -> list[Block]:
+    """One of `of` contiguous parts, so that the system reads ahead."""
     return blocks[len(blocks) * part // of : len(blocks) * (part + 1) // of]
 
 
@@ -219,3 +224,31 @@ def _digest(handle: int, block: Block, buffer: memoryview) -> str:
         total.update(buffer[:read])
         done += read
     return total.hexdigest()
+
+
+def newest_intact_checkpoint(
+    paths: list[Path], ranks: Ranks, *, log: Callable[[str], None], model: LlamaConfig | None = None
+) -> Path:  # fmt: skip
+    """The first of these checkpoints in which every byte is as it was written; each process reads a share.
+
+    Args:
+        paths: the best first; the same on every process.
+        ranks: this process among all.
+        log: called with a warning for each one that is damaged.
+        model: what the checkpoint must hold the tensors of; compared before any of them is read.
+
+    Raises:
+        UserError: none of them is intact.
+    """
+    for path in paths:
+        mine = "\n".join(
+            (shape_problems(path, model) if model else []) or verify_checkpoint(path, share=ranks.rank, of=ranks.world)
+        )
+        wrong = list(dict.fromkeys(line for text in ranks.gather_texts(mine) for line in text.splitlines()))
+        if not wrong:
+            return path
+        listed = [*wrong[:4], f"and {len(wrong) - 4} more"] if len(wrong) > 5 else wrong
+        for line in listed:
+            log(f" DAMAGED: {line}")
+        log(f" DAMAGED: {escape(path)} is not used")
+    raise UserError(f"{paths[0].parent}: no checkpoint there is whole", "start again, or from a copy kept elsewhere")

@@ -1,6 +1,6 @@
-"""`arriero convert`: any kind of model -> Hugging Face's, Megatron's or AscendSpeed's files, streamed and proved.
+"""`arriero convert`: any kind of model -> Hugging Face's, Megatron's or AscendSpeed's files, streamed and verified.
 
-The source is opened under Hugging Face's names, written in one pass, opened again under Hugging Face's names by the
+The source is opened under Hugging Face's names, written in one pass, opened read_back under Hugging Face's names by the
 reader of the other format, and read back: names, shapes, dtypes and fingerprints must be those that went in.
 """
 
@@ -18,14 +18,15 @@ from tyro.conf import Positional
 
 from arriero.checkpoint.formats.dialects import ASCENDSPEED, ASCENDSPEED_FUSED, MCORE, MCORE_TE
 from arriero.checkpoint.formats.foreign_config import ConfigHints
-from arriero.checkpoint.formats.huggingface import bytes_as, plan_safetensors, write_beside
+from arriero.checkpoint.formats.huggingface import bytes_in_dtype, plan_safetensors, write_config_and_tokenizer
 from arriero.checkpoint.formats.megatron_args import beyond_megatron, saved_arguments, start_flags
 from arriero.checkpoint.formats.megatron_write import RankFormat, plan_ranks
-from arriero.checkpoint.formats.rank_table import Cut, check_cut, padded
-from arriero.checkpoint.open_model import Opened, open_model
-from arriero.checkpoint.tensors.transfer import new_directory, transfer
+from arriero.checkpoint.formats.sharding_plan import ParallelDegrees, check_degrees, padded_vocab_size
+from arriero.checkpoint.open_model import OpenedModel, open_model
+from arriero.checkpoint.tensors.transfer import transfer
 from arriero.checkpoint.tensors.values import fingerprint
 from arriero.common.errors import EXIT_OK, CheckFailed, UserError, join_problems
+from arriero.common.files import new_directory
 from arriero.common.progress import ProgressBar
 from arriero.common.ranges import flag, range_problems
 from arriero.common.text import escape, escape_message
@@ -67,11 +68,11 @@ class ConvertArgs:
     iteration: Annotated[int, Interval(ge=0, le=1_000_000_000)] = 0
     """The iteration that the rank files claim; 0 is `release`, with which training starts at 0."""
     config: Path | None = None
-    """A Hugging Face config.json, for sources that do not tell their shape."""
+    """A Hugging Face config.json, for sources that do not hold their shape."""
     vocab_size: Annotated[int, Interval(ge=1, lt=2**31)] | None = None
-    """The true vocabulary size, for sources that tell only the padded one."""
+    """The true vocabulary size, for sources that hold only the padded one."""
     tokenizer: Path | None = None
-    """The tokenizer's directory, if it does not lie with the source; it also tells the true vocabulary size."""
+    """The tokenizer's directory, if it does not lie with the source; it also gives the true vocabulary size."""
     max_shard_gb: Annotated[float, Interval(gt=0, le=1e6)] = 5.0
     """Largest size of one safetensors file, in GB."""
     verify: bool = False
@@ -81,66 +82,68 @@ class ConvertArgs:
 
 
 def run(args: ConvertArgs) -> int:
-    """Converts, proves and reports; returns 0, or raises CheckFailed if the proof fails."""
+    """Converts, checks and reports; returns 0, or raises CheckFailed if what was written differs from the source."""
     started = time.perf_counter()
     _check_options(args)
     kind = None if args.source_kind == "auto" else args.source_kind
     opened = open_model(args.source, kind, ConfigHints(args.config, args.vocab_size, args.tokenizer))
     dtype = DTYPES[args.dtype]
-    hub, config = opened.reader.tensors, opened.config
-    cut = Cut(args.tp, args.pp, args.vpp)
+    weights, config = opened.reader.tensors, opened.config
+    degrees = ParallelDegrees(args.tp, args.pp, args.vpp)
     if args.to != "hf":
-        check_cut(config, cut)
-    cut = replace(cut, padded_vocab=padded(config.vocab_size, args.make_vocab_size_divisible_by, args.tp))
+        check_degrees(config, degrees)
+    degrees = replace(
+        degrees, padded_vocab=padded_vocab_size(config.vocab_size, args.make_vocab_size_divisible_by, args.tp)
+    )
     with (
-        ProgressBar("converting", sum(t.nbytes for t in hub.values())) as progress,
-        new_directory(args.destination, need_bytes=bytes_as(hub, dtype)) as partial,
+        ProgressBar("converting", sum(t.nbytes for t in weights.values())) as progress,
+        new_directory(args.destination, need_bytes=bytes_in_dtype(weights, dtype)) as partial,
     ):
         if args.to == "hf":
-            files = plan_safetensors(partial, hub, dtype=dtype, max_shard_bytes=args.max_shard_gb * 1e9)
+            files = plan_safetensors(partial, weights, dtype=dtype, max_shard_bytes=args.max_shard_gb * 1e9)
         else:
-            files = plan_ranks(partial, hub, config, _rank_format(args, config, cut, dtype))
-        write_beside(
-            partial, config, dtype=dtype or next(iter(hub.values())).dtype, tokenizer=opened.tokenizer,
+            files = plan_ranks(partial, weights, config, _rank_format(args, config, degrees, dtype))
+        write_config_and_tokenizer(
+            partial, config, dtype=dtype or next(iter(weights.values())).dtype, tokenizer=opened.tokenizer,
             generation=opened.generation,
         )  # fmt: skip
-        prints, again = transfer(
-            hub,
+        fingerprints, read_back = transfer(
+            weights,
             files,
             dtype=dtype,
             advance=progress.advance,
             reopen=lambda: open_model(partial, args.to).reader.tensors,
         )
-        prove(opened, open_model(partial, args.to), prints=prints, again=again, dtype=dtype)
+        check_written(opened, open_model(partial, args.to), fingerprints=fingerprints, read_back=read_back, dtype=dtype)
     report = {
         "source": str(opened.path), "kind": opened.kind, "layout": opened.layout, "destination": str(args.destination),
         "to": args.to, "files": len(files), "bytes": sum(file.size for file in files),
-        "parameters": sum(t.numel for t in hub.values()),
-        "vocab_size": config.vocab_size, "padded_vocab": cut.padded_vocab if args.to != "hf" else config.vocab_size,
-        "fingerprint": fingerprint(hub, dtype, prints), "notes": opened.notes,
+        "parameters": sum(t.numel for t in weights.values()),
+        "vocab_size": config.vocab_size, "padded_vocab": degrees.padded_vocab if args.to != "hf" else config.vocab_size,
+        "fingerprint": fingerprint(weights, dtype, fingerprints), "notes": opened.notes,
         "seconds": round(time.perf_counter() - started, 2),
     }  # fmt: skip
     if args.to == "megatron":
-        arguments = _arguments(args, config, cut)
+        arguments = _arguments(args, config, degrees)
         report["start_with"] = start_flags(args.destination, arguments, iteration=args.iteration)
         report["notes"] = [*opened.notes, *beyond_megatron(config)]
     if args.verify:
-        report["largest_logit_difference"] = _verify(opened, open_model(args.destination, args.to), dtype)
+        report["largest_logit_difference"] = _compare_logits(opened, open_model(args.destination, args.to), dtype)
     _print(report, args.json)
     return EXIT_OK
 
 
-def _arguments(args: ConvertArgs, config: LlamaConfig, cut: Cut) -> dict[str, Any]:
-    return saved_arguments(config, cut, multiple=args.make_vocab_size_divisible_by, local=args.spec == "local")
+def _arguments(args: ConvertArgs, config: LlamaConfig, degrees: ParallelDegrees) -> dict[str, Any]:
+    return saved_arguments(config, degrees, multiple=args.make_vocab_size_divisible_by, local=args.spec == "local")
 
 
-def _rank_format(args: ConvertArgs, config: LlamaConfig, cut: Cut, dtype: str | None) -> RankFormat:
+def _rank_format(args: ConvertArgs, config: LlamaConfig, degrees: ParallelDegrees, dtype: str | None) -> RankFormat:
     """What the files of ranks are to be."""
     if args.to == "megatron":
         dialect = MCORE if args.spec == "local" else MCORE_TE
-        return RankFormat(dialect, cut, dtype, args.iteration, arguments=_arguments(args, config, cut))
+        return RankFormat(dialect, degrees, dtype, args.iteration, arguments=_arguments(args, config, degrees))
     dialect = ASCENDSPEED_FUSED if args.fused_mlp else ASCENDSPEED
-    return RankFormat(dialect, cut, dtype, args.iteration, args.deepspeed)
+    return RankFormat(dialect, degrees, dtype, args.iteration, args.deepspeed)
 
 
 def _check_options(args: ConvertArgs) -> None:
@@ -162,14 +165,21 @@ def _check_options(args: ConvertArgs) -> None:
         raise join_problems(problems)
 
 
-def prove(source: Opened, written: Opened, *, prints: dict[str, int], again: dict[str, int], dtype: str | None) -> None:
+def check_written(
+    source: OpenedModel,
+    written: OpenedModel,
+    *,
+    fingerprints: dict[str, int],
+    read_back: dict[str, int],
+    dtype: str | None,
+) -> None:
     """Compares what the destination's own reader found with what went in.
 
     Args:
         source: what was converted.
         written: the destination, opened when all was written: replicas are compared on opening.
-        prints: fingerprints as written.
-        again: fingerprints as read back.
+        fingerprints: fingerprints as written.
+        read_back: fingerprints as read back.
         dtype: what the weights were cast to.
 
     Raises:
@@ -180,18 +190,18 @@ def prove(source: Opened, written: Opened, *, prints: dict[str, int], again: dic
         found = after.get(name)
         expected = (tensor.shape, dtype or tensor.dtype)
         if found is None or (found.shape, found.dtype) != expected:
-            said = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
-            raise CheckFailed(f"{written.path}: {name} is {said} after writing, not {expected[1]} {list(expected[0])}")
+            state = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
+            raise CheckFailed(f"{written.path}: {name} is {state} after writing, not {expected[1]} {list(expected[0])}")
     if len(after) != len(before) or written.config != source.config:
         raise CheckFailed(f"{written.path}: reads back as another model than was written")
-    wrong = [name for name in before if again[name] != prints[name]]
+    wrong = [name for name in before if read_back[name] != fingerprints[name]]
     if wrong:
         raise CheckFailed(
             f"{written.path}: {wrong[0]} and {len(wrong) - 1} more read back other values than were written"
         )
 
 
-def _verify(source: Opened, written: Opened, dtype: str | None) -> float:
+def _compare_logits(source: OpenedModel, written: OpenedModel, dtype: str | None) -> float:
     """Largest logit difference of the two ends, in float32; must be 0 unless the dtype changed."""
     from arriero.checkpoint.export import logit_difference
 
@@ -210,7 +220,7 @@ def _print(report: dict[str, object], as_json: bool) -> None:
     print(f"{source} ({report['kind']}, {escape(report['layout'])}) -> {destination} ({report['to']})")
     vocabulary = f"vocabulary {report['vocab_size']:,}"
     if report["padded_vocab"] != report["vocab_size"]:
-        vocabulary += f" padded to {report['padded_vocab']:,}"
+        vocabulary += f" padded_vocab_size to {report['padded_vocab']:,}"
     print(f"{report['parameters']:,} parameters, {vocabulary}, {report['files']} files, {report['bytes'] / 1e9:.3f} GB")  # type: ignore[operator]
     print(f"read back and compared: names, shapes, dtypes, fingerprint {str(report['fingerprint'])[:16]}")
     if "largest_logit_difference" in report:

@@ -1,4 +1,4 @@
-"""By which names a committed checkpoint is known, for all that write files: nothing may be written into one."""
+"""The file names that mark a committed checkpoint, for all that write files: nothing may be written into one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Container
 from pathlib import Path
 
 MARKER = "COMMITTED"
-"""Written last: a directory without it is no checkpoint. checkpoint/layout.py has the rest of the names."""
+"""Written last: a directory without it is no checkpoint. checkpoint/directory.py has the rest of the names."""
 STATE = "state.json"
 DAMAGED = "the checkpoint is damaged: use another one"
 _NAME = re.compile(r"step-([0-9]{8,})")
@@ -30,7 +30,7 @@ def inside_checkpoints_of_run(path: Path) -> Path | None:
     return None
 
 
-def inside_checkpoint(path: Path) -> Path | None:
+def enclosing_checkpoint(path: Path) -> Path | None:
     """The checkpoint that `path` is or lies in, links followed, or whose place it would take: nothing may be written
     there."""
     try:

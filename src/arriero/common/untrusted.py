@@ -1,4 +1,4 @@
-"""Reading files that a stranger may have made: JSON of a bounded size and a known form, and no way out of a directory.
+"""Reading untrusted files: JSON of a bounded size and a known schema, and no path out of a directory.
 
 A file that is wrong in any way ends in a UserError which names it; nothing in it is ever run. docs/security.md lists
 what is checked where.
@@ -18,14 +18,14 @@ MAX_JSON_BYTES = 100_000_000  # what safetensors allows its header; a vocabulary
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "an object"}
 
 
-def read_json(path: Path, fix: str, form: Any = object, *, unique_keys: bool = False) -> Any:
-    """Reads a JSON file that fits `form` (see `misfit`).
+def read_json(path: Path, fix: str, schema: Any = object, *, unique_keys: bool = False) -> Any:
+    """Reads a JSON file that fits `schema` (see `schema_problem`).
 
     Raises:
         UserError: no regular file there, larger than MAX_JSON_BYTES, not UTF-8, not JSON, nested too deep to be read,
-            or of another form; names the file and, in the last case, the place in it.
+            or of another schema; names the file and, in the last case, the place in it.
     """
-    return parse_json(read_text(path, fix), str(path), fix, form, unique_keys=unique_keys)
+    return parse_json(read_text(path, fix), str(path), fix, schema, unique_keys=unique_keys)
 
 
 def read_text(path: Path, fix: str, most: int = MAX_JSON_BYTES) -> str:
@@ -51,9 +51,9 @@ def read_bytes(path: Path, fix: str, most: int = MAX_JSON_BYTES) -> bytes:
 
 
 def parse_json(
-    text: str | bytes, where: str, fix: str, form: Any = object, *, unique_keys: bool = False
+    text: str | bytes, where: str, fix: str, schema: Any = object, *, unique_keys: bool = False
 ) -> Any:  # fmt: skip
-    """Decodes JSON of a known form. Raises UserError, as `read_json` does, with `where` for the file.
+    """Decodes JSON of a known schema. Raises UserError, as `read_json` does, with `where` for the file.
 
     `unique_keys`: also refuses an object in which a key stands twice with different values.
     """
@@ -65,7 +65,7 @@ def parse_json(
         raise UserError(f"{where}: {error}", fix) from None
     except ValueError as error:  # broken, or a number of more digits than Python reads
         raise UserError(f"{where}: not JSON ({error})", fix) from None
-    if wrong := misfit(value, form):
+    if wrong := schema_problem(value, schema):
         raise UserError(f"{where}: {wrong}", fix)
     return value
 
@@ -83,41 +83,45 @@ def _unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def misfit(value: Any, form: Any, at: str = "") -> str:  # noqa: PLR0911 - one a kind of form
-    """Where and how decoded JSON differs from `form`: one sentence, or empty when it fits.
+def schema_problem(value: Any, schema: Any, at: str = "") -> str:  # noqa: PLR0911 - one a kind of schema
+    """Where and how decoded JSON differs from `schema`: one sentence, or empty when it fits.
 
     Args:
         value: decoded JSON.
-        form: object (anything), int (of 64 bits, no bool), float (any number), str, bool, dict, None (null); {"key":
-            form, ...} for an object that has at least these keys; {str: form} for one whose values are all alike;
-            [form] for a list; a tuple of forms for any of them.
+        schema: object (anything), int (of 64 bits, no bool), float (any number), str, bool, dict, None (null); {"key":
+            schema, ...} for an object that has at least these keys; {str: schema} for one whose values are all alike;
+            [schema] for a list; a tuple of schemas for any of them.
         at: the place, for the message.
     """
-    if form is object:
+    if schema is object:
         return ""
-    if isinstance(form, tuple):
-        return "" if any(not misfit(value, one) for one in form) else misfit(value, form[0], at)
+    if isinstance(schema, tuple):
+        return "" if any(not schema_problem(value, one) for one in schema) else schema_problem(value, schema[0], at)
     name = at or "the whole"
-    if isinstance(form, list):
+    if isinstance(schema, list):
         if not isinstance(value, list):
             return f"{name} is {_show(value)}, not a list"
-        return next((wrong for i, one in enumerate(value) if (wrong := misfit(one, form[0], f"{at}[{i}]"))), "")
-    if isinstance(form, dict):
+        return next(
+            (wrong for i, one in enumerate(value) if (wrong := schema_problem(one, schema[0], f"{at}[{i}]"))), ""
+        )
+    if isinstance(schema, dict):
         if not isinstance(value, dict):
             return f"{name} is {_show(value)}, not an object"
-        if lacking := [key for key in form if key is not str and key not in value]:
+        if lacking := [key for key in schema if key is not str and key not in value]:
             return f"{name} lacks {lacking[0]!r}"
-        wanted = dict.fromkeys(value, form[str]) if str in form else form
-        return next((w for key, one in wanted.items() if (w := misfit(value[key], one, f"{at}.{key}"[not at :]))), "")
-    if form is None:
+        wanted = dict.fromkeys(value, schema[str]) if str in schema else schema
+        return next(
+            (w for key, one in wanted.items() if (w := schema_problem(value[key], one, f"{at}.{key}"[not at :]))), ""
+        )
+    if schema is None:
         fits = value is None
-    elif form is int:
+    elif schema is int:
         fits = type(value) is int and -(2**63) <= value < 2**63
-    elif form is float:
+    elif schema is float:
         fits = type(value) is float or (type(value) is int and abs(value) < 2**63)
     else:
-        fits = isinstance(value, form)
-    return "" if fits else f"{name} is {_show(value)}, not {_WORDS.get(form, 'null')}"
+        fits = isinstance(value, schema)
+    return "" if fits else f"{name} is {_show(value)}, not {_WORDS.get(schema, 'null')}"
 
 
 def _show(value: Any) -> str:
@@ -126,7 +130,7 @@ def _show(value: Any) -> str:
     return json.dumps(value)[:60]
 
 
-def inside(directory: Path, path: Path) -> Path:
+def require_inside(directory: Path, path: Path) -> Path:
     """`path`, which lies in `directory`, unless a symbolic link leads out of it.
 
     The links of Hugging Face's cache, from `snapshots/REVISION` into the `blobs` beside it, are followed.
@@ -142,7 +146,7 @@ def inside(directory: Path, path: Path) -> Path:
     return path
 
 
-def plain_name(name: Any, where: str) -> str:
+def require_file_name(name: Any, where: str) -> str:
     """`name`, which a file gives for a file beside it. Raises UserError for anything but a bare file name."""
     if isinstance(name, str) and Path(name).name == name and name not in ("", ".", "..") and "\0" not in name:
         return name

@@ -39,14 +39,14 @@ class _TextSet:
     def check_ids(self, samples: np.ndarray, vocab_size: int) -> None:
         """Raises OutsideVocabulary for the first id of these samples that is not in 0 to vocab_size - 1."""
         for windows, _, within in self.order.groups(samples):
-            begin, end, _ = windows.pieces(within, self.data.sizes, self.data.starts)
+            begin, end, _ = windows.token_ranges(within, self.data.sizes, self.data.starts)
             for a, b in zip(begin.tolist(), end.tolist(), strict=True):
                 self.data.check_ids(vocab_size, first=a, end=b)
 
     def fill(self, samples: np.ndarray, rows: np.ndarray, buffer: np.ndarray, out: Batch) -> None:
         """Writes the samples' windows into the given rows of `buffer`, and what follows from them into `out`."""
         for windows, mine, within in self.order.groups(samples):
-            begin, end, count = windows.pieces(within, self.data.sizes, self.data.starts)
+            begin, end, count = windows.token_ranges(within, self.data.sizes, self.data.starts)
             tokens = self.data.tokens
             stretches = [tokens[a:b] for a, b in zip(begin.tolist(), end.tolist(), strict=True)]
             into = rows[mine]
@@ -114,7 +114,7 @@ class Batches:
             self.blend = MegatronBlend(blend.weights, samples)
         shares, self.sets = parse_split(config.split), []
         for number, prefix in enumerate(blend.prefixes):
-            wanted = self._wanted(blend, number, samples)
+            wanted = self._megatron_samples(blend, number, samples)
             one = self._open(prefix, shares, SPLITS.index(split), seed, wanted)
             if one.samples_per_epoch == 0 and wanted is None:
                 raise UserError(
@@ -129,9 +129,9 @@ class Batches:
         weights = blend.weights or lengths
         self.weights = [weight / sum(weights) for weight in weights]
         if self.blend is not None and several:
-            self.blend.share_out(lengths)
+            self.blend.assign(lengths)
 
-    def _wanted(self, blend: Blend, number: int, samples: int | None) -> int | None:
+    def _megatron_samples(self, blend: Blend, number: int, samples: int | None) -> int | None:
         """How many samples Megatron's order of one set is made for; None for one pass over it."""
         if self.config.order != "megatron":
             return None
@@ -169,7 +169,7 @@ class Batches:
         return _TextSet(data, order, length, config.attention == "document")
 
     def notices(self) -> list[str]:
-        """What a user must know of these samples before the first step: records that are too long, and what is lost."""
+        """One notice for each set with records that are too long, with what is lost of them."""
         return [note for one in self.sets if isinstance(one, InstructionSet) and (note := one.notice())]
 
     def epoch_of(self, step: int) -> int:
@@ -193,18 +193,18 @@ class Batches:
             np.empty(shape, np.int64) if marked else None,
             np.empty(shape, np.int64) if marked else None,
         )
-        for one, rows, within in self._shared_out(samples):
+        for one, rows, within in self._by_dataset(samples):
             one.fill(within, rows, buffer, out)
         if self.vocab_size is not None:
             self._check_ids(samples, [buffer] if plain else [out.tokens, out.labels], np.uint64(self.vocab_size))
         return out
 
-    def _shared_out(self, samples: np.ndarray) -> Iterator[tuple[_TextSet | InstructionSet, np.ndarray, np.ndarray]]:
+    def _by_dataset(self, samples: np.ndarray) -> Iterator[tuple[_TextSet | InstructionSet, np.ndarray, np.ndarray]]:
         """For each set that has some of the samples: the set, their rows, and their numbers within the set."""
         if len(self.sets) == 1:
             yield self.sets[0], np.arange(len(samples)), samples
             return
-        which, within = self.blend.of(samples) if self.blend is not None else blend_stable(samples, self.weights)
+        which, within = self.blend.lookup(samples) if self.blend is not None else blend_stable(samples, self.weights)
         for i, one in enumerate(self.sets):
             rows = np.flatnonzero(which == i)
             if len(rows):
@@ -229,7 +229,7 @@ class Batches:
     def _outside(self, samples: np.ndarray) -> UserError:
         """The error for samples that hold an id outside the vocabulary."""
         assert self.vocab_size is not None
-        for one, _, within in self._shared_out(samples):
+        for one, _, within in self._by_dataset(samples):
             try:
                 one.check_ids(within, self.vocab_size)
             except OutOfVocabularyError as error:

@@ -21,7 +21,7 @@ _SCANNED_RANGES = 64
 def check_data_against(config: DataConfig, vocab_size: int, tokenizer_fingerprint: str | None = None) -> None:
     """Refuses data whose token ids the model has no row for, or that another tokenizer made.
 
-    A data set with a manifest is judged by it; of a foreign one up to MOST_TOKENS tokens are looked at, about 1 GB/s.
+    A data set with a manifest is checked by it; of one without up to MAX_SCANNED_TOKENS tokens are read, about 1 GB/s.
 
     Args:
         config: the data.
@@ -57,7 +57,7 @@ def check_data_against(config: DataConfig, vocab_size: int, tokenizer_fingerprin
 
 
 def check_token_ids(data: IndexedDataset, vocab_size: int | None, *, whole: bool = False, **how: Any) -> None:
-    """Looks at all ids of a set, or unless `whole` at those of evenly spaced stretches of a large one.
+    """Checks all ids of a set or, unless `whole`, those of evenly spaced ranges of a large one.
 
     Raises:
         OutsideVocabulary: as `IndexedDataset.check_ids`, which takes `how`.
@@ -88,12 +88,16 @@ def batch_notices(batches: Batches) -> list[str]:
     for prefix, one in zip(parse_prefix(batches.config.prefix).prefixes, batches.sets, strict=True):
         if not isinstance(one, InstructionSet):
             continue
-        found = one.labels_kept()
-        if not found.without:
+        found = one.label_coverage()
+        if not found.without_labels:
             continue
         length, never = batches.sequence_length, f"{found.never:,} have none at any length" if found.never else ""
-        fix = f"train.sequence_length {found.enough} keeps one in each that has any" if found.enough else ""
-        if found.without == found.samples:
+        fix = (
+            f"train.sequence_length {found.sufficient_length} keeps one in each that has any"
+            if found.sufficient_length
+            else ""
+        )
+        if found.without_labels == found.samples:
             problem = (
                 f"{escape(prefix)}: no sample of the {batches.split} split keeps a label at train.sequence_length "
             )
@@ -101,8 +105,8 @@ def batch_notices(batches: Batches) -> list[str]:
                 f"{problem}{length}: nothing could be learned from it", fix or "look at how it was prepared"
             )
         lines.append(
-            f" NOTICE: {escape(prefix)}: {found.without:,} of {found.samples:,} {batches.split} samples keep no label "
-            f"at train.sequence_length {length}, and nothing is learned from them: "
+            f" NOTICE: {escape(prefix)}: {found.without_labels:,} of {found.samples:,} {batches.split} samples keep no "
+            f"label at train.sequence_length {length}, and nothing is learned from them: "
             + "; ".join(part for part in (fix, never) if part)
         )
     return lines

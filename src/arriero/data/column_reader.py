@@ -1,7 +1,7 @@
 """Reads one parquet or arrow file in a process of its own, whose memory is bounded.
 
 A few hundred bytes of such a file may unpack to any size (dictionaries, shared prefixes, run lengths, views, compressed
-pages), what its metadata say of that need not be true, and pyarrow has no bound and may end its process. So columns.py
+pages), its metadata need not be true, and pyarrow has no bound and may end its process. So columns.py
 starts this file as a program and reads the records from a pipe.
 """
 
@@ -68,7 +68,7 @@ def _count_elements(array: Any) -> int:
 
 
 def _slice_rows(batch: Any, at: int, count: int) -> list[Any]:
-    """Rows as records; one whose text is not UTF-8 is the sentence that tells so."""
+    """Rows as records; one whose text is not UTF-8 becomes a sentence with the error."""
     rows = batch.slice(at, count)
     if sum(map(_count_elements, rows.columns)) > MAX_ELEMENTS:
         raise MemoryError
@@ -161,7 +161,7 @@ def _validate(batch: Any) -> None:
     """Checks every offset and length of a batch of mapped memory: arrow believes them, and would read beyond its file.
 
     Raises:
-        ValueError: one leads outside. Strings that are not UTF-8 are let through: they spoil their own record only.
+        ValueError: one leads outside. Strings that are not UTF-8 pass: their own record alone is rejected later.
     """
     import pyarrow
 
@@ -219,7 +219,7 @@ def _check_footer(mapped: Any, path: str) -> None:
         for _ in reader:
             pass
     except (pyarrow.ArrowInvalid, OSError):
-        return  # a writer without an end mark: nothing can be said
+        return  # a writer without an end mark: this cannot be checked
     end = mapped.size() - 10
     length = struct.unpack("<i", mapped.read_at(4, end))[0] if end > 0 else 0
     if end - length - mapped.tell() > 64:

@@ -33,7 +33,7 @@ def read_columns(path: Path, kind: str, columns: tuple[str, ...] | None, track: 
         path: the file, which may be compressed as a whole.
         kind: parquet or arrow.
         columns: those that are read; None for all.
-        track: is given a function that says how much of the file has been read, from 0 to 1.
+        track: takes a function that returns the fraction of the file that has been read, from 0 to 1.
 
     Raises:
         UserError: the file cannot be read, or unpacks to more than it may.
@@ -41,7 +41,7 @@ def read_columns(path: Path, kind: str, columns: tuple[str, ...] | None, track: 
     with seekable(path) as source, tempfile.TemporaryFile(dir=inputs.SCRATCH_DIRECTORY) as errors:
         allowed = MAX_UNPACKED * os.stat(source).st_size
         bounds = [min(MEMORY_LIMITS[0] + allowed, MEMORY_LIMITS[1]), MIN_UNPACKED_BYTES + allowed]
-        # -P: no module of the working directory, which may be a stranger's, is imported.
+        # -P: no module of the working directory, which may be untrusted, is imported.
         command = [sys.executable, "-P", "-m", "arriero.data.column_reader", str(path), str(source), kind]
         reader = subprocess.Popen(
             [*command, json.dumps(columns), json.dumps(bounds)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,

@@ -18,14 +18,14 @@ from arriero.common.errors import UserError
 from arriero.data.tokenizer import JsonTokenizer, Tokenizer
 from arriero.data.tokenizer_safety import call_with_timeout, library_errors
 
-# gigatoken remembers every word that it has met (about 2 MB for each MB of program text): it is started over after this
+# gigatoken caches every word that it has met (about 2 MB for each MB of program text): it is started over after this
 # much text.
 _MAX_CACHE_BYTES = 48 << 20
 _PROBE_CHARACTERS = 256  # of each unit of work, compared with the reference while the work goes on
 
 
 class UnsupportedTokenizerError(Exception):
-    """The fast engine cannot stand in for this tokenizer; the message says why."""
+    """The fast engine does not support this tokenizer; the message gives the reason."""
 
 
 def _description(reference: Tokenizer) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def _without_specials(found: dict[str, Any]) -> dict[str, Any]:
 
 
 class FastTokenizer(Tokenizer):
-    """Stands in for a reference tokenizer: same ids, same attributes, `encode_arrays` by gigatoken.
+    """Replaces a reference tokenizer: same ids, same attributes, `encode_arrays` by gigatoken.
 
     Raises:
         UnsuitableError: gigatoken is not installed, or does not know this kind of tokenizer.

@@ -56,7 +56,7 @@ class OutOfVocabularyError(UserError):
 
 
 class IndexedDataset:
-    """Reads PREFIX.bin and PREFIX.idx through memory maps, whoever wrote them.
+    """Reads PREFIX.bin and PREFIX.idx through memory maps, written by any program.
 
     Attributes:
         sizes: int32 [sequences], tokens in each sequence.
@@ -206,11 +206,11 @@ class IndexedWriter:
         self._docs.write(struct.pack("<q", 0))
 
     def add(self, ids: np.ndarray | list[int]) -> None:
-        """Appends one sequence to the document in hand."""
+        """Appends one sequence to the current document."""
         self.add_sequences(np.asarray(ids), np.array([len(ids)], np.int32))
 
     def end_document(self) -> None:
-        """Closes the document in hand (it may be empty)."""
+        """Ends the current document (it may be empty)."""
         self._docs.write(struct.pack("<q", self.sequences))
         self.documents += 1
 
@@ -222,7 +222,7 @@ class IndexedWriter:
         self.documents += len(sizes)
 
     def add_sequences(self, flat: np.ndarray, sizes: np.ndarray) -> None:
-        """Appends many sequences to the document in hand."""
+        """Appends many sequences to the current document."""
         payload = flat.astype(self.dtype.newbyteorder("<"), copy=False).tobytes()
         self._bin.write(payload)
         self._hash.update(payload)

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, cast
 
 from arriero.common.errors import UserError
 from arriero.common.text import escape
-from arriero.common.untrusted import inside
+from arriero.common.untrusted import require_inside
 
 KINDS = {
     ".parquet": "parquet",
@@ -36,7 +36,7 @@ MAX_UNPACKED = 200  # times the packed size, where a compressed file must be unp
 
 
 def ignore_progress(fraction: Callable[[], float]) -> None:
-    """Takes no notice of how much has been read."""
+    """Ignores how much has been read."""
 
 
 TrackRead = Callable[[Callable[[], float]], None]
@@ -63,7 +63,7 @@ def find_inputs(inputs: tuple[str, ...]) -> tuple[str, list[Path]]:
             raise UserError("an input is empty", "give a file, a directory, or a glob in quotes")
         if os.path.isdir(given):  # as below, False for names that no file can have
             found = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
-            files += [inside(path, p) for p in found if kind_of(p)]
+            files += [require_inside(path, p) for p in found if kind_of(p)]
             if not any(kind_of(p) for p in found):
                 raise UserError(
                     f"no data file in directory {path}", f"known endings: {', '.join(KINDS)} (also .gz, .zst)"

@@ -23,7 +23,7 @@ PAD_ID = 0  # any id does: padding stands after the text, attention is causal, a
 def pack_best_fit(sizes: np.ndarray, capacity: int) -> list[list[int]]:
     """Packs items into bins by best-fit decreasing: each goes where the least room is left over.
 
-    An integer of `capacity` bits says which amounts of free room exist: each item costs a shift and a lowest set bit.
+    Bit n of an integer is set if a bin with n free places exists: each item costs a shift and a lowest set bit.
 
     Args:
         sizes: item sizes, none above `capacity`; equal sizes keep their order.
@@ -59,11 +59,11 @@ class LabelCoverage:
 
     samples: int
     """Samples that were looked at: all of them, unless there are very many labels."""
-    without: int
+    without_labels: int
     """Of these, samples that keep none."""
     never: int
     """Of these, samples that have none at any length."""
-    enough: int
+    sufficient_length: int
     """The least sequence length at which all the others keep one; 0 where there are no others."""
 
 
@@ -71,7 +71,7 @@ class InstructionSet:
     """Records of an instruction set as samples.
 
     A record of n tokens fills n - 1 places: tokens are ids[:-1], labels are labels[1:], as AscendSpeed pairs them.
-    What is done with longer ones is `too_long`'s to say.
+    `too_long` decides what is done with longer ones.
 
     Attributes:
         samples_per_epoch: records, or bins when packed.
@@ -97,11 +97,11 @@ class InstructionSet:
         places = places[places > 0]
         self.prefix, self.records, self.long, self._too_long = prefix, documents, documents[places > length], too_long
         if too_long == "error" and len(self.long):
-            raise UserError(self._long_ones(), "raise train.sequence_length, or set data.too_long to cut or drop")
+            raise UserError(self._describe_long(), "raise train.sequence_length, or set data.too_long to cut or drop")
         if too_long == "drop":
             documents, places = documents[places <= length], places[places <= length]
             if len(self.long) and not len(documents):
-                raise UserError(f"{self._long_ones()}: none is left", "raise train.sequence_length")
+                raise UserError(f"{self._describe_long()}: none is left", "raise train.sequence_length")
         # Packed once, not anew in each epoch: the number of samples of an epoch must not depend on the epoch.
         bins = pack_best_fit(np.minimum(places, length), length) if pack else [[i] for i in range(len(documents))]
         self._members = np.array([documents[i] for one in bins for i in one], np.int64)
@@ -109,7 +109,7 @@ class InstructionSet:
         self.samples_per_epoch = len(bins)
         self._epochs: dict[int, np.ndarray] = {}
 
-    def _long_ones(self) -> str:
+    def _describe_long(self) -> str:
         longest = int(self._ids.sizes[self.long].max()) - 1
         return (
             f"{escape(self.prefix)}: {len(self.long):,} of {len(self.records):,} records are longer than "
@@ -121,18 +121,18 @@ class InstructionSet:
         if not len(self.long):
             return ""
         if self._too_long == "drop":
-            return f"{self._long_ones()}; they are left out (data.too_long = drop)"
+            return f"{self._describe_long()}; they are left out (data.too_long = drop)"
         learned = lost = 0
         for member in self.long.tolist():
             valid = self._labels[member][1:] != -100
             learned += int(valid.sum())
             lost += int(valid[self._length :].sum())
         return (
-            f"{self._long_ones()}; they are cut (data.too_long = cut): {lost / max(1, learned):.0%} of the tokens that "
-            "they are to teach are lost"
+            f"{self._describe_long()}; they are cut (data.too_long = cut): {lost / max(1, learned):.0%} of the tokens "
+            "that they are to teach are lost"
         )
 
-    def labels_kept(self, most: int = 1 << 28) -> LabelCoverage:
+    def label_coverage(self, most: int = 1 << 28) -> LabelCoverage:
         """Looks at the labels of all samples, or of evenly spaced ones where there are more than `most` labels."""
         step = max(1, -(-len(self._labels.tokens) // most))
         chosen = np.arange(0, self.samples_per_epoch, step)

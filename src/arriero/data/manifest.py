@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from arriero.common.errors import UserError
-from arriero.common.untrusted import plain_name, read_json
+from arriero.common.untrusted import read_json, require_file_name
 from arriero.data.indexed import bin_path, idx_path
 from arriero.data.output import create_file
 
@@ -64,7 +64,7 @@ def read_manifest(out: str) -> dict[str, Any] | None:
     if found["version"] != VERSION:
         raise UserError(f"{path}: is of version {found['version']}, known: {VERSION}", fix)
     for name in found["outputs"]:
-        plain_name(name, str(path))
+        require_file_name(name, str(path))
     return found
 
 

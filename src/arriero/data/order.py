@@ -32,10 +32,10 @@ class Windows:
     offset: np.ndarray
     shuffle: np.ndarray
 
-    def pieces(
+    def token_ranges(
         self, samples: np.ndarray, sizes: np.ndarray, starts: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Where the samples' tokens lie in the flat token array, in order, one row a stretch of one document.
+        """Where the samples' tokens lie in the flat token array, in order, one row for each range of one document.
 
         Args:
             samples: [n] sample numbers within this stream.
@@ -230,14 +230,14 @@ class MegatronBlend:
         self.total = sum(shares)
         self._which = self._within = np.empty(0, np.int64)
 
-    def share_out(self, lengths: Sequence[int]) -> None:
+    def assign(self, lengths: Sequence[int]) -> None:
         """Decides for every sample which set it comes from; `lengths` are the sets' samples in one pass."""
         if self._weights is None:
             self._weights, self.total = [float(n) for n in lengths], min(self.samples, sum(lengths))
         # A second time: the first quotients need not sum to 1, and a last bit decides between sets that are level.
         self._which, self._within = blend_megatron(self.total, normalize_weights(self._weights))
 
-    def of(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def lookup(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Set number and sample number within the set of each of these samples; past the end they start over."""
         return self._which[samples % self.total], self._within[samples % self.total]
 

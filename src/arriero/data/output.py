@@ -95,5 +95,5 @@ def writing_output(out: str) -> Iterator[None]:
     except OSError as error:
         name = escape(error.filename if error.filename is not None else out)
         raise UserError(
-            f"{name}: {os_error_text(error)}", "mend that, or choose another --out; nothing was written"
+            f"{name}: {os_error_text(error)}", "correct that, or choose another --out; nothing was written"
         ) from error

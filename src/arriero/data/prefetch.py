@@ -1,4 +1,4 @@
-"""Batches made one step ahead on another thread, while the training thread waits for the device."""
+"""Batches made ahead on another thread, while the training thread waits for the device."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Prefetch(Generic[T]):
         kind, value = self._ready.get()
         self.waited_ms = 1000 * (time.perf_counter() - began)
         if kind == "end":
-            self._ready.put((kind, value))  # whoever asks again is told again
+            self._ready.put((kind, value))  # the next call raises it again
             raise StopIteration
         if isinstance(value, BaseException):
             self._ready.put((kind, value))

@@ -1,6 +1,6 @@
 """The names in `data.prefix`: one data set, or a blend of several, and the files that belong to each.
 
-Whoever needs to know what a run reads asks here, so that the reader and the digests of what was read never differ.
+Both the reader and the digests of the files that were read use these functions, so that they never differ.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def parse_prefix(text: str) -> Blend:
     """Reads "A", "0.7 A 0.3 B" or "A B".
 
     A data set whose name is the whole text is that one set, whatever characters the name has. Otherwise the text is
-    split into words as a shell does, so that a name with blanks can stand in quotes; what is a weight is decided as
+    split into words as a shell does, so that a name with blanks can be quoted; what is a weight is decided as
     Megatron-LM decides it (`get_blend_from_list`): an odd number of words has none.
 
     Raises:

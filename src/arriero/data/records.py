@@ -19,7 +19,7 @@ CONTENT_COLUMNS = (
 """Columns, and keys of a turn, that are part of what a model shall read or answer. A format that has no place for one
 refuses the record in which it is filled: without it the record would teach something else."""
 LOSS_WEIGHT_KEYS = ("weight", "loss", "train", "training")
-"""Keys of a turn by which OpenAI's files, ms-swift's and axolotl's say whether a loss falls on it."""
+"""Keys of a turn by which OpenAI's files, ms-swift's and axolotl's give the weight of its loss."""
 
 
 def text_column(record: Record, key: str) -> str:

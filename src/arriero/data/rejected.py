@@ -45,7 +45,7 @@ class Counts:
             raise UserError(f"{problem}, for example\n{examples}" if examples else problem, "check --format and --keys")
         if bad > max_bad * self.records:
             problem = f"{bad:,} of {self.records:,} records cannot be used, more than --max-bad {max_bad:g} allows:"
-            fix = "mend them, or allow a larger share with --max-bad; nothing was written"
+            fix = "correct them, or allow a larger share with --max-bad; nothing was written"
             raise UserError(f"{problem}\n{examples}", fix)
 
 
@@ -64,7 +64,7 @@ class RejectedFile:
             source = str(self._files[one.location.file])
             where = f"{source}:{one.location.number}"
             if strict:
-                fix = "mend the record, or run without --strict to set such records aside"
+                fix = "correct the record, or run without --strict to set such records aside"
                 raise UserError(f"{where}: {one.reason}", fix)
             counts.rejected += 1
             counts.empty += one.reason.endswith((" is empty", " is blank"))

@@ -18,11 +18,11 @@ import numpy as np
 
 from arriero.common.errors import UserError
 from arriero.common.text import escape
-from arriero.common.untrusted import inside, read_bytes, read_json
+from arriero.common.untrusted import read_bytes, read_json, require_inside
 from arriero.data.tokenizer_files import VOCABULARY_FILES, copy_generation_config, copy_tokenizer_files
 from arriero.data.tokenizer_safety import call_with_timeout, check_sentencepiece, check_tokenizer_json, library_errors
 
-# Names that tokenizers give to the two ids when no configuration file says which they are.
+# Usual names of the two ids, for tokenizers without a configuration file.
 _KNOWN_BOS = ("<s>", "<|begin_of_text|>", "<bos>")
 _KNOWN_EOS = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
 
@@ -32,9 +32,9 @@ _BLANK_INSIDE = re.compile("[^▁]▁")
 
 
 def split_text(text: str, length: int = CHUNK_CHARACTERS) -> list[str]:
-    """Divides a text before words, so that tokenising the stretches one by one gives the ids of the whole.
+    """Splits a text before words, so that tokenising the pieces one by one gives the ids of the whole.
 
-    The blank at which it divides is dropped: it is what the tokenizer puts in front of the next stretch. It must be the
+    The blank at which it divides is dropped: the tokenizer puts it in front of the next piece. It must be the
     first of its run, since a run of blanks is a piece of its own. `▁` is how these vocabularies write a blank.
     """
     stretches, at = [], 0
@@ -62,7 +62,7 @@ class Tokenizer:
         bos_id, eos_id: ids that begin and end a document, or None.
         fingerprint: SHA-256 of the vocabulary in order of ids: the same for a tokenizer.model and its tokenizer.json.
         file_sha256: of `path`.
-        notices: what was mended on loading, one sentence each; the caller prints them.
+        notices: what was corrected on loading, one sentence each; the caller prints them.
     """
 
     engine = ""
@@ -274,7 +274,7 @@ def _adds_prefix_space(part: Any) -> bool:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    found: dict[str, Any] = read_json(inside(path.parent, path), "restore it from the tokenizer's source", dict)
+    found: dict[str, Any] = read_json(require_inside(path.parent, path), "restore it from the tokenizer's source", dict)
     return found
 
 
@@ -327,7 +327,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
                 f"{escape(path)} holds no tokenizer.model and no tokenizer.json",
                 "give the directory of the model's tokenizer",
             )
-        path = inside(path, found)
+        path = require_inside(path, found)
     if not os.path.isfile(path):
         raise UserError(
             f"no tokenizer at {escape(path)}", "give a directory with tokenizer.model or tokenizer.json, or such a file"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from arriero.common.files import make_directory, write_atomic
-from arriero.common.untrusted import inside, read_bytes
+from arriero.common.untrusted import read_bytes, require_inside
 
 VOCABULARY_FILES = ("tokenizer.model", "tokenizer.json")
 """The files that decide ids, in the order in which they are looked for."""
@@ -69,4 +69,6 @@ def _exists(path: Path) -> bool:
 
 
 def _copy(folder: Path, name: str, directory: Path) -> None:
-    write_atomic(directory / name, read_bytes(inside(folder, folder / name), f"put the file itself into {folder}"))
+    write_atomic(
+        directory / name, read_bytes(require_inside(folder, folder / name), f"put the file itself into {folder}")
+    )

@@ -16,7 +16,7 @@ from typing import Any
 from arriero.common.errors import UserError
 from arriero.common.files import write_atomic
 from arriero.common.protobuf import read_fields
-from arriero.common.untrusted import inside, misfit, read_bytes, read_json
+from arriero.common.untrusted import read_bytes, read_json, require_inside, schema_problem
 from arriero.data.tokenizer_files import VOCABULARY_FILES
 from arriero.data.tokenizer_safety import MAX_ID, check_sentencepiece, library_errors
 
@@ -100,9 +100,9 @@ def vocabulary_size(tokenizer: Path, *, added: bool = True) -> int:
         raise UserError(f"{tokenizer}: holds no tokenizer", "name the directory of tokenizer.model or .json")
     try:
         if model.is_file() and not (tokenizer.is_file() and tokenizer.suffix == ".json"):
-            largest = len(_fields(read_bytes(inside(folder, model), "copy it again"))[1]) - 1
+            largest = len(_fields(read_bytes(require_inside(folder, model), "copy it again"))[1]) - 1
         else:
-            raw = read_json(inside(folder, fast), "copy it again")
+            raw = read_json(require_inside(folder, fast), "copy it again")
             vocab = raw["model"]["vocab"]
             ids = list(vocab.values()) if isinstance(vocab, dict) else [len(vocab) - 1]
             largest = max([*ids, *(token["id"] for token in raw.get("added_tokens") or [] if added)])
@@ -125,14 +125,14 @@ def added_tokens(folder: Path) -> dict[str, int]:
     found: dict[str, int] = {}
     config = folder / "tokenizer_config.json"
     if config.is_file():
-        raw = read_json(inside(folder, config), "restore it from the tokenizer's source", dict)
+        raw = read_json(require_inside(folder, config), "restore it from the tokenizer's source", dict)
         decoder = raw.get("added_tokens_decoder") or {}
-        if wrong := misfit(decoder, {str: {"content": str}}, "added_tokens_decoder"):
+        if wrong := schema_problem(decoder, {str: {"content": str}}, "added_tokens_decoder"):
             raise UserError(f"{config}: {wrong}", "restore it from the tokenizer's source")
         found |= {entry["content"]: int(key) for key, entry in decoder.items() if re.fullmatch("[0-9]{1,4000}", key)}
     beside = folder / "added_tokens.json"
     if beside.is_file():
-        found |= read_json(inside(folder, beside), "restore it from the tokenizer's source", {str: int})
+        found |= read_json(require_inside(folder, beside), "restore it from the tokenizer's source", {str: int})
     return found
 
 
@@ -189,7 +189,7 @@ def _added_token(i: int, piece: str, special: bool) -> dict[str, Any]:
 
 
 def _bos_post_processor(processor: Any) -> dict[str, Any] | None:
-    """LLaMA's habit: BOS in front of every text, unless the caller asks for none."""
+    """BOS in front of every text, as LLaMA's tokenizer puts it, unless the caller turns special tokens off."""
     i = processor.bos_id()
     if i < 0:
         return None

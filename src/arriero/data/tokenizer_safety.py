@@ -1,7 +1,7 @@
-"""What a foreign tokenizer may be: checked before a library gets it, and while the library works.
+"""Checks of an untrusted tokenizer: before a library opens it, and a time limit while the library works.
 
-The libraries trust their files: an id of 2^32 costs gigabytes, a normalizer may multiply the text, a broken trie is
-read beyond its end, a regular expression may never end, and a panic of Rust is no Exception.
+The libraries do not check their files: an id of 2^32 costs gigabytes, a normalizer may multiply the text, a broken trie
+is read beyond its end, a regular expression may never end, and a panic of Rust is no Exception.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def library_errors(path: Path, doing: str) -> Iterator[None]:
 
 
 class _CallThread:
-    """A thread that makes calls, one after the other, until it is let go."""
+    """A thread that makes calls, one after the other, until the object is deleted."""
 
     def __init__(self) -> None:
         self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
@@ -170,9 +170,9 @@ _thread_local = threading.local()
 
 
 def call_with_timeout(path: Path, characters: int, call: Callable[[], T]) -> T:
-    """Calls a tokenizer in a thread that is left alone, to end with the process, if it takes too long.
+    """Calls a tokenizer in a thread that is abandoned, to end with the process, if it takes too long.
 
-    A thread of a pool keeps its helper: new threads would each take memory of their own from malloc.
+    A thread of a pool reuses its call thread: new threads would each take memory of their own from malloc.
 
     Raises:
         TooSlowError: it has taken longer than its text can explain.

@@ -16,7 +16,7 @@ from annotated_types import Interval
 from arriero.common.errors import UserError, join_problems
 from arriero.common.ranges import expected_values, field_ranges, range_problems, value_problem
 from arriero.common.registry import Registry
-from arriero.common.untrusted import inside, misfit, read_json
+from arriero.common.untrusted import read_json, require_inside, schema_problem
 from arriero.model.config_keys import ROPE_KEYS, check_model_type, check_other_keys, rope_settings
 
 FIX = "restore the file from where the model came from"
@@ -104,7 +104,9 @@ class LlamaConfig:
         file = path / "config.json" if path.is_dir() else path
         if not file.exists():
             raise UserError(f"{file}: no such file", "name a Hugging Face config.json or its directory")
-        return cls.from_dict(read_json(inside(path, file) if path.is_dir() else file, FIX, dict), where=str(file))
+        return cls.from_dict(
+            read_json(require_inside(path, file) if path.is_dir() else file, FIX, dict), where=str(file)
+        )
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], *, where: str = "config") -> LlamaConfig:
@@ -136,7 +138,7 @@ class LlamaConfig:
         problems += [*wrong_rope, *wrong_keys]
         for key in ("rope_theta", *ROPE_KEYS[kind]):
             whole = key == "original_max_position_embeddings"
-            if key in rope and (wrong := misfit(rope[key], int if whole else float, key)):
+            if key in rope and (wrong := schema_problem(rope[key], int if whole else float, key)):
                 problems.append(UserError(f"{where}: {wrong}", FIX))
         if problems:
             raise join_problems(problems)
@@ -222,7 +224,7 @@ def _key_problems(raw: dict[str, Any], key: str, form: Any, kind: Any, where: st
     """What is wrong with one key of a decoded config.json: it lacks, or is of another type or range than its field."""
     if key in _SIZES and key not in raw:
         return [UserError(f"{where}: lacks {key}", f"give {key} as {expected_values(kind)}")]
-    if key not in _SIZES and (wrong := misfit(raw.get(key), (form, None), key)):
+    if key not in _SIZES and (wrong := schema_problem(raw.get(key), (form, None), key)):
         return [UserError(f"{where}: {wrong}", FIX)]
     value = tuple(raw[key]) if isinstance(raw.get(key), list) else raw.get(key)
     if kind is not None and (key in _SIZES or value is not None) and (wrong := value_problem(value, kind)):

@@ -187,8 +187,8 @@ def rope_settings(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any], s
     Returns:
         The settings, with rope_theta and every key that the type needs; the type; problems; notices.
     """
-    place = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
-    given: dict[str, Any] = {k: v for k, v in (raw.get(place) or {}).items() if v is not None}
+    source = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    given: dict[str, Any] = {k: v for k, v in (raw.get(source) or {}).items() if v is not None}
     notices, problems = [], []
     kind = given.get("rope_type", given.get("type", "default"))
     theta = next((v for v in (given.get("rope_theta"), raw.get("rope_theta")) if v is not None), 10000.0)
@@ -200,34 +200,41 @@ def rope_settings(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any], s
         notices.append(f"{escape(where)}: not taken into account: original_max_position_embeddings (of llama3 only)")
     if not isinstance(kind, str) or kind not in ROPE_KEYS:
         fix = closest_match(str(kind), ROPE_KEYS)
-        return given, "default", [UserError(f"{where}: {place} of type {escape(repr(kind))} is not supported", fix)], []
+        return (
+            given,
+            "default",
+            [UserError(f"{where}: {source} of type {escape(repr(kind))} is not supported", fix)],
+            [],
+        )
     known = {"rope_type", "type", "rope_theta", *ROPE_KEYS[kind]}
     for key in [key for key in given if key not in known]:
         changes_nothing, effect = CHANGES_MATH.get(key, (None, ""))
         if isinstance(given[key], dict):
             problems.append(
-                _incompatible(where, f"{place}.{key}", given[key], "layers have rotary embeddings of their own")
+                _incompatible(where, f"{source}.{key}", given[key], "layers have rotary embeddings of their own")
             )
         elif changes_nothing is None:
-            text = f"{place}.{key} (of no effect with type {kind})"
+            text = f"{source}.{key} (of no effect with type {kind})"
             notices.append(f"{escape(where)}: not taken into account: {escape(text)}")
         elif not changes_nothing(given[key]):
-            problems.append(_incompatible(where, f"{place}.{key}", given[key], effect))
+            problems.append(_incompatible(where, f"{source}.{key}", given[key], effect))
     if missing := [key for key in ROPE_KEYS[kind] if key not in given]:
-        problem = f"{where}: {place} of type {kind} lacks {', '.join(missing)}"
+        problem = f"{where}: {source} of type {kind} lacks {', '.join(missing)}"
         problems.append(UserError(problem, "add it to config.json"))
-    notices += [f"{escape(where)}: {one}" for one in _contradictions(raw, given, place, theta, kind)]
+    notices += [f"{escape(where)}: {one}" for one in _contradictions(raw, given, source, theta, kind)]
     return {**given, "rope_theta": theta}, kind, problems, notices
 
 
-def _contradictions(raw: Mapping[str, Any], given: Mapping[str, Any], place: str, theta: Any, kind: str) -> list[str]:
+def _contradictions(raw: Mapping[str, Any], given: Mapping[str, Any], source: str, theta: Any, kind: str) -> list[str]:
     """Contradictions between two keys of the file about rotary embedding."""
     found = []
     if raw.get("rope_theta") not in (None, theta):
-        found.append(f"{place} has rope_theta {escape(theta, 40)}, which is taken over {escape(raw['rope_theta'], 40)}")
+        found.append(
+            f"{source} has rope_theta {escape(theta, 40)}, which is taken over {escape(raw['rope_theta'], 40)}"
+        )
     if "type" in given and given["type"] != kind:
-        found.append(f"{place} has rope_type {kind}, which is taken over type {escape(given['type'], 40)}")
-    other = raw.get("rope_parameters") if place == "rope_scaling" else None
+        found.append(f"{source} has rope_type {kind}, which is taken over type {escape(given['type'], 40)}")
+    other = raw.get("rope_parameters") if source == "rope_scaling" else None
     if other and (
         other.get("rope_theta") not in (None, theta) or other.get("rope_type", other.get("type")) not in (None, kind)
     ):

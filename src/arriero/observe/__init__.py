@@ -1,1 +1,1 @@
-"""What a run says of itself: metrics, log lines, throughput."""
+"""Metrics, log lines, throughput and figures of a run."""

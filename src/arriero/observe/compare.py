@@ -1,4 +1,4 @@
-"""Aligns two runs by iteration and judges them: |b - a| / |a| at most the limit, at every common iteration."""
+"""Aligns two runs by iteration and compares them: |b - a| / |a| at most the limit, at every common iteration."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def compare_runs(
 
     Args:
         a: the reference.
-        b: the run to judge.
+        b: the run to compare with it.
         quantities: arriero's names or the logs' own.
         max_rel: the greatest relative error allowed.
         logging_steps: steps between two lines of a log that names no step; 0 where that is not known.
@@ -134,19 +134,19 @@ def _relative(a: float, b: float) -> float:
 
 def _align_steps(a: Curves, b: Curves, logging_steps: int) -> tuple[Curves, Curves]:
     """The two with iterations that mean the same: counted lines become steps where their distance is known."""
-    if not (a.numbered or b.numbered):
+    if not (a.counted_lines or b.counted_lines):
         if logging_steps:
             raise UserError("--logging-steps has no effect: both logs name their steps", "leave it out")
         return a, b
-    if not logging_steps and a.numbered != b.numbered:
-        alone = a if a.numbered else b
+    if not logging_steps and a.counted_lines != b.counted_lines:
+        alone = a if a.counted_lines else b
         fix = "give trainer_state.json instead, or the Trainer's logging_steps as --logging-steps N"
         raise UserError(f"{escape(alone.path)}: its lines name no step, and the other log's do", fix)
     return _counted_to_steps(a, logging_steps), _counted_to_steps(b, logging_steps)
 
 
 def _counted_to_steps(curves: Curves, logging_steps: int) -> Curves:
-    if not curves.numbered:
+    if not curves.counted_lines:
         return curves
     if not logging_steps:
         note = (
@@ -155,7 +155,7 @@ def _counted_to_steps(curves: Curves, logging_steps: int) -> Curves:
         return replace(curves, notes=(*curves.notes, note))
 
     def step(line: int) -> int:
-        if curves.first_apart:  # logging_first_step
+        if curves.first_line_is_step_one:  # logging_first_step
             return max(1, (line - 1) * logging_steps)
         return line * logging_steps
 

@@ -1,4 +1,4 @@
-"""`events.jsonl`: what a run spent its time on, over all its starts, and what of it was worth something.
+"""`events.jsonl`: what a run spent its time on, over all its starts, and how much of it was productive.
 
 Unlike metrics.jsonl nothing is ever removed from it: steps that a kill made the run do again stay, as lost time. Times
 are seconds by the clock of the first process's machine.
@@ -14,7 +14,7 @@ from typing import Any
 
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory
-from arriero.common.untrusted import misfit, read_bytes
+from arriero.common.untrusted import read_bytes, schema_problem
 from arriero.observe.line_file import LineFile, WriteErrors
 
 FILE = "events.jsonl"
@@ -65,7 +65,7 @@ def read_events(out: Path) -> list[dict[str, Any]]:
             record: Any = json.loads(line) if len(line) < MAX_LINE else None
         except (ValueError, RecursionError):
             continue
-        fits = not misfit(record, EVENT_SCHEMA) and not misfit(
+        fits = not schema_problem(record, EVENT_SCHEMA) and not schema_problem(
             record, {key: NUMBER_SCHEMA.get(key, object) for key in record}
         )
         if fits and all(math.isfinite(record.get(key, 0)) for key in NUMBER_SCHEMA):
@@ -89,7 +89,7 @@ def goodput(events: list[dict[str, Any]]) -> dict[str, float]:
         if kind == "begin":
             if begin is not None:
                 wall += max(0.0, last - begin)
-            begin = at = max(at, last)  # a process that arriero starts again says when the launcher began
+            begin = at = max(at, last)  # a process that arriero restarts reports when the launcher began
         elif kind in ("ready", "rewind"):
             if kind == "ready" and begin is not None:
                 found["restart"] += max(0.0, at - begin)

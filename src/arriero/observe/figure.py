@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory, write_atomic
-from arriero.common.untrusted import misfit
+from arriero.common.untrusted import schema_problem
 from arriero.observe.metrics import iterate_metrics
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ INK, BLUE, ORANGE, RED = (
     "#2b6cb0",
     "#dd6b20",
     "#c53030",
-)  # told apart by colour-blind eyes, and in grey print
+)  # distinct for colour-blind readers, and in grey print
 
 LOSS_SCHEMA = {"iteration": int, "lm_loss": float}
 STEP_SCHEMA = {**LOSS_SCHEMA, "consumed_tokens": int}
@@ -41,9 +41,13 @@ def loss_figure(metrics_path: Path, png_path: Path, *, title: str = "") -> None:
     steps, checks = [], []
     for record in iterate_metrics(metrics_path, skipped=[]):
         drawn = {key: record[key] for key in _DRAWN_KEYS if key in record}  # a long run has a hundred MB of the others
-        if record.get("kind") == "step" and not misfit(record, STEP_SCHEMA):
+        if record.get("kind") == "step" and not schema_problem(record, STEP_SCHEMA):
             steps.append(drawn)
-        elif record.get("kind") == "validation" and not misfit(record, LOSS_SCHEMA) and math.isfinite(drawn["lm_loss"]):
+        elif (
+            record.get("kind") == "validation"
+            and not schema_problem(record, LOSS_SCHEMA)
+            and math.isfinite(drawn["lm_loss"])
+        ):
             checks.append(drawn)
     if not steps:
         raise UserError(f"{metrics_path}: no training step in it", "draw the figure after the first step")
@@ -87,7 +91,7 @@ def _tokens_of(steps: list[dict[str, Any]], unit: float) -> tuple[Callable[[Any]
 
 
 def new_figure(*, rows: int = 1, columns: int = 1, width: float = 8, height: float) -> tuple[Figure, list[Axes]]:
-    """An empty figure in the house look (inches), its axes row by row; drawn off screen, no global state touched."""
+    """An empty figure in the common style (inches), its axes row by row; drawn off screen, without global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

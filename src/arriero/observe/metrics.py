@@ -19,7 +19,7 @@ from arriero.common.errors import UserError
 from arriero.common.files import make_directory, open_regular, os_error_text, write_atomic
 from arriero.common.plugins import load_plugins
 from arriero.common.text import escape
-from arriero.common.untrusted import misfit, parse_json
+from arriero.common.untrusted import parse_json, schema_problem
 from arriero.observe.line_file import LineFile, WriteErrors
 
 RECORD_SCHEMA = {"iteration": int}
@@ -86,11 +86,11 @@ class StepMetrics(StepMeasurement):
     backward_ms: float | None = None
     """Their backward passes, recomputation included."""
     communication_ms: float | None = None
-    """Waiting for other processes, as far as it can be told apart (docs/metrics.md)."""
+    """Waiting for other processes, as far as it can be measured (docs/metrics.md)."""
     optimizer_ms: float | None = None
     """Gradient norm, clipping, update."""
     checkpoint_ms: float = 0.0
-    """Between the end of the step before and the start of this one: the run stood still for a checkpoint."""
+    """Between the end of the step before and the start of this one: a checkpoint, as far as the run waited for it."""
     validation_ms: float = 0.0
     """Between the two: a validation."""
     logging_ms: float = 0.0
@@ -131,6 +131,10 @@ class RankMetrics:
     kind = "ranks"
 
 
+_FIRST_KEYS = (
+    "iteration", "iterations", "consumed_samples", "consumed_tokens", "elapsed_ms", "learning_rate", "global_batch",
+    "lm_loss", "loss_scale", "grad_norm", "sequence_length", "skipped_iterations", "nan_iterations",
+)  # fmt: skip
 Metrics = StepMetrics | ValidationMetrics | RankMetrics
 Record = dict[str, Any]
 """One line of metrics.jsonl: "kind" ("step", "validation" or "ranks"), "iteration", and the fields of its class."""
@@ -264,8 +268,9 @@ class MetricsOutput:
 
 
 def as_record(metrics: Metrics) -> Record:
-    """Metrics as a record: their kind, and every field."""
-    return {"kind": metrics.kind, **asdict(metrics)}
+    """Metrics as a record: their kind, and every field, in the documented order."""
+    fields = asdict(metrics)
+    return {"kind": metrics.kind} | {key: fields[key] for key in _FIRST_KEYS if key in fields} | fields
 
 
 def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -344,7 +349,7 @@ def _record(line: bytes, where: str) -> dict[str, Any] | UserError:
         record = parse_json(line, where, FIX, RECORD_SCHEMA, unique_keys=True)
     except UserError as error:
         return error
-    if wrong := misfit(record, VALUE_SCHEMA):
+    if wrong := schema_problem(record, VALUE_SCHEMA):
         return UserError(f"{where}: {escape(wrong)}", FIX)
     return {k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()}
 

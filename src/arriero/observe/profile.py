@@ -83,7 +83,7 @@ class Profile:
             self._problem = str(error)
 
     def finish(self) -> str:
-        """Ends what still runs; returns what to tell of it, empty where nothing was asked."""
+        """Ends a trace that still runs; returns a log line about it, empty if no trace was requested."""
         self._write()
         if self.span is None:
             return ""

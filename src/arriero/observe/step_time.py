@@ -1,6 +1,6 @@
 """Where the time of a step goes: phases that follow each other without a gap, so that they sum to the whole.
 
-On the CPU the host's clock is the truth. An accelerator works behind the host, so there an event is recorded at each
+On the CPU the host's clock is exact. An accelerator runs behind the host, so there an event is recorded at each
 mark, but only in a step that is shown; they are read once the device has done the step, which costs no extra wait.
 """
 

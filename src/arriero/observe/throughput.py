@@ -71,7 +71,7 @@ def hardware_flops_per_token(
 
     torch stops recomputing a layer once it has all that backward needs, so the last matmul, the down projection, is
     never run again; formulas that count a whole forward (4/3 of the layers: Korthikanti et al. 2022,
-    arXiv:2205.05198) say up to 6% more than is done. tests/observe/test_throughput.py compares with torch's counter.
+    arXiv:2205.05198) give up to 6% too much. tests/observe/test_throughput.py compares with torch's counter.
 
     Args:
         layers: how many are recomputed; None means all.
@@ -138,7 +138,7 @@ def peak_flops(device_name: str, dtype: object) -> float | None:
         kind = "16bit"
     if re.search(r"\bMIG\b", device_name):
         return None  # a slice of the card, with a slice of its peak
-    # \b and "no digit after" keep A100 out of RTX A1000, and let 910B2 stand for 910B2C.
+    # \b and "no digit after" keep A100 out of RTX A1000, and let 910B2 match 910B2C.
     known = [key for key in PEAKS if all(re.search(rf"\b{w}(?!\d)", device_name, re.I) for w in key.split())]
     return PEAKS[max(known, key=len)].get(kind) if known else None
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from arriero.checkpoint.find import committed, run_of
-from arriero.checkpoint.size import checkpoint_bytes, disk_room, held_bytes, in_bytes
-from arriero.common.checkpoint_names import inside_checkpoint, inside_checkpoints_of_run
+from arriero.checkpoint.size import checkpoint_bytes, directory_bytes, disk_usage, format_bytes
+from arriero.common.checkpoint_names import enclosing_checkpoint, inside_checkpoints_of_run
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory, open_regular, os_error_text, write_atomic
 from arriero.common.text import escape
 from arriero.common.toml import MAX_BYTES, to_toml
-from arriero.common.untrusted import inside, read_bytes
+from arriero.common.untrusted import read_bytes, require_inside
 from arriero.data.tokenizer import load_tokenizer
 from arriero.data.tokenizer_files import GENERATION_CONFIG
 from arriero.train.facts import flat
@@ -22,7 +22,7 @@ from arriero.train.recipe import Recipe
 
 def out_problems(out: Path, checkpoints: Sequence[Path]) -> list[UserError]:
     """Why no run may be written to `out`, going on from these checkpoints: another one is there, or a checkpoint."""
-    if holder := inside_checkpoint(out):
+    if holder := enclosing_checkpoint(out):
         fix = f"write elsewhere with --out, or go on from it with --resume {escape(holder)}"
         return [UserError(f"out: {escape(out)} is or lies in the checkpoint {escape(holder)}, which is only read", fix)]
     if holder := inside_checkpoints_of_run(out):
@@ -64,23 +64,25 @@ def _is_text(value: str) -> bool:
 def disk_space_problems(out: Path, recipe: Recipe) -> tuple[list[str], list[UserError]]:
     """Warnings where the disk lacks space for the run's checkpoints; an error where it can never hold one."""
     policy, steps = recipe.checkpoint, recipe.train.steps
-    size, there = checkpoint_bytes(recipe.model_config(), recipe.train.dtype), disk_room(out)
+    size, there = checkpoint_bytes(recipe.model_config(), recipe.train.dtype), disk_usage(out)
     if there is None:
         return [], []
     total, free = there
-    need, where = f"a checkpoint of this model takes {in_bytes(size)}", escape(out)
+    need, where = f"a checkpoint of this model takes {format_bytes(size)}", escape(out)
     if size > total:
-        problem = f"out: {need}, and the disk of {where} has {in_bytes(total)} in all"
+        problem = f"out: {need}, and the disk of {where} has {format_bytes(total)} in all"
         return [], [UserError(problem, "write elsewhere with --out")]
     if size > free:
-        return [f" WARNING: {need}, and {in_bytes(free)} are free in {where}: make room before the first is due"], []
+        return [
+            f" WARNING: {need}, and {format_bytes(free)} are free in {where}: make room before the first is due"
+        ], []
     saves = 1 + (steps // policy.every if policy.every else 0)
     most = saves if not policy.keep else min(
         saves, policy.keep + 1 + (steps // policy.keep_every if policy.keep_every else 0)
     )  # fmt: skip
-    held = sum(held_bytes(path) for path in committed(out / "checkpoints"))
+    held = sum(directory_bytes(path) for path in committed(out / "checkpoints"))
     if size * most > free + held:
-        return [f" WARNING: {need}, up to {most} are there at a time, and {in_bytes(free)} are free in {where}"], []
+        return [f" WARNING: {need}, up to {most} are there at a time, and {format_bytes(free)} are free in {where}"], []
     return [], []
 
 
@@ -104,7 +106,7 @@ def prepare_run_directory(recipe: Recipe) -> None:
                 for path in sorted(path for path in Path(made).rglob("*") if path.is_file()):
                     files[str(path.relative_to(made))] = path.read_bytes()
         if recipe.init and (Path(recipe.init) / GENERATION_CONFIG).is_file():
-            source = inside(Path(recipe.init), Path(recipe.init) / GENERATION_CONFIG)
+            source = require_inside(Path(recipe.init), Path(recipe.init) / GENERATION_CONFIG)
             files[GENERATION_CONFIG] = read_bytes(source, "restore the file, or remove it")
         for name, data in files.items():
             for folder in (out / "tokenizer", (out / "tokenizer" / name).parent):

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from arriero.checkpoint.find import committed
-from arriero.checkpoint.load import newest_that_verifies
-from arriero.checkpoint.save import Saved, last_word
+from arriero.checkpoint.save import SaveResult, raise_if_last_save_failed
+from arriero.checkpoint.verify import newest_intact_checkpoint
 from arriero.common.device import device_name, has_float8_units
 from arriero.common.errors import UserError
 from arriero.common.signals import Phase, set_phase, stop_requested
@@ -18,7 +18,7 @@ from arriero.distributed.parallel.mesh import Ranks
 from arriero.observe.events import Events, goodput_line
 from arriero.observe.profile import Profile
 from arriero.train.build import build_trainer
-from arriero.train.garbage import manual_gc
+from arriero.train.manual_gc import manual_gc
 from arriero.train.recipe import Recipe, recipe_of_checkpoint
 from arriero.train.reporter import Reporter, StepResult
 from arriero.train.schedule import describe_rate_change
@@ -55,7 +55,7 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, pl
     initialize(trainer, recipe, plan, reporter)
     stragglers = StragglerDetector(ranks, recipe.watch, trainer.device)
     events.note("ready", step=trainer.done)
-    saved: list[Saved] = []
+    saved: list[SaveResult] = []
     stopping = False
     with manual_gc() as collect:
         while trainer.done < settings.steps and not stopping:
@@ -94,7 +94,7 @@ def train(recipe: Recipe, ranks: Ranks, *, local_rank: int, device_kind: str, pl
     if line := goodput_line(out) if ranks.first else "":
         reporter.log(f" time: {line}")
     reporter.finish()
-    last_word(saved)
+    raise_if_last_save_failed(saved)
     return not stopping
 
 
@@ -126,7 +126,9 @@ def initialize(trainer: Trainer, recipe: Recipe, plan: ResumePlan, reporter: Rep
     """Loads the first checkpoint that is whole, or the weights of a new run, and logs which."""
     checkpoint = None
     if plan.checkpoints:
-        checkpoint = newest_that_verifies(list(plan.checkpoints), trainer.ranks, say=reporter.log, model=trainer.config)
+        checkpoint = newest_intact_checkpoint(
+            list(plan.checkpoints), trainer.ranks, log=reporter.log, model=trainer.config
+        )
     trainer.load(checkpoint)
     reporter.truncate_metrics_after(trainer.done)
     if recipe.train.float8 != "none" and not has_float8_units(trainer.device.type):
@@ -135,7 +137,7 @@ def initialize(trainer: Trainer, recipe: Recipe, plan: ResumePlan, reporter: Rep
         reporter.log(line)
     if checkpoint is not None:
         log_resume(trainer, recipe, checkpoint, reporter)
-    trainer.saver.reserve(trainer.tensors_to_save())
+    trainer.saver.allocate_buffers(trainer.tensors_to_save())
     trainer.ranks.barrier()  # so that a signal finds all processes in one phase
     set_phase(Phase.TRAINING)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from arriero.common.errors import UserError
-from arriero.common.untrusted import misfit
+from arriero.common.untrusted import schema_problem
 
 if TYPE_CHECKING:
     from arriero.train.recipe import Recipe
@@ -94,7 +94,7 @@ def position_from_state(state: dict[str, Any], *, recipe: Callable[[], Recipe], 
         UserError: a value that no run writes.
     """
     for key, form in _OPTIONAL.items():
-        if key in state and (wrong := misfit(state[key], form, key) or _negative(state[key], key)):
+        if key in state and (wrong := schema_problem(state[key], form, key) or _negative(state[key], key)):
             raise UserError(f"{where}: {wrong}", fix)
     for key in ("skipped_samples", "skipped_windows"):
         if any(len(pair) != 2 for pair in state.get(key, [])):

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from arriero.checkpoint.save import Saved
+from arriero.checkpoint.save import SaveResult
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory, os_error_text, write_atomic
 from arriero.common.output import new_write_failures
@@ -90,7 +90,7 @@ class Reporter:
             for line in (text, *(f" NOTICE: {note}" for note in new_write_failures())):
                 self._text.write(escape_message(line).encode())
 
-    def log_saves(self, results: list[Saved]) -> None:
+    def log_saves(self, results: list[SaveResult]) -> None:
         """Logs the results of finished saves."""
         for one in results:
             if one.problem:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from arriero.checkpoint.state import load_state
-from arriero.checkpoint.verify import verify_small
+from arriero.checkpoint.verify import verify_metadata
 from arriero.common.errors import UserError, closest_match
 from arriero.common.text import escape
 from arriero.model.config import LlamaConfig
@@ -28,7 +28,7 @@ PATH_KEYS = ("model", "init", "tokenizer", "data.prefix")
 
 def first_readable(paths: Sequence[Path]) -> Path:
     """The first checkpoint whose small files are whole; the first of all if none is, so that its error is reported."""
-    return next((path for path in paths if not verify_small(path)), paths[0])
+    return next((path for path in paths if not verify_metadata(path)), paths[0])
 
 
 def recipe_changes(recipe: Recipe, checkpoint: Path) -> dict[str, tuple[Any, Any]]:

@@ -9,8 +9,8 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from arriero.checkpoint.directory import MANIFEST
 from arriero.checkpoint.find import candidates, committed, save_number
-from arriero.checkpoint.layout import MANIFEST
 from arriero.checkpoint.lock import RunLock
 from arriero.common.device import device_count, device_type
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_STOPPED, UserError, join_problems

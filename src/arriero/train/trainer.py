@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from arriero.checkpoint.layout import step_directory
-from arriero.checkpoint.load import CheckpointReader, newest_that_verifies
-from arriero.checkpoint.parts import Part
+from arriero.checkpoint.directory import step_directory
+from arriero.checkpoint.load import CheckpointReader
 from arriero.checkpoint.save import Saver
+from arriero.checkpoint.shards import TensorShard
 from arriero.checkpoint.state import load_state
+from arriero.checkpoint.verify import newest_intact_checkpoint
 from arriero.common.checkpoint_names import DAMAGED, STATE
 from arriero.common.device import synchronize
 from arriero.common.errors import UserError
@@ -137,7 +138,9 @@ class Trainer:
         self.rewinds += 1
         if self.rewinds > MAX_REWINDS:
             raise UserError(f"rewound {MAX_REWINDS} times: it is not the data", "lower the rate, or look at the model")
-        checkpoint = newest_that_verifies(checkpoints, self.ranks, say=log, model=self.config) if checkpoints else None
+        checkpoint = (
+            newest_intact_checkpoint(checkpoints, self.ranks, log=log, model=self.config) if checkpoints else None
+        )
         self.loader.close()
         if checkpoint is None:
             self.position, self.updates = self.loader.initial_position(), 0
@@ -147,16 +150,16 @@ class Trainer:
         first, last = skipped.skip_range(self.position.samples, end)
         log(f" REWOUND to step {self.done} ({checkpoint or 'the start'}); samples {first} to {last} are left out now")
 
-    def tensors_to_save(self) -> dict[str, Part]:
+    def tensors_to_save(self) -> dict[str, TensorShard]:
         """The weights and states that this process writes, by global name."""
-        found: dict[str, Part] = {}
+        found: dict[str, TensorShard] = {}
         states = self.optimizer.states()
         for path, (shard, parameter) in shards(self.parts, self.ranks).items():
             if not shard.written_by(self.ranks) or 0 in shard.local_shape:
                 continue
-            found[shard.name] = Part(local(parameter).detach(), shard.shape, shard.offset)
+            found[shard.name] = TensorShard(local(parameter).detach(), shard.shape, shard.offset)
             for state_name, by_path in states.items():
-                found[f"{state_name}.{shard.name}"] = Part(by_path[path], shard.shape, shard.offset)
+                found[f"{state_name}.{shard.name}"] = TensorShard(by_path[path], shard.shape, shard.offset)
         return found
 
     def save(self, *, wait: bool = True) -> Path:

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from arriero.checkpoint.directory import TEMPORARY, commit, step_directory
 from arriero.checkpoint.formats.huggingface import write_config, write_json
-from arriero.checkpoint.layout import TEMPORARY, commit, step_directory
-from arriero.checkpoint.parts import Part, data_file, write_parts
+from arriero.checkpoint.shards import TensorShard, data_file, write_shards
 from arriero.model.config import LlamaConfig, RopeScaling, parameter_shapes
 
 TINY = LlamaConfig(
@@ -92,7 +92,7 @@ def save_run(directory, config, weights, *, tensor=2, steps=(50, 100)):
                 offset = [0] * whole.dim()
                 offset[dim] = sum(p.shape[dim] for p in pieces[:rank])
                 for key in (name, f"exp_avg.{name}"):
-                    parts[key] = Part(pieces[rank].clone().contiguous(), tuple(whole.shape), tuple(offset))
-            write_parts(data_file(temporary, rank), parts)
+                    parts[key] = TensorShard(pieces[rank].clone().contiguous(), tuple(whole.shape), tuple(offset))
+            write_shards(data_file(temporary, rank), parts)
         commit(temporary, home)
     return directory

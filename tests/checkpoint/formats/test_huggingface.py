@@ -7,7 +7,7 @@ import transformers
 from small_models import TINY, VARIANTS, assert_same, random_weights, save_hf, unchanged
 
 from arriero.checkpoint.formats.huggingface import open_huggingface, write_huggingface
-from arriero.checkpoint.tensors.held import DictReader
+from arriero.checkpoint.tensors.in_memory import in_memory
 from arriero.common.errors import UserError
 from arriero.model.config import LlamaConfig
 
@@ -49,7 +49,7 @@ def test_what_we_write_transformers_loads(tmp_path, variant, max_shard_bytes):
     config = VARIANTS[variant]
     weights = random_weights(config)
     out = tmp_path / "out"
-    write_huggingface(out, DictReader(weights), config=config, max_shard_bytes=max_shard_bytes)
+    write_huggingface(out, in_memory(weights), config=config, max_shard_bytes=max_shard_bytes)
     assert_same(open_huggingface(out), weights)
     assert LlamaConfig.from_json(out) == config
     model = transformers.LlamaForCausalLM.from_pretrained(out)
@@ -62,7 +62,7 @@ def test_what_we_write_transformers_loads(tmp_path, variant, max_shard_bytes):
 @pytest.mark.parametrize("target", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes_are_cast_as_torch_casts(tmp_path, source, target):
     weights = random_weights(TINY, dtype=source)
-    write_huggingface(tmp_path / "out", DictReader(weights), config=TINY, dtype=target)
+    write_huggingface(tmp_path / "out", in_memory(weights), config=TINY, dtype=target)
     assert_same(open_huggingface(tmp_path / "out"), {name: t.to(target) for name, t in weights.items()})
 
 
@@ -72,21 +72,21 @@ def test_values_that_are_not_finite_are_refused(tmp_path, value, dtype):
     weights = random_weights(TINY, dtype=dtype)
     weights["model.layers.2.mlp.up_proj.weight"][3, 4] = value
     with unchanged(tmp_path), pytest.raises(UserError, match=r"model\.layers\.2\.mlp\.up_proj\.weight holds NaN"):
-        write_huggingface(tmp_path / "out", DictReader(weights), config=TINY)
+        write_huggingface(tmp_path / "out", in_memory(weights), config=TINY)
 
 
 def test_values_too_large_for_the_dtype_are_refused(tmp_path):
     weights = random_weights(TINY)
     weights["model.norm.weight"][0] = 1e5
     with unchanged(tmp_path), pytest.raises(UserError, match=r"model\.norm\.weight holds values too large for F16"):
-        write_huggingface(tmp_path / "out", DictReader(weights), config=TINY, dtype=torch.float16)
+        write_huggingface(tmp_path / "out", in_memory(weights), config=TINY, dtype=torch.float16)
 
 
 def test_an_existing_directory_is_kept(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("keep")
     with pytest.raises(UserError, match="already exists"):
-        write_huggingface(tmp_path / "out", DictReader(random_weights(TINY)), config=TINY)
+        write_huggingface(tmp_path / "out", in_memory(random_weights(TINY)), config=TINY)
     assert (tmp_path / "out" / "mine").read_text() == "keep"
 
 
@@ -94,7 +94,7 @@ def test_a_leftover_of_a_killed_writer_is_replaced(tmp_path):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "model.safetensors").write_bytes(b"half")
     weights = random_weights(TINY)
-    write_huggingface(tmp_path / "out", DictReader(weights), config=TINY)
+    write_huggingface(tmp_path / "out", in_memory(weights), config=TINY)
     assert_same(open_huggingface(tmp_path / "out"), weights)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 

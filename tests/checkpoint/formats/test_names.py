@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from small_models import TINY, assert_same, random_weights, save_hf
 
 from arriero.checkpoint.formats.huggingface import open_huggingface, write_config
-from arriero.checkpoint.formats.names import CONTAINERS, WRAPPERS, plain_names
+from arriero.checkpoint.formats.names import CONTAINERS, WRAPPERS, strip_prefixes
 from arriero.checkpoint.open_model import open_model
 from arriero.common.errors import UserError
 
@@ -178,7 +178,7 @@ def test_law_any_wrapper_anywhere(wrappers, container, cut):
     for name in names:
         parts = name.split(".")
         wrapped[".".join([*container.split(".")[:-1], *parts[:cut], *wrappers, *parts[cut:]])] = name
-    assert plain_names(wrapped, "x") == {name: name for name in names}
+    assert strip_prefixes(wrapped, "x") == {name: name for name in names}
 
 
 def test_a_huge_sparse_tensor_is_refused_by_its_header(tmp_path, monkeypatch):
@@ -189,6 +189,6 @@ def test_a_huge_sparse_tensor_is_refused_by_its_header(tmp_path, monkeypatch):
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + 2**36)
     write_config(tmp_path, TIED, dtype="F32")
-    monkeypatch.setattr("arriero.checkpoint.tensors.stream.Assembly.read_window", None)
+    monkeypatch.setattr("arriero.checkpoint.tensors.stream.TensorView.read_window", None)
     with pytest.raises(UserError, match=r"embed_tokens.weight is \[16777216, 1024\]"):
         open_model(tmp_path)

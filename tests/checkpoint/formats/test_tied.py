@@ -19,7 +19,7 @@ from arriero.checkpoint.formats.huggingface import (
     write_huggingface,
 )
 from arriero.checkpoint.open_model import build, open_model
-from arriero.checkpoint.tensors.held import DictReader
+from arriero.checkpoint.tensors.in_memory import in_memory
 from arriero.cli import convert, export
 from arriero.cli.convert import ConvertArgs
 from arriero.cli.export import ExportArgs
@@ -85,7 +85,7 @@ def test_two_names_of_one_storage_are_not_read_to_be_compared(tmp_path, monkeypa
     save_hf(tmp_path, TIED, weights)
     (tmp_path / "model.safetensors").unlink()
     torch.save({**weights, HEAD: weights[TABLE]}, tmp_path / "pytorch_model.bin")
-    monkeypatch.setattr("arriero.checkpoint.tensors.stream.Assembly.read_window", None)
+    monkeypatch.setattr("arriero.checkpoint.tensors.stream.TensorView.read_window", None)
     assert read_shape(tmp_path).tie_word_embeddings
 
 
@@ -132,7 +132,7 @@ def test_a_run_and_a_state_dict_of_a_tied_model(tmp_path):
     """A state dict in memory has both names; a run's checkpoint has one."""
     torch.manual_seed(0)
     model = Llama(TIED)
-    write_huggingface(tmp_path / "hf", DictReader(model.state_dict()), config=TIED)
+    write_huggingface(tmp_path / "hf", in_memory(model.state_dict()), config=TIED)
     assert HEAD not in open_huggingface(tmp_path / "hf").names()
     save_run(tmp_path / "run", TIED, weights_with("none"))
     assert open_model(tmp_path / "run").config == TIED

@@ -40,8 +40,8 @@ WIDE = replace(
 GENERATION = {"eos_token_id": [2, 264], "bos_token_id": 1, "temperature": 0.6, "top_p": 0.9, "do_sample": True}
 
 
-def forget(checkpoint):
-    """Takes away what tells a Megatron checkpoint's shape, as in those of other programs."""
+def remove_shape(checkpoint):
+    """Removes config.json and the saved arguments, which other programs do not write."""
     (checkpoint / "config.json").unlink()
     for file in checkpoint.rglob("*.pt"):
         payload = torch.load(file, weights_only=False)
@@ -187,7 +187,7 @@ def test_a_row_for_an_added_token_comes_back_through_megatrons_files(tmp_path, p
     weights = random_weights(config)
     save_hf(tmp_path / "hf", config, weights)
     convert.run(ConvertArgs(tmp_path / "hf", tmp_path / "mg", "megatron"))
-    forget(tmp_path / "mg")
+    remove_shape(tmp_path / "mg")
     tokenizer = home if named == "directory" else home / "tokenizer.model"
     opened = open_model(tmp_path / "mg", hints=ConfigHints(tokenizer=tokenizer))
     assert opened.config.vocab_size == rows
@@ -208,7 +208,7 @@ def test_a_tokenizer_with_more_ids_than_rows_leaves_all_rows(tmp_path, pieces):
     shutil.copytree(home, tmp_path / "hf", dirs_exist_ok=True)
     assert inspect(tmp_path / "hf", json=True, verify=False) == 0
     convert.run(ConvertArgs(tmp_path / "hf", tmp_path / "mg", "megatron", make_vocab_size_divisible_by=1))
-    forget(tmp_path / "mg")
+    remove_shape(tmp_path / "mg")
     opened = open_model(tmp_path / "mg", hints=ConfigHints(tokenizer=home))
     assert opened.config.vocab_size == size
     assert "all rows were kept" in " ".join(opened.notes)

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arriero.checkpoint.tensors.pickle_symbols import Call, follow
+from arriero.checkpoint.tensors.pickle_symbols import Call, parse_symbolically
 from arriero.checkpoint.tensors.torch_file import TorchFile
 from arriero.checkpoint.tensors.torch_write import TensorSpec, plan_archive
 from arriero.common.errors import UserError
@@ -152,7 +152,7 @@ plain = st.recursive(
 def test_law_plain_data_is_read_as_pickle_reads_it(value, protocol):
     raw = pickle.dumps(value, protocol)
     if protocol > 2 or (b"_codecs" not in raw and b"bytes" not in raw):  # older protocols spell bytes as a call
-        assert follow(raw, "x") == value
+        assert parse_symbolically(raw, "x") == value
 
 
 @given(data=st.binary(max_size=200), cut=st.integers(0, 400), at=st.integers(0, 400), value=plain)
@@ -162,7 +162,7 @@ def test_fuzz_any_bytes_end_in_a_value_or_a_user_error(data, cut, at, value):
     raw[at : at + len(data)] = data
     for stream in (bytes(raw), bytes(raw[:cut]), data):
         try:
-            follow(stream, "x")
+            parse_symbolically(stream, "x")
         except UserError:
             continue
 

@@ -54,7 +54,7 @@ def test_what_a_person_reads_fits_60_columns(
     assert re.search(r"^  at iteration +2 +3 *$", out, re.M)
     assert re.search(r"^verdict +pass +FAIL *$", out, re.M)
     assert "- grad_norm: 1 of 3 steps beyond the limit, the first at 3." in out
-    assert "To judge the loss alone: --quantity lm_loss" in out
+    assert "To compare the loss alone: --quantity lm_loss" in out
     assert out.rstrip().splitlines()[-1].startswith("FAIL (--out DIR")
     assert all(len(line) <= 60 for line in out.splitlines() if "csv" not in line)
 

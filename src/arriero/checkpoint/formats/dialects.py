@@ -1,4 +1,4 @@
-"""The names that other systems give to LLaMA's tensors. Facts only; what is done with them is in layout.py."""
+"""The names that other systems give to LLaMA's tensors. They are applied in sharding_plan.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shape of models without config.json: from the user, from saved arguments, or from the tensors."""
+"""Models of other programs, and the shape of those without config.json: from the user, saved arguments or tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from arriero.checkpoint.formats.dialects import Dialect
 from arriero.checkpoint.formats.megatron_args import LLAMA3_ORIGINAL, check_arguments
 from arriero.checkpoint.tensors.pickle_symbols import Call
-from arriero.checkpoint.tensors.stream import Assembly
+from arriero.checkpoint.tensors.stream import TensorView, ViewReader
 from arriero.common.errors import UserError, join_problems
 from arriero.data.tokenizer_json import vocabulary_size
 from arriero.model.config import LlamaConfig, RopeScaling
@@ -18,7 +18,7 @@ from arriero.model.config import LlamaConfig, RopeScaling
 
 @dataclass(frozen=True)
 class ConfigHints:
-    """What the user says about a checkpoint."""
+    """What the user states about a checkpoint."""
 
     config: Path | None = None
     """A Hugging Face config.json, or its directory."""
@@ -28,6 +28,19 @@ class ConfigHints:
     """A tokenizer's directory, whose size is the vocabulary's."""
 
 
+@dataclass(frozen=True)
+class ForeignModel:
+    """A model in another program's format, opened under Hugging Face's names."""
+
+    kind: str
+    reader: ViewReader
+    config: LlamaConfig
+    layout: str
+    """How it is sharded, for messages."""
+    notes: list[str]
+    """What was assumed, one sentence each."""
+
+
 def apply_vocabulary(
     config: LlamaConfig, hints: ConfigHints, *, known: bool, rows: int
 ) -> tuple[LlamaConfig, list[str]]:
@@ -35,7 +48,7 @@ def apply_vocabulary(
 
     Args:
         config: the shape so far.
-        hints: what the user said, and the tokenizer that was found.
+        hints: what the user stated, and the tokenizer that was found.
         known: whether the config already has the true size.
         rows: how many rows the checkpoint has, padding included.
 
@@ -61,7 +74,7 @@ def apply_vocabulary(
 
 
 def resolve_config(
-    root: Path, folder: Path, hints: ConfigHints, *, tensors: Mapping[str, Assembly], dialect: Dialect, tensor: int,
+    root: Path, folder: Path, hints: ConfigHints, *, tensors: Mapping[str, TensorView], dialect: Dialect, tensor: int,
     layers: int, payload: dict[str, Any],
 ) -> tuple[LlamaConfig, list[str]]:  # fmt: skip
     """The shape of a checkpoint of rank files, and what had to be assumed.
@@ -69,12 +82,12 @@ def resolve_config(
     Args:
         root: the checkpoint's directory, which may hold a config.json.
         folder: the iteration's directory.
-        hints: what the user said.
+        hints: what the user stated.
         tensors: all tensors of tensor rank 0.
         dialect: their names.
         tensor: tensor-parallel degree.
         layers: counted layers.
-        payload: the first rank's file, whose `args` tell most.
+        payload: the first rank's file, whose `args` hold most of it.
     """
     given = hints.config or next((d for d in (root, folder) if (d / "config.json").is_file()), None)
     if given is not None:
@@ -82,7 +95,7 @@ def resolve_config(
     args = payload.get("args")
     saved = args.state if isinstance(args, Call) and isinstance(args.state, dict) else {}
     check_arguments(saved, str(folder))
-    # Only plain numbers, of a sane size: what is worse than absent is treated as absent.
+    # Only plain numbers of a plausible size; any other value is treated as absent.
     state = {k: v for k, v in saved.items() if isinstance(v, bool) or (isinstance(v, (int, float)) and 0 < v < 2**31)}
     inferred, notes = _from_tensors(root, tensors, dialect, tensor=tensor, layers=layers, args=state)
     rows = tensors[dialect.embedding].shape[0] * tensor
@@ -91,7 +104,7 @@ def resolve_config(
 
 
 def _from_tensors(
-    root: Path, tensors: Mapping[str, Assembly], dialect: Dialect, *, tensor: int, layers: int, args: dict[str, Any]
+    root: Path, tensors: Mapping[str, TensorView], dialect: Dialect, *, tensor: int, layers: int, args: dict[str, Any]
 ) -> tuple[LlamaConfig, list[str]]:
     """Reads sizes off the tensors; heads and constants come from the saved arguments where there are any."""
     prefix = dialect.layer.format(0)
@@ -101,7 +114,7 @@ def _from_tensors(
         attended = tensors[f"{prefix}{dialect.out}.weight"].shape[1] * tensor
         ffn = tensors[f"{prefix}{dialect.down}.weight"].shape[1] * tensor
     except (KeyError, ValueError, IndexError):
-        raise UserError(f"{root}: lacks the tensors that tell its shape", "copy the whole directory again") from None
+        raise UserError(f"{root}: lacks the tensors that give its shape", "copy the whole directory again") from None
     frequencies = tensors.get(prefix + dialect.inv_freq) if dialect.inv_freq else None
     notes = []
     if frequencies is not None:
@@ -119,7 +132,7 @@ def _from_tensors(
     theta = args.get("rotary_base")
     if eps is None or theta is None:
         notes.append(
-            "rms_norm_eps 1e-6 and rope_theta 10000 are assumed where the checkpoint is silent; else give --config"
+            "rms_norm_eps 1e-6 and rope_theta 10000 are assumed where the checkpoint has none; else give --config"
         )
     untied = args.get("untie_embeddings_and_output_weights")
     scaling = RopeScaling()

@@ -13,25 +13,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arriero.checkpoint.formats.names import explain, plain_names
-from arriero.checkpoint.formats.tied import settle_head
-from arriero.checkpoint.tensors.held import assemblies
+from arriero.checkpoint.formats.names import explain_mismatch, strip_prefixes
+from arriero.checkpoint.formats.tied import resolve_tied_head
 from arriero.checkpoint.tensors.safetensors_file import SafetensorsFile, build_header
 from arriero.checkpoint.tensors.stream import (
     ITEMSIZE,
     TORCH_NAMES,
-    Assembly,
-    PieceReader,
-    TensorReader,
+    TensorView,
+    ViewReader,
     dtype_name,
     matrix_shape,
 )
 from arriero.checkpoint.tensors.torch_file import TorchFile
-from arriero.checkpoint.tensors.transfer import OutFile, Put, new_directory, transfer
+from arriero.checkpoint.tensors.transfer import OutputFile, WriteOp, transfer
 from arriero.common.errors import UserError, join_problems
-from arriero.common.files import write_atomic
+from arriero.common.files import new_directory, write_atomic
 from arriero.common.text import escape
-from arriero.common.untrusted import inside, parse_json, plain_name, read_json, read_text
+from arriero.common.untrusted import parse_json, read_json, read_text, require_file_name, require_inside
 from arriero.data.tokenizer_files import GENERATION_CONFIG, VOCABULARY_FILES, copy_tokenizer_files
 from arriero.model.config import LlamaConfig, parameter_shapes
 
@@ -43,12 +41,12 @@ FIX_SHARD = "fetch the whole directory again"
 FIX_GENERATION = "restore the file, or remove it"
 
 
-def open_huggingface(directory: Path) -> PieceReader:
+def open_huggingface(directory: Path) -> ViewReader:
     """Opens a directory for reading any slice of any parameter, under Hugging Face's names; see `open_with_config`."""
     return open_with_config(directory)[0]
 
 
-def open_with_config(directory: Path, config: LlamaConfig | None = None) -> tuple[PieceReader, LlamaConfig]:
+def open_with_config(directory: Path, config: LlamaConfig | None = None) -> tuple[ViewReader, LlamaConfig]:
     """Opens a directory, and gives the shape that its files have.
 
     Prefixes that training programs put before the names are taken off; old checkpoints' `rotary_emb.inv_freq`, and a
@@ -66,8 +64,7 @@ def open_with_config(directory: Path, config: LlamaConfig | None = None) -> tupl
     """
     directory, where = Path(directory), str(directory)
     config = config or LlamaConfig.from_json(directory)
-    tensors, config = settle_head(plain_names(open_files(directory).tensors, where), config, where=where)
-    return checked(PieceReader(tensors, where=where), config, where=where), config
+    return complete_model(strip_prefixes(open_files(directory).tensors, where), config, where=where)
 
 
 def read_shape(path: Path) -> LlamaConfig:
@@ -82,20 +79,20 @@ def read_shape(path: Path) -> LlamaConfig:
         return config
     files = [(file.name, file.lstat()) for file in sorted(path.glob("*model*"))]
     changed = tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in files)
-    return _settled_shape(path, config, changed)
+    return _resolved_shape(path, config, changed)
 
 
 @functools.lru_cache(maxsize=4)
-def _settled_shape(path: Path, config: LlamaConfig, changed: tuple[tuple[str, int, int], ...]) -> LlamaConfig:
+def _resolved_shape(path: Path, config: LlamaConfig, changed: tuple[tuple[str, int, int], ...]) -> LlamaConfig:
     """Remembers the answer, for which two large tensors may have to be read, until a file has `changed`."""
-    return settle_head(plain_names(open_files(path).tensors, str(path)), config, where=str(path))[1]
+    return resolve_tied_head(strip_prefixes(open_files(path).tensors, str(path)), config, where=str(path))[1]
 
 
-def open_files(directory: Path) -> PieceReader:
+def open_files(directory: Path) -> ViewReader:
     """All tensors of a directory's weight files, unchecked against the config."""
     for single in _SINGLES:
         if (directory / single).is_file():
-            return open_file(inside(directory, directory / single))
+            return open_file(require_inside(directory, directory / single))
         if (directory / f"{single}.index.json").is_file():
             return _open_shards(directory, directory / f"{single}.index.json")
     raise UserError(
@@ -109,35 +106,49 @@ def has_weights(directory: Path) -> bool:
     return any((directory / f"{single}{tail}").is_file() for single in _SINGLES for tail in ("", ".index.json"))
 
 
-def open_file(path: Path) -> PieceReader:
+def open_file(path: Path) -> ViewReader:
     """One weight file: safetensors, or torch.save's with a flat dict of tensors."""
     return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path).reader()
 
 
-def _open_shards(directory: Path, index: Path) -> PieceReader:
-    weight_map = read_json(inside(directory, index), FIX_SHARD, {"weight_map": {str: str}})["weight_map"]
-    files = sorted({plain_name(file, str(index)) for file in weight_map.values()})
+def _open_shards(directory: Path, index: Path) -> ViewReader:
+    weight_map = read_json(require_inside(directory, index), FIX_SHARD, {"weight_map": {str: str}})["weight_map"]
+    files = sorted({require_file_name(file, str(index)) for file in weight_map.values()})
     missing = [file for file in files if not (directory / file).is_file()]
     if missing:
-        raise UserError(f"{directory}: {len(missing)} of {len(files)} shards are missing: {_some(missing)}", FIX_SHARD)
-    tensors: dict[str, Assembly] = {}
+        raise UserError(
+            f"{directory}: {len(missing)} of {len(files)} shards are missing: {_first_names(missing)}", FIX_SHARD
+        )
+    tensors: dict[str, TensorView] = {}
     for file in files:
-        shard = open_file(inside(directory, directory / file))
+        shard = open_file(require_inside(directory, directory / file))
         promised = {name for name, where in weight_map.items() if where == file}
         absent = sorted(promised - set(shard.tensors))
         if absent:
-            raise UserError(f"{directory / file}: lacks {_some(absent)}, which {index.name} promises", FIX_SHARD)
+            raise UserError(f"{directory / file}: lacks {_first_names(absent)}, which {index.name} promises", FIX_SHARD)
         twice = sorted(tensors.keys() & shard.tensors.keys())
         if twice:
-            raise UserError(f"{directory / file}: holds {_some(twice)} again", FIX_SHARD)
+            raise UserError(f"{directory / file}: holds {_first_names(twice)} again", FIX_SHARD)
         tensors.update(shard.tensors)
-    return PieceReader(tensors, where=str(directory))
+    return ViewReader(tensors, where=str(directory))
 
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def checked(reader: PieceReader, config: LlamaConfig, *, where: str) -> PieceReader:
+def complete_model(
+    tensors: Mapping[str, TensorView], config: LlamaConfig, *, where: str
+) -> tuple[ViewReader, LlamaConfig]:
+    """A reader of all parameters, and the config, untied where the head differs from the embedding.
+
+    Raises:
+        UserError: as `validate_tensors`.
+    """
+    tensors, config = resolve_tied_head(tensors, config, where=where)
+    return validate_tensors(ViewReader(tensors, where=where), config, where=where), config
+
+
+def validate_tensors(reader: ViewReader, config: LlamaConfig, *, where: str) -> ViewReader:
     """The parameters of `config` in the model's order; a UserError lists all that is missing, extra or misshapen."""
     expected = parameter_shapes(config)
     found = {n: t for n, t in reader.tensors.items() if not n.endswith("rotary_emb.inv_freq")}
@@ -145,9 +156,9 @@ def checked(reader: PieceReader, config: LlamaConfig, *, where: str) -> PieceRea
     extra = sorted(found.keys() - expected.keys())
     problems = []
     if missing or extra:
-        cause, fix = explain(config, missing, extra)
-        parts = [f"lacks {_some(missing)}"] if missing else []
-        parts += [f"holds {_some(extra)}, unknown to config.json"] if extra else []
+        cause, fix = explain_mismatch(config, missing, extra)
+        parts = [f"lacks {_first_names(missing)}"] if missing else []
+        parts += [f"holds {_first_names(extra)}, unknown to config.json"] if extra else []
         problems.append(UserError(f"{where}: {'; '.join(parts)}" + (f": {cause}" if cause else ""), fix))
     for name, shape in expected.items():
         if name not in found:
@@ -163,10 +174,10 @@ def checked(reader: PieceReader, config: LlamaConfig, *, where: str) -> PieceRea
             problems.append(UserError(f"{where}: {name} is {found[name].dtype}", fix))
     if problems:
         raise join_problems(problems[:6])
-    return PieceReader({name: found[name] for name in expected}, where=where)
+    return ViewReader({name: found[name] for name in expected}, where=where)
 
 
-def _some(names: list[str]) -> str:
+def _first_names(names: list[str]) -> str:
     return f"{', '.join(escape(name, 120) for name in names[:3])}" + (
         f" and {len(names) - 3} more" if len(names) > 3 else ""
     )
@@ -174,7 +185,7 @@ def _some(names: list[str]) -> str:
 
 def write_huggingface(
     directory: Path,
-    reader: TensorReader,
+    reader: ViewReader,
     *,
     config: LlamaConfig,
     tokenizer_dir: Path | None = None,
@@ -186,41 +197,41 @@ def write_huggingface(
     """Writes a directory that transformers loads: safetensors, config.json, generation_config.json, the tokenizer.
 
     Args:
-        directory: must not exist, or be empty; it appears whole or not at all.
+        directory: must not exist, or be empty; it appears complete or not at all.
         reader: the model's parameters under Hugging Face's names.
         config: the model's shape.
         tokenizer_dir: where the tokenizer's files lie; None leaves them out.
         generation: the generation_config.json to copy; None writes one of config.json's token ids.
         dtype: float32, bfloat16 or float16; None keeps each tensor's own.
         max_shard_bytes: a shard grows no larger, unless one tensor is.
-        advance: told the bytes read so far.
+        advance: called with the bytes read since the last call.
 
     Returns:
-        Each parameter's fingerprint as written (weights/transfer.py).
+        Each parameter's fingerprint as written (tensors/transfer.py).
 
     Raises:
         UserError: names or shapes disagree with the config, a value is not finite, the disk is too small.
     """
     name = dtype_name(dtype) if dtype is not None else None
-    held, config = settle_head(assemblies(reader), config, where="the model")
-    hub = checked(PieceReader(held, where="the weights"), config, where="the weights").tensors
-    with new_directory(directory, need_bytes=bytes_as(hub, name)) as partial:
-        files = plan_safetensors(partial, hub, dtype=name, max_shard_bytes=max_shard_bytes)
-        prints, _ = transfer(hub, files, dtype=name, advance=advance)
-        kind = name or next(iter(hub.values())).dtype
-        write_beside(partial, config, dtype=kind, tokenizer=tokenizer_dir, generation=generation)
-    return prints
+    complete, config = complete_model(reader.tensors, config, where="the weights")
+    weights = complete.tensors
+    with new_directory(directory, need_bytes=bytes_in_dtype(weights, name)) as partial:
+        files = plan_safetensors(partial, weights, dtype=name, max_shard_bytes=max_shard_bytes)
+        fingerprints, _ = transfer(weights, files, dtype=name, advance=advance)
+        kind = name or next(iter(weights.values())).dtype
+        write_config_and_tokenizer(partial, config, dtype=kind, tokenizer=tokenizer_dir, generation=generation)
+    return fingerprints
 
 
-def bytes_as(hub: Mapping[str, Assembly], dtype: str | None) -> int:
+def bytes_in_dtype(weights: Mapping[str, TensorView], dtype: str | None) -> int:
     """Disk space of the tensors in another dtype, with room for headers."""
-    return sum(t.numel * ITEMSIZE[dtype or t.dtype] for t in hub.values()) + (64 << 20)
+    return sum(t.numel * ITEMSIZE[dtype or t.dtype] for t in weights.values()) + (64 << 20)
 
 
-def write_beside(
+def write_config_and_tokenizer(
     directory: Path, config: LlamaConfig, *, dtype: str, tokenizer: Path | None, generation: Path | None = None
 ) -> None:
-    """What lies beside the weights: config.json, generation_config.json, the tokenizer's files."""
+    """Writes what belongs beside the weights: config.json, generation_config.json, the tokenizer's files."""
     write_config(directory, config, dtype=dtype)
     if generation is not None:
         text = read_text(generation, FIX_GENERATION)
@@ -233,12 +244,12 @@ def write_beside(
 
 
 def plan_safetensors(
-    directory: Path, hub: Mapping[str, Assembly], *, dtype: str | None, max_shard_bytes: float
-) -> list[OutFile]:
+    directory: Path, weights: Mapping[str, TensorView], *, dtype: str | None, max_shard_bytes: float
+) -> list[OutputFile]:
     """Divides the tensors over shards in order, and writes the index if there is more than one."""
     shards: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
     filled, total = 0, 0
-    for name, tensor in hub.items():
+    for name, tensor in weights.items():
         kind = dtype or tensor.dtype
         size = tensor.nbytes // ITEMSIZE[tensor.dtype] * ITEMSIZE[kind]
         if shards[-1] and filled + size > max_shard_bytes:
@@ -256,11 +267,11 @@ def plan_safetensors(
     files = []
     for file, shard in zip(names, shards, strict=True):
         header, offsets, end = build_header(shard)
-        puts = []
+        writes = []
         for name, (_, shape) in shard.items():
             rows, columns = matrix_shape(shape)
-            puts.append(Put(name, 0, rows, 0, columns, offsets[name]))
-        files.append(OutFile(directory / file, end, [(0, header)], puts))
+            writes.append(WriteOp(name, 0, rows, 0, columns, offsets[name]))
+        files.append(OutputFile(directory / file, end, [(0, header)], writes))
     return files
 
 
@@ -287,8 +298,8 @@ def copy_tokenizer(source: Path, directory: Path) -> str:
         UserError: there is no tokenizer at `source`.
     """
     source = Path(source)
-    held = [name for name in VOCABULARY_FILES if source.is_file() or (source / name).is_file()]
-    if not held:
+    found = [name for name in VOCABULARY_FILES if source.is_file() or (source / name).is_file()]
+    if not found:
         raise UserError(f"{source}: holds no tokenizer.model or tokenizer.json", "name the tokenizer's directory")
     if "tokenizer.json" in copy_tokenizer_files(source, directory):
         return ""

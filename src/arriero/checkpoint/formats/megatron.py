@@ -4,8 +4,8 @@
     DIR/iter_0005000 or DIR/release/mp_rank_TT[_PPP]/model_optim_rng.pt      {model or model0, model1, ...}
     DIR/latest, DIR/release/mp_rank_TT_model_states.pt             AscendSpeed's DeepSpeed flavour: {module}
 
-Weights only: optimizer states are cut along buffers that no other layout shares. Beside the ranks we write config.json
-and the tokenizer, which Megatron ignores, so that the way back knows heads, vocabulary and rotary settings.
+Weights only: optimizer states are sharded along buffers that no other layout shares. Beside the ranks lie config.json
+and the tokenizer, which Megatron ignores: they give heads, vocabulary and rotary settings when it is converted back.
 """
 
 from __future__ import annotations
@@ -16,18 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from arriero.checkpoint.formats.dialects import Dialect, recognise
-from arriero.checkpoint.formats.foreign_config import ConfigHints, resolve_config
-from arriero.checkpoint.formats.huggingface import checked
-from arriero.checkpoint.formats.rank_table import Cut, RankTable, Slot, gather
-from arriero.checkpoint.formats.tied import settle_head
-from arriero.checkpoint.tensors.stream import Assembly, PieceReader
+from arriero.checkpoint.formats.foreign_config import ConfigHints, ForeignModel, resolve_config
+from arriero.checkpoint.formats.huggingface import complete_model
+from arriero.checkpoint.formats.sharding_plan import ParallelDegrees, RankTensor, ShardingPlan, merge_ranks
+from arriero.checkpoint.formats.tied import same_values
+from arriero.checkpoint.tensors.stream import TensorView
 from arriero.checkpoint.tensors.torch_file import TorchFile
 from arriero.common.errors import UserError, join_problems
 from arriero.common.text import escape
-from arriero.common.untrusted import inside, read_text
+from arriero.common.untrusted import read_text, require_inside
 from arriero.model.config import MAX_LAYERS, LlamaConfig, parameter_shapes
 
 TRACKER, DEEPSPEED_TRACKER = "latest_checkpointed_iteration.txt", "latest"
@@ -55,10 +53,10 @@ def iteration_directory(path: Path) -> Path:
         file = path / tracker
         if not file.is_file():
             continue
-        word = read_text(inside(path, file), FIX, 1000).strip()
+        word = read_text(require_inside(path, file), FIX, 1000).strip()
         if not re.fullmatch(r"[0-9]{1,12}|release|iter_[0-9]{1,12}", word):
             raise UserError(
-                f"{file}: says {word[:40]!r}, which is no iteration", "write the iteration or `release` into it"
+                f"{file}: holds {word[:40]!r}, which is no iteration", "write the iteration or `release` into it"
             )
         folder = path / (f"iter_{int(word):07d}" if word.isdigit() else word)
         if not folder.is_dir():
@@ -93,15 +91,15 @@ def rank_files(folder: Path) -> dict[tuple[int, int], Path]:
     if missing:
         names = ", ".join(f"tensor rank {t} of stage {p}" for t, p in missing[:3])
         raise UserError(f"{folder}: {len(missing)} of {tensor * pipeline} rank files are missing: {names}", FIX)
-    return {place: inside(folder, file) for place, file in found.items()}
+    return {place: require_inside(folder, file) for place, file in found.items()}
 
 
 @dataclass(frozen=True)
 class RankModel:
-    """What one rank's file holds: its chunks' tensors, and what else its payload says."""
+    """One rank's file: its model chunks' tensors, and the rest of its payload."""
 
     path: Path
-    chunks: list[dict[str, Assembly]]
+    chunks: list[dict[str, TensorView]]
     payload: dict[str, Any]
 
 
@@ -127,65 +125,56 @@ def read_rank(path: Path) -> RankModel:
     return RankModel(path, chunks, payload)
 
 
-@dataclass(frozen=True)
-class RankModels:
-    """A directory of rank files, read."""
-
-    reader: PieceReader
-    config: LlamaConfig
-    dialect: Dialect
-    cut: Cut
-    notes: list[str]
-
-
-def open_ranks(path: Path, hints: ConfigHints) -> RankModels:
-    """Opens a checkpoint of rank files under Hugging Face's names.
+def open_ranks(path: Path, hints: ConfigHints) -> ForeignModel:
+    """Opens a checkpoint of rank files under Hugging Face's names; see `combine_ranks`.
 
     Args:
         path: the directory with the tracker file, or an iteration's.
         hints: where to take the model's shape and vocabulary from.
+    """
+    folder = iteration_directory(path)
+    return combine_ranks(path, folder, {place: read_rank(file) for place, file in rank_files(folder).items()}, hints)
+
+
+def combine_ranks(
+    path: Path, folder: Path, ranks: dict[tuple[int, int], RankModel], hints: ConfigHints
+) -> ForeignModel:  # fmt: skip
+    """The whole model of the ranks of a checkpoint, by (tensor rank, stage).
 
     Raises:
         UserError: a file or tensor is missing, broken, extra or of another shape, or ranks contradict each other.
     """
-    folder = iteration_directory(path)
-    files = rank_files(folder)
-    ranks = {place: read_rank(file) for place, file in files.items()}
     tensor, pipeline = max(t for t, _ in ranks) + 1, max(p for _, p in ranks) + 1
-    virtual = len(ranks[0, 0].chunks)
+    first = ranks[0, 0]
     keys = {key for rank in ranks.values() for chunk in rank.chunks for key in chunk}
     dialect = recognise(keys)
     if dialect is None:
-        raise UserError(f"{files[0, 0]}: holds no LLaMA layers of a known naming", f"its keys begin {sorted(keys)[:3]}")
-    counts = {
-        (p, v): _count_layers(chunk, dialect)
-        for (t, p), r in ranks.items()
-        if t == 0
-        for v, chunk in enumerate(r.chunks)
-    }
+        raise UserError(f"{first.path}: holds no LLaMA layers of a known naming", f"its keys begin {sorted(keys)[:3]}")
+    chunks = {(v, p): chunk for (t, p), r in ranks.items() if t == 0 for v, chunk in enumerate(r.chunks)}
     layers, at = {}, 0
-    for place in sorted(counts, key=lambda pv: (pv[1], pv[0])):
-        layers[place] = range(at, at + counts[place])
-        at += counts[place]
-    embedding = ranks[0, 0].chunks[0].get(dialect.embedding)
+    for v, p in sorted(chunks):
+        count = _count_layers(chunks[v, p], dialect)
+        layers[p, v] = range(at, at + count)
+        at += count
+    embedding = first.chunks[0].get(dialect.embedding)
     if embedding is None:
-        raise UserError(f"{files[0, 0]}: lacks {dialect.embedding}", FIX)
-    merged = {key: t for (rank, _), r in ranks.items() if rank == 0 for chunk in r.chunks for key, t in chunk.items()}
+        raise UserError(f"{first.path}: lacks {dialect.embedding}", FIX)
+    merged = {key: view for chunk in chunks.values() for key, view in chunk.items()}
     config, notes = resolve_config(
-        path, folder, hints, tensors=merged, dialect=dialect, tensor=tensor, layers=at, payload=ranks[0, 0].payload
+        path, folder, hints, tensors=merged, dialect=dialect, tensor=tensor, layers=at, payload=first.payload
     )
-    cut = Cut(tensor, pipeline, virtual, padded_vocab=embedding.shape[0] * tensor)
-    if cut.padded_vocab < config.vocab_size:
-        raise UserError(
-            f"{folder}: has {cut.padded_vocab} vocabulary rows, fewer than the {config.vocab_size} of its config", FIX
-        )
-    pairs = list(_match(ranks, config, dialect, cut, layers))
-    hub, config = settle_head(gather(pairs, parameter_shapes(config)), config, where=str(folder))
-    reader = checked(PieceReader(hub, where=str(folder)), config, where=str(folder))
-    return RankModels(reader, config, dialect, cut, notes)
+    rows = embedding.shape[0] * tensor
+    if rows < config.vocab_size:
+        problem = f"{folder}: has {rows} vocabulary rows, fewer than the {config.vocab_size} of its config"
+        raise UserError(problem, FIX)
+    degrees = ParallelDegrees(tensor, pipeline, len(first.chunks), padded_vocab=rows)
+    pairs = list(_match(ranks, config, dialect, degrees, layers))
+    reader, config = complete_model(merge_ranks(pairs, parameter_shapes(config)), config, where=str(folder))
+    kind = "ascendspeed" if dialect.inv_freq else "megatron"
+    return ForeignModel(kind, reader, config, f"{dialect.name}, {degrees.describe()}", notes)
 
 
-def _count_layers(chunk: Mapping[str, Assembly], dialect: Dialect) -> int:
+def _count_layers(chunk: Mapping[str, TensorView], dialect: Dialect) -> int:
     pattern = re.escape(dialect.layer).replace(r"\{\}", r"([0-9]{1,9})(?![0-9])")
     numbers = {int(m[1]) for key in chunk if (m := re.match(pattern, key))}
     count = max(numbers, default=-1) + 1
@@ -195,49 +184,36 @@ def _count_layers(chunk: Mapping[str, Assembly], dialect: Dialect) -> int:
 
 
 def _match(
-    ranks: dict[tuple[int, int], RankModel], config: LlamaConfig, dialect: Dialect, cut: Cut,
+    ranks: dict[tuple[int, int], RankModel], config: LlamaConfig, dialect: Dialect, degrees: ParallelDegrees,
     layers: dict[tuple[int, int], range],
-) -> Iterator[tuple[Assembly, Slot]]:  # fmt: skip
-    """Pairs every slot with its tensor; replicas are compared with rank 0's and given once."""
+) -> Iterator[tuple[TensorView, RankTensor]]:  # fmt: skip
+    """Pairs every planned tensor with the stored one; replicated ones are compared with rank 0's and given once."""
     problems: list[UserError] = []
-    first: dict[tuple[int, int, str], Assembly] = {}
+    first: dict[tuple[int, int, str], TensorView] = {}
     for (t, p), rank in sorted(ranks.items()):
-        table = RankTable(config, dialect, cut, t)
+        plan = ShardingPlan(config, dialect, degrees, t)
         for v, chunk in enumerate(rank.chunks):
-            known = set()
-            for slot in table.readable_slots(p, v, layers[p, v], chunk):
-                known.add(slot.key)
-                tensor = chunk.get(slot.key)
+            known: set[str] = set()
+            for planned in plan.readable_tensors(p, v, layers[p, v], chunk):
+                known.add(planned.key)
+                tensor = chunk.get(planned.key)
                 if tensor is None:
-                    if not slot.tied:
-                        problems.append(UserError(f"{rank.path}: lacks {slot.key}", FIX))
-                elif tensor.shape != slot.shape:
-                    said = f"{slot.key} is {list(tensor.shape)}, its config says {list(slot.shape)}"
-                    problems.append(UserError(f"{rank.path}: {said}", "give the right --config"))
-                elif slot.replica and t:
-                    if not _same(tensor, first[p, v, slot.key]):
-                        problems.append(UserError(f"{rank.path}: {slot.key} differs from tensor rank 0's", FIX))
+                    if not planned.tied:
+                        problems.append(UserError(f"{rank.path}: lacks {planned.key}", FIX))
+                elif tensor.shape != planned.shape:
+                    found = f"{planned.key} is {list(tensor.shape)}, its config says {list(planned.shape)}"
+                    problems.append(UserError(f"{rank.path}: {found}", "give the right --config"))
+                elif planned.replicated and t:
+                    other = first[p, v, planned.key]
+                    if tensor.dtype != other.dtype or not same_values(tensor, other):
+                        problems.append(UserError(f"{rank.path}: {planned.key} differs from tensor rank 0's", FIX))
                 else:
-                    if slot.replica:
-                        first[p, v, slot.key] = tensor
-                    yield tensor, slot
+                    if planned.replicated:
+                        first[p, v, planned.key] = tensor
+                    yield tensor, planned
             extra = sorted(k for k in chunk.keys() - known if not k.endswith("inv_freq"))
             if extra:
-                problems.append(
-                    UserError(
-                        f"{rank.path}: holds {escape(extra[0], 120)} and {len(extra) - 1} more unknown",
-                        "is it a LLaMA?",
-                    )
-                )
+                unknown = f"{escape(extra[0], 120)} and {len(extra) - 1} more unknown"
+                problems.append(UserError(f"{rank.path}: holds {unknown}", "is it a dense LLaMA?"))
     if problems:
         raise join_problems(problems[:6])
-
-
-def _same(a: Assembly, b: Assembly) -> bool:
-    """Whether two small tensors hold the same bytes."""
-    if a.dtype != b.dtype:
-        return False
-    mine, other = (np.empty((t.shape[0], t.nbytes // t.shape[0]), np.uint8) for t in (a, b))
-    a.read_window(0, 0, mine)
-    b.read_window(0, 0, other)
-    return bool(np.array_equal(mine, other))

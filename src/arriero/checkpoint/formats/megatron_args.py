@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from arriero.checkpoint.formats.rank_table import Cut
+from arriero.checkpoint.formats.sharding_plan import ParallelDegrees
 from arriero.common.errors import UserError, join_problems
 from arriero.common.text import escape
 from arriero.model.config import LlamaConfig, RopeScaling
@@ -19,12 +19,12 @@ LLAMA3_ORIGINAL = 8192  # the original length of Llama 3.1, which Megatron fixes
 _FIXED = RopeScaling("llama3", original_max_position_embeddings=LLAMA3_ORIGINAL)
 
 
-def saved_arguments(config: LlamaConfig, cut: Cut, *, multiple: int, local: bool) -> dict[str, Any]:
+def saved_arguments(config: LlamaConfig, degrees: ParallelDegrees, *, multiple: int, local: bool) -> dict[str, Any]:
     """The arguments with which Megatron builds this model: attributes of the `argparse.Namespace` under `args`.
 
     Args:
         config: the shape.
-        cut: degrees of parallelism, and the padded vocabulary.
+        degrees: degrees of parallelism, and the padded vocabulary.
         multiple: what the vocabulary was padded to a multiple of, times the tensor-parallel degree.
         local: whether the layers are Megatron's own, not Transformer Engine's.
     """
@@ -42,15 +42,17 @@ def saved_arguments(config: LlamaConfig, cut: Cut, *, multiple: int, local: bool
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings, "apply_layernorm_1p": False,
         "normalization": "RMSNorm", "norm_epsilon": config.rms_norm_eps, "apply_query_key_layer_scaling": False,
         "attention_dropout": 0.0, "hidden_dropout": 0.0, "init_method_std": config.initializer_range,
-        "vocab_size": config.vocab_size, "padded_vocab_size": cut.padded_vocab,
-        "make_vocab_size_divisible_by": multiple, "tensor_model_parallel_size": cut.tensor,
-        "pipeline_model_parallel_size": cut.pipeline, "data_parallel_random_init": False,
+        "vocab_size": config.vocab_size, "padded_vocab_size": degrees.padded_vocab,
+        "make_vocab_size_divisible_by": multiple, "tensor_model_parallel_size": degrees.tensor,
+        "pipeline_model_parallel_size": degrees.pipeline, "data_parallel_random_init": False,
         "transformer_impl": "local" if local else "transformer_engine", "ckpt_format": "torch",
         "use_rope_scaling": scaling.rope_type == "llama3", "consumed_train_samples": 0, "consumed_valid_samples": 0,
     }  # fmt: skip
-    if cut.virtual > 1:
-        arguments["virtual_pipeline_model_parallel_size"] = cut.virtual
-        arguments["num_layers_per_virtual_pipeline_stage"] = config.num_hidden_layers // (cut.pipeline * cut.virtual)
+    if degrees.virtual > 1:
+        arguments["virtual_pipeline_model_parallel_size"] = degrees.virtual
+        arguments["num_layers_per_virtual_pipeline_stage"] = config.num_hidden_layers // (
+            degrees.pipeline * degrees.virtual
+        )
     if scaling.rope_type == "llama3":
         arguments["rope_scaling_factor"] = float(scaling.factor)
     if scaling.rope_type == "linear":

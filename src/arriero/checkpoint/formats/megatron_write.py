@@ -11,20 +11,20 @@ import numpy as np
 
 from arriero.checkpoint.formats.dialects import Dialect
 from arriero.checkpoint.formats.megatron import DEEPSPEED_TRACKER, RANK_FILE_NAME, TRACKER
-from arriero.checkpoint.formats.rank_table import Cut, RankTable, Slot, even_layers
-from arriero.checkpoint.tensors.stream import ITEMSIZE, Assembly
+from arriero.checkpoint.formats.sharding_plan import ParallelDegrees, RankTensor, ShardingPlan, split_layers
+from arriero.checkpoint.tensors.stream import ITEMSIZE, TensorView
 from arriero.checkpoint.tensors.torch_write import Namespace, TensorSpec, plan_archive
-from arriero.checkpoint.tensors.transfer import OutFile, Put
+from arriero.checkpoint.tensors.transfer import OutputFile, WriteOp
 from arriero.common.errors import UserError
 from arriero.model.config import LlamaConfig
 
 
 @dataclass(frozen=True)
 class RankFormat:
-    """What the files of a checkpoint are to be."""
+    """The format of a checkpoint's files."""
 
     dialect: Dialect
-    cut: Cut
+    degrees: ParallelDegrees
     dtype: str | None = None
     """None keeps each tensor's own."""
     iteration: int = 0
@@ -32,47 +32,49 @@ class RankFormat:
     deepspeed: bool = False
     """AscendSpeed's DeepSpeed flavour."""
     arguments: dict[str, Any] | None = None
-    """Megatron's own, written under `args` (weights/megatron_args.py)."""
+    """Megatron's own, written under `args` (formats/megatron_args.py)."""
 
 
-def plan_ranks(directory: Path, hub: Mapping[str, Assembly], config: LlamaConfig, form: RankFormat) -> list[OutFile]:
-    """Plans every rank's file below `directory`, and writes the tracker; `check_cut` has passed.
+def plan_ranks(
+    directory: Path, weights: Mapping[str, TensorView], config: LlamaConfig, form: RankFormat
+) -> list[OutputFile]:
+    """Plans every rank's file below `directory`, and writes the tracker; `check_degrees` has passed.
 
     Raises:
         UserError: rows of one fused tensor have different dtypes.
     """
-    cut, iteration = form.cut, form.iteration
+    degrees, iteration = form.degrees, form.iteration
     word = "release" if iteration == 0 else f"iter_{iteration:07d}"
     tracker = directory / (DEEPSPEED_TRACKER if form.deepspeed else TRACKER)
     tracker.write_text(("release" if iteration == 0 else str(iteration)) + "\n")
-    layers = even_layers(config, cut)
+    layers = split_layers(config, degrees)
     files = []
-    for t in range(cut.tensor):
-        for p in range(cut.pipeline):
-            rank = f"mp_rank_{t:02d}" + (f"_{p:03d}" if cut.pipeline > 1 else "")
+    for t in range(degrees.tensor):
+        for p in range(degrees.pipeline):
+            rank = f"mp_rank_{t:02d}" + (f"_{p:03d}" if degrees.pipeline > 1 else "")
             path = directory / word / (f"{rank}_model_states.pt" if form.deepspeed else f"{rank}/{RANK_FILE_NAME}")
             path.parent.mkdir(parents=True, exist_ok=True)
-            table = RankTable(config, form.dialect, cut, t)
-            chunks = [list(table.slots(p, v, layers[p, v])) for v in range(cut.virtual)]
-            files.append(_plan_rank(path, chunks, hub, config, form))
+            plan = ShardingPlan(config, form.dialect, degrees, t)
+            chunks = [list(plan.rank_tensors(p, v, layers[p, v])) for v in range(degrees.virtual)]
+            files.append(_plan_rank(path, chunks, weights, config, form))
     return files
 
 
 def _plan_rank(
-    path: Path, chunks: list[list[Slot]], hub: Mapping[str, Assembly], config: LlamaConfig, form: RankFormat
-) -> OutFile:
-    """One rank's file: the payload's structure, then where each slot's rows come from."""
+    path: Path, chunks: list[list[RankTensor]], weights: Mapping[str, TensorView], config: LlamaConfig, form: RankFormat
+) -> OutputFile:
+    """One rank's file: the payload's structure, then where each planned's rows come from."""
     dialect, dtype = form.dialect, form.dtype
     models: list[dict[str, TensorSpec]] = []
-    contents: list[Slot | bytes] = []
+    contents: list[RankTensor | bytes] = []
     for chunk in chunks:
         model: dict[str, TensorSpec] = {}
-        for slot in chunk:
-            model[slot.key] = TensorSpec(_slot_dtype(slot, hub, dtype), slot.shape)
-            contents.append(slot)
-            if dialect.inv_freq and slot.key.endswith(dialect.input_norm):
+        for planned in chunk:
+            model[planned.key] = TensorSpec(_rank_tensor_dtype(planned, weights, dtype), planned.shape)
+            contents.append(planned)
+            if dialect.inv_freq and planned.key.endswith(dialect.input_norm):
                 frequencies = inverse_frequencies(config)
-                model[slot.key.removesuffix(dialect.input_norm) + dialect.inv_freq] = TensorSpec(
+                model[planned.key.removesuffix(dialect.input_norm) + dialect.inv_freq] = TensorSpec(
                     "F32", frequencies.shape
                 )
                 contents.append(frequencies.tobytes())
@@ -86,22 +88,24 @@ def _plan_rank(
             root["args"] = Namespace(form.arguments)
         root |= {"model": models[0]} if len(models) == 1 else {f"model{v}": model for v, model in enumerate(models)}
     size, blobs, offsets = plan_archive(root)
-    puts = []
+    writes = []
     for i, content in enumerate(contents):
         if isinstance(content, bytes):
             blobs.append((offsets[i], content))
             continue
-        for part in content.parts:
-            width = part.columns * ITEMSIZE[dtype or hub[part.name].dtype]
-            at = offsets[i] + part.at_row * width
-            puts.append(Put(part.name, part.row, part.rows, part.column, part.columns, at, part.step))
-    return OutFile(path, size, blobs, puts)
+        for region in content.regions:
+            width = region.columns * ITEMSIZE[dtype or weights[region.name].dtype]
+            at = offsets[i] + region.out_row * width
+            writes.append(WriteOp(region.name, region.row, region.rows, region.column, region.columns, at, region.step))
+    return OutputFile(path, size, blobs, writes)
 
 
-def _slot_dtype(slot: Slot, hub: Mapping[str, Assembly], dtype: str | None) -> str:
-    kinds = {dtype or hub[part.name].dtype for part in slot.parts}
+def _rank_tensor_dtype(planned: RankTensor, weights: Mapping[str, TensorView], dtype: str | None) -> str:
+    kinds = {dtype or weights[region.name].dtype for region in planned.regions}
     if len(kinds) != 1:
-        raise UserError(f"{slot.key} would join tensors of {' and '.join(sorted(kinds))}", "give one --dtype for all")
+        raise UserError(
+            f"{planned.key} would join tensors of {' and '.join(sorted(kinds))}", "give one --dtype for all"
+        )
     return kinds.pop()
 
 

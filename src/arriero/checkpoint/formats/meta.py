@@ -1,7 +1,7 @@
 """Meta's own checkpoints: `params.json` and `consolidated.NN.pth`, one file a model-parallel rank.
 
 Meta rotates neighbouring pairs, Hugging Face the two halves of a head: rows of q and k change places. Which dimension a
-matrix was cut along is read off its shape, since Llama 3 cuts the embedding otherwise than its elders.
+matrix was sharded along is inferred from its shape, since Llama 3 shards the embedding otherwise than Llama 1 and 2.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from arriero.checkpoint.formats.foreign_config import ConfigHints
-from arriero.checkpoint.formats.huggingface import checked
-from arriero.checkpoint.formats.tied import EMBEDDING, HEAD, settle_head
-from arriero.checkpoint.tensors.stream import Assembly, Piece, PieceReader
+from arriero.checkpoint.formats.foreign_config import ConfigHints, ForeignModel
+from arriero.checkpoint.formats.huggingface import complete_model
+from arriero.checkpoint.formats.tied import EMBEDDING, HEAD
+from arriero.checkpoint.tensors.stream import Slice, TensorView
 from arriero.checkpoint.tensors.torch_file import TorchFile
 from arriero.common.errors import UserError, join_problems
 from arriero.common.text import escape
-from arriero.common.untrusted import inside, misfit, read_json
+from arriero.common.untrusted import read_json, require_inside, schema_problem
 from arriero.model.config import MAX_LAYERS, LlamaConfig, RopeScaling, parameter_shapes
 
 FIX = "fetch the whole directory again"
@@ -40,8 +40,8 @@ _NEUTRAL = {
     "dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "max_batch_size", "max_seq_len",
     "model_parallel_size", "use_flash", "flash",
 }  # fmt: skip
-"""Keys of params.json that the tensors tell, or that change nothing."""
-_COLUMNS = ("o_proj.weight", "down_proj.weight")  # cut by columns whatever their shapes say
+"""Keys of params.json that follow from the tensors, or that change nothing."""
+_COLUMNS = ("o_proj.weight", "down_proj.weight")  # sharded by columns whatever their shapes say
 
 
 def is_meta(path: Path) -> bool:
@@ -49,11 +49,8 @@ def is_meta(path: Path) -> bool:
     return any(path.glob("consolidated.*.pth"))
 
 
-def open_meta(path: Path, hints: ConfigHints) -> tuple[PieceReader, LlamaConfig, int, list[str]]:
+def open_meta(path: Path, hints: ConfigHints) -> ForeignModel:
     """Opens Meta's files under Hugging Face's names.
-
-    Returns:
-        The reader, the shape, the number of model-parallel ranks, and what was assumed.
 
     Raises:
         UserError: params.json or a rank is missing or broken, or shapes contradict.
@@ -61,7 +58,7 @@ def open_meta(path: Path, hints: ConfigHints) -> tuple[PieceReader, LlamaConfig,
     files = sorted(path.glob("consolidated.*.pth"))
     if [f.name for f in files] != [f"consolidated.{i:02d}.pth" for i in range(len(files))]:
         raise UserError(f"{path}: consolidated.NN.pth files have gaps: {', '.join(f.name for f in files)}", FIX)
-    readers = [TorchFile(inside(path, f)).reader() for f in files]
+    readers = [TorchFile(require_inside(path, f)).reader() for f in files]
     shards = [{_name(key): t for key, t in r.tensors.items() if key != "rope.freqs"} for r in readers]
     config, notes = _config(path, hints, shards)
     tensors, shapes = {}, parameter_shapes(config)
@@ -75,8 +72,8 @@ def open_meta(path: Path, hints: ConfigHints) -> tuple[PieceReader, LlamaConfig,
     extra = sorted({name for shard in shards for name in shard} - set(tensors))
     if extra:
         raise UserError(f"{files[0]}: holds {escape(extra[0], 120)}, unknown to LLaMA", "is it a LLaMA?")
-    tensors, config = settle_head(tensors, config, where=str(path))
-    return checked(PieceReader(tensors, where=str(path)), config, where=str(path)), config, len(files), notes
+    reader, config = complete_model(tensors, config, where=str(path))
+    return ForeignModel("meta", reader, config, f"{len(files)} model-parallel ranks", notes)
 
 
 def _name(key: str) -> str:
@@ -87,16 +84,16 @@ def _name(key: str) -> str:
     return f"model.layers.{match[1]}.{inner}.weight" if match and inner else key
 
 
-def _config(path: Path, hints: ConfigHints, shards: list[dict[str, Assembly]]) -> tuple[LlamaConfig, list[str]]:
-    """The shape: params.json, completed by what the tensors say."""
+def _config(path: Path, hints: ConfigHints, shards: list[dict[str, TensorView]]) -> tuple[LlamaConfig, list[str]]:
+    """The shape: params.json, completed from the tensors' shapes."""
     if hints.config is not None:
         return LlamaConfig.from_json(hints.config), []
     file = path / "params.json"
     if not file.exists():
         raise UserError(f"{path}: holds no params.json", FIX)
-    params: dict[str, Any] = read_json(inside(path, file), FIX, {"dim": int, "n_layers": int, "n_heads": int})
+    params: dict[str, Any] = read_json(require_inside(path, file), FIX, {"dim": int, "n_layers": int, "n_heads": int})
     for key, form in _OPTIONAL.items():
-        if wrong := misfit(params.get(key), (form, None), key):
+        if wrong := schema_problem(params.get(key), (form, None), key):
             raise UserError(f"{file}: {wrong}", FIX)
     other = [k for k, v in params.items() if k not in _NEUTRAL | _OPTIONAL.keys() and v not in (None, False, 0)]
     if refused := [key for key in other if re.match(r"quantization|lora|moe|vision|num_experts|use_qk_norm", key)]:
@@ -131,20 +128,20 @@ def _config(path: Path, hints: ConfigHints, shards: list[dict[str, Assembly]]) -
     return config, notes
 
 
-def _join(name: str, shape: tuple[int, ...], parts: list[Assembly], config: LlamaConfig, where: str) -> Assembly:
+def _join(name: str, shape: tuple[int, ...], parts: list[TensorView], config: LlamaConfig, where: str) -> TensorView:
     """Puts the ranks' parts side by side or on one another."""
     if len(shape) == 1:
         parts = parts[:1]
     by_columns = len(shape) == 2 and len(parts) > 1 and (name.endswith(_COLUMNS) or parts[0].shape[0] == shape[0])
-    pieces: list[Piece] = []
+    slices: list[Slice] = []
     at = 0
     for part in parts:
         rows, columns = (*part.shape, 1)[:2]
-        source = part.pieces[0].source
+        source = part.slices[0].source
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            pieces += _halves(source, rows, columns, at, config.head_dim)
+            slices += _split_halves(source, rows, columns, at, config.head_dim)
         else:
-            pieces.append(Piece(source, 0, 0, rows, columns, *((0, at) if by_columns else (at, 0))))
+            slices.append(Slice(source, 0, 0, rows, columns, *((0, at) if by_columns else (at, 0))))
         at += columns if by_columns else rows
     expected = shape[1] if by_columns else shape[0]
     width = (*parts[0].shape, 1)[1]
@@ -155,11 +152,11 @@ def _join(name: str, shape: tuple[int, ...], parts: list[Assembly], config: Llam
     ):
         found = [list(p.shape) for p in parts]
         raise UserError(f"{where}: the parts {found} of {name} make no {list(shape)}", "check params.json")
-    return Assembly(parts[0].dtype, shape, tuple(pieces))
+    return TensorView(parts[0].dtype, shape, tuple(slices))
 
 
-def _halves(source: Any, rows: int, columns: int, at: int, size: int) -> Iterator[Piece]:
+def _split_halves(source: Any, rows: int, columns: int, at: int, size: int) -> Iterator[Slice]:
     """Rows 0, 2, 4, ... of each head, then 1, 3, 5, ...: from neighbouring pairs to halves."""
     for head in range(0, rows, size):
         for odd in (0, 1):
-            yield Piece(source, head + odd, 0, size // 2, columns, at + head + odd * size // 2, 0, step=2)
+            yield Slice(source, head + odd, 0, size // 2, columns, at + head + odd * size // 2, 0, step=2)

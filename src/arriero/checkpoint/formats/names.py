@@ -1,4 +1,4 @@
-"""Names of tensors as other programs save them: wrappers and containers taken off, and what a stranger's names mean."""
+"""Names of tensors as other programs save them: removing wrappers and containers, and what unknown names mean."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ CAUSES: tuple[tuple[str, str, str], ...] = (
 """(what an unknown tensor's name looks like, what that means, what to do)."""
 
 
-def plain_names(tensors: Mapping[str, T], where: str) -> dict[str, T]:
+def strip_prefixes(tensors: Mapping[str, T], where: str) -> dict[str, T]:
     """The tensors under Hugging Face's names, where wrappers and containers are all that differs.
 
     Raises:
@@ -87,7 +87,7 @@ def plain_names(tensors: Mapping[str, T], where: str) -> dict[str, T]:
     return {**inside, **beside}
 
 
-def explain(config: LlamaConfig, missing: Collection[str], extra: Collection[str]) -> tuple[str, str]:
+def explain_mismatch(config: LlamaConfig, missing: Collection[str], extra: Collection[str]) -> tuple[str, str]:
     """Why the names are not those of `config`: the cause, which may be empty, and the fix.
 
     Args:

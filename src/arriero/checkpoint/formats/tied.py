@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from arriero.checkpoint.tensors.stream import CHUNK_BYTES, ITEMSIZE, Assembly, Stored, matrix_shape
+from arriero.checkpoint.tensors.stream import CHUNK_BYTES, ITEMSIZE, FileMatrix, TensorView, matrix_shape
 from arriero.checkpoint.tensors.values import cast
 from arriero.common.text import escape
 from arriero.model.config import LlamaConfig
@@ -19,9 +19,9 @@ from arriero.model.config import LlamaConfig
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def settle_head(
-    tensors: Mapping[str, Assembly], config: LlamaConfig, *, where: str
-) -> tuple[dict[str, Assembly], LlamaConfig]:
+def resolve_tied_head(
+    tensors: Mapping[str, TensorView], config: LlamaConfig, *, where: str
+) -> tuple[dict[str, TensorView], LlamaConfig]:
     """The tensors and the config of one model: as many heads as there are.
 
     Args:
@@ -44,7 +44,7 @@ def settle_head(
     return found, replace(config, tie_word_embeddings=False, notices=(*config.notices, notice))
 
 
-def same_values(a: Assembly, b: Assembly) -> bool:
+def same_values(a: TensorView, b: TensorView) -> bool:
     """Whether two tensors hold the same values; read chunk by chunk, and only as far as they agree."""
     if a.shape != b.shape:
         return False
@@ -67,11 +67,11 @@ def same_values(a: Assembly, b: Assembly) -> bool:
     return True
 
 
-def _same_place(a: Assembly, b: Assembly) -> bool:
+def _same_place(a: TensorView, b: TensorView) -> bool:
     """Whether both are one part of one file: torch.save writes tied tensors so."""
-    if len(a.pieces) != 1 or len(b.pieces) != 1:
+    if len(a.slices) != 1 or len(b.slices) != 1:
         return False
-    one, other = a.pieces[0], b.pieces[0]
-    if not (isinstance(one.source, Stored) and isinstance(other.source, Stored)):
+    one, other = a.slices[0], b.slices[0]
+    if not (isinstance(one.source, FileMatrix) and isinstance(other.source, FileMatrix)):
         return False
     return replace(one, source=replace(one.source, label="")) == replace(other, source=replace(other.source, label=""))

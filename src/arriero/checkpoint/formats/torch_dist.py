@@ -12,20 +12,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from arriero.checkpoint.formats.dialects import MCORE, MCORE_TE, Dialect
-from arriero.checkpoint.formats.foreign_config import ConfigHints, resolve_config
-from arriero.checkpoint.formats.huggingface import checked
-from arriero.checkpoint.formats.megatron import TRACKER, iteration_directory
-from arriero.checkpoint.formats.rank_table import Cut, RankTable, Slot, gather
-from arriero.checkpoint.formats.tied import settle_head
-from arriero.checkpoint.tensors.pickle_symbols import MAX_PICKLE_BYTES, Call, TensorRef, follow, naturals
+from arriero.checkpoint.formats.foreign_config import ConfigHints, ForeignModel
+from arriero.checkpoint.formats.megatron import TRACKER, RankModel, combine_ranks, iteration_directory
+from arriero.checkpoint.tensors.pickle_symbols import (
+    MAX_PICKLE_BYTES,
+    Call,
+    TensorRef,
+    non_negative_ints,
+    parse_symbolically,
+)
 from arriero.checkpoint.tensors.raw_file import RawFile
-from arriero.checkpoint.tensors.stream import ITEMSIZE, Assembly, Piece, PieceReader, Stored, check_cover, matrix_shape
+from arriero.checkpoint.tensors.stream import ITEMSIZE, FileMatrix, Slice, TensorView, matrix_shape
 from arriero.checkpoint.tensors.torch_file import TorchFile
 from arriero.common.errors import UserError
-from arriero.common.text import escape
-from arriero.common.untrusted import inside, plain_name, read_bytes
-from arriero.model.config import MAX_LAYERS, LlamaConfig, parameter_shapes
+from arriero.common.untrusted import read_bytes, require_file_name, require_inside
+from arriero.model.config import MAX_LAYERS
 
 FIX = "copy the whole directory again"
 
@@ -39,65 +40,30 @@ def is_torch_dist(path: Path) -> bool:
     return (folder / ".metadata").is_file()
 
 
-def open_torch_dist(path: Path, hints: ConfigHints) -> tuple[PieceReader, LlamaConfig, list[str]]:
+def open_torch_dist(path: Path, hints: ConfigHints) -> ForeignModel:
     """Opens a distributed checkpoint under Hugging Face's names; optimizer states are left out.
 
     Raises:
         UserError: a file, chunk or tensor is missing or broken, or the shape is unknown.
     """
     folder = iteration_directory(path)
-    tensors = _unstack(_tensors(folder))
-    for dialect in (MCORE_TE, MCORE):
-        if f"{dialect.layer.format(0)}{dialect.input_norm}" in tensors:
-            return _open(path, folder, tensors, dialect, hints)
-    raise UserError(f"{folder}: holds no LLaMA layers of a known naming", f"its keys begin {sorted(tensors)[:3]}")
-
-
-def _open(
-    path: Path, folder: Path, tensors: dict[str, Assembly], dialect: Dialect, hints: ConfigHints
-) -> tuple[PieceReader, LlamaConfig, list[str]]:
-    layers = 1 + max(int(key.split(".")[2]) for key in tensors if key.startswith("decoder.layers."))
-    if layers > MAX_LAYERS:
-        raise UserError(f"{folder}: numbers a layer {layers - 1}", FIX)
     common = folder / "common.pt"  # Megatron before 0.19 keeps the arguments here
-    payload = TorchFile(inside(folder, common)).root if common.is_file() else {}
-    config, notes = resolve_config(
-        path, folder, hints, tensors=tensors, dialect=dialect, tensor=1, layers=layers,
-        payload=payload if isinstance(payload, dict) else {},
-    )  # fmt: skip
-    rows = tensors[dialect.embedding].shape[0]
-    table = RankTable(config, dialect, Cut(padded_vocab=max(rows, config.vocab_size)), 0)
-    pairs: list[tuple[Assembly, Slot]] = []
-    slots = list(table.readable_slots(0, 0, range(config.num_hidden_layers), tensors))
-    extra = sorted(tensors.keys() - {slot.key for slot in slots})
-    if extra:
-        problem = f"{folder}: holds {escape(extra[0], 120)} and {len(extra) - 1} more unknown"
-        raise UserError(problem, "is it a dense LLaMA?")
-    for slot in slots:
-        tensor = tensors.get(slot.key)
-        if tensor is None:
-            raise UserError(f"{folder}: lacks {slot.key}", FIX)
-        if tensor.shape != slot.shape:
-            raise UserError(
-                f"{folder}: {slot.key} is {list(tensor.shape)}, its config says {list(slot.shape)}",
-                "give the right --config",
-            )
-        pairs.append((tensor, slot))
-    hub, config = settle_head(gather(pairs, parameter_shapes(config)), config, where=str(folder))
-    return checked(PieceReader(hub, where=str(folder)), config, where=str(folder)), config, notes
+    payload = TorchFile(require_inside(folder, common)).root if common.is_file() else {}
+    rank = RankModel(folder, [_unstack(_tensors(folder))], payload if isinstance(payload, dict) else {})
+    return replace(combine_ranks(path, folder, {(0, 0): rank}, hints), kind="torch_dist", layout="torch_dist")
 
 
-def _tensors(folder: Path) -> dict[str, Assembly]:
+def _tensors(folder: Path) -> dict[str, TensorView]:
     """Every model tensor, whole, of up to three dimensions, the first two merged into rows."""
-    table = inside(folder, folder / ".metadata")
-    root = follow(read_bytes(table, FIX, MAX_PICKLE_BYTES), str(table))
+    metadata = require_inside(folder, folder / ".metadata")
+    root = parse_symbolically(read_bytes(metadata, FIX, MAX_PICKLE_BYTES), str(metadata))
     try:
         return _described(folder, root)
     except (AttributeError, KeyError, TypeError, ValueError, IndexError, OverflowError):  # of another form than DCP's
-        raise UserError(f"{table}: is no distributed checkpoint's", FIX) from None
+        raise UserError(f"{metadata}: is no distributed checkpoint's", FIX) from None
 
 
-def _described(folder: Path, root: Any) -> dict[str, Assembly]:
+def _described(folder: Path, root: Any) -> dict[str, TensorView]:
     described = root.state["state_dict_metadata"]
     places = {_place(index): info.state for index, info in root.state["storage_data"].items()}
     files: dict[str, RawFile] = {}
@@ -110,33 +76,33 @@ def _described(folder: Path, root: Any) -> dict[str, Assembly]:
             or "_extra_state" in key
         ):
             continue
-        shape = naturals(state["size"])
-        pieces: list[Piece] = []
+        shape = non_negative_ints(state["size"])
+        slices: list[Slice] = []
         for chunk in state["chunks"]:
-            offsets, sizes = naturals(chunk.state["offsets"]), naturals(chunk.state["sizes"])
+            offsets, sizes = non_negative_ints(chunk.state["offsets"]), non_negative_ints(chunk.state["sizes"])
             place = places.get((key, offsets))
             if place is None:
-                raise UserError(f"{folder}: does not say where {key} at {list(offsets)} lies", FIX)
+                raise UserError(f"{folder}: does not list where {key} at {list(offsets)} lies", FIX)
             stored = _stored(folder, place, files, key)
             if stored.shape != sizes:
                 raise UserError(f"{folder}: {key} at {list(offsets)} is {list(stored.shape)}, not {list(sizes)}", FIX)
             dtype = stored.dtype
-            pieces += _placed(stored, shape, offsets, sizes)
-        tensors[str(key)] = Assembly(dtype, shape, tuple(pieces))
-        check_cover(str(key), tensors[str(key)], where=str(folder))
+            slices += _placed(stored, shape, offsets, sizes)
+        tensors[str(key)] = TensorView(dtype, shape, tuple(slices))
+        tensors[str(key)].check_coverage(f"{folder}: {key}")
     return tensors
 
 
 def _place(index: Any) -> tuple[str, tuple[int, ...] | None]:
     offset, name = index.state.get("offset"), index.state["fqn"]
-    return name if isinstance(name, str) else "", None if offset is None else naturals(offset)
+    return name if isinstance(name, str) else "", None if offset is None else non_negative_ints(offset)
 
 
-def _stored(folder: Path, place: dict[str, Any], files: dict[str, RawFile], key: str) -> Assembly:
+def _stored(folder: Path, place: dict[str, Any], files: dict[str, RawFile], key: str) -> TensorView:
     """One chunk's archive inside its .distcp file."""
-    name = plain_name(place["relative_path"], str(folder / ".metadata"))
+    name = require_file_name(place["relative_path"], str(folder / ".metadata"))
     if name not in files:
-        files[name] = RawFile(inside(folder, folder / name))
+        files[name] = RawFile(require_inside(folder, folder / name))
     begin, size = int(place["offset"]), int(place["length"])
     if begin < 0 or size < 0 or begin + size > files[name].size:
         raise UserError(f"{folder / name}: ends before {key}", FIX)
@@ -146,23 +112,25 @@ def _stored(folder: Path, place: dict[str, Any], files: dict[str, RawFile], key:
     return archive.tensor(archive.root, key)
 
 
-def _placed(stored: Assembly, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]) -> list[Piece]:
-    """A chunk as pieces of the tensor seen as a matrix: one for each layer in it."""
-    source = stored.pieces[0].source
+def _placed(
+    stored: TensorView, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]
+) -> list[Slice]:
+    """A chunk as slices of the tensor seen as a matrix: one for each layer in it."""
+    source = stored.slices[0].source
     if len(shape) < 3:
         rows, columns = matrix_shape(sizes)
-        at_row, at_column = (*offsets, 0, 0)[:2]
-        return [Piece(source, 0, 0, rows, columns, at_row, at_column)]
+        out_row, out_column = (*offsets, 0, 0)[:2]
+        return [Slice(source, 0, 0, rows, columns, out_row, out_column)]
     deep, rows, columns = sizes
     return [
-        Piece(source, i * rows, 0, rows, columns, (offsets[0] + i) * shape[1] + offsets[1], offsets[2])
+        Slice(source, i * rows, 0, rows, columns, (offsets[0] + i) * shape[1] + offsets[1], offsets[2])
         for i in range(deep)
     ]
 
 
-def _unstack(tensors: dict[str, Assembly]) -> dict[str, Assembly]:
+def _unstack(tensors: dict[str, TensorView]) -> dict[str, TensorView]:
     """Gives each layer of a stacked tensor its own name."""
-    result: dict[str, Assembly] = {}
+    result: dict[str, TensorView] = {}
     for key, tensor in tensors.items():
         if not tensor.shape or not key.startswith("decoder.layers.") or re.match(r"decoder\.layers\.[0-9]+\.", key):
             result[key] = tensor
@@ -173,23 +141,23 @@ def _unstack(tensors: dict[str, Assembly]) -> dict[str, Assembly]:
         for n in range(count):
             name = key.replace("decoder.layers.", f"decoder.layers.{n}.")
             if len(shape) == 1:  # [layers, n]: a row of the matrix becomes a column of its own
-                result[name] = Assembly(tensor.dtype, shape, _row_as_column(tensor.pieces, n))
+                result[name] = TensorView(tensor.dtype, shape, _row_as_column(tensor.slices, n))
             else:
-                pieces = tuple(tensor.window(n * shape[0], 0, *shape))
-                result[name] = Assembly(tensor.dtype, shape, pieces)
+                slices = tuple(tensor.window(n * shape[0], 0, *shape))
+                result[name] = TensorView(tensor.dtype, shape, slices)
     return result
 
 
-def _row_as_column(pieces: tuple[Piece, ...], row: int) -> tuple[Piece, ...]:
+def _row_as_column(slices: tuple[Slice, ...], row: int) -> tuple[Slice, ...]:
     """Row `row` of a matrix of stacked vectors, as a vector: the elements are columns there and rows here."""
     found = []
-    for piece in pieces:
-        if not piece.at_row <= row < piece.at_row + piece.rows:
+    for part in slices:
+        if not part.out_row <= row < part.out_row + part.rows:
             continue
-        source = piece.source
-        assert isinstance(source, Stored)
-        start = source.offset + (piece.row + row - piece.at_row) * source.row_bytes
+        source = part.source
+        assert isinstance(source, FileMatrix)
+        start = source.offset + (part.row + row - part.out_row) * source.row_bytes
         item = ITEMSIZE[source.dtype]
-        vector = replace(source, offset=start + piece.column * item, rows=piece.columns, columns=1, row_bytes=item)
-        found.append(Piece(vector, 0, 0, piece.columns, 1, at_row=piece.at_column))
+        vector = replace(source, offset=start + part.column * item, rows=part.columns, columns=1, row_bytes=item)
+        found.append(Slice(vector, 0, 0, part.columns, 1, out_row=part.out_column))
     return tuple(found)

@@ -1,4 +1,4 @@
-"""A pickle's opcodes followed symbolically: a global becomes its name, a call a record of the call; nothing is run."""
+"""Interprets a pickle symbolically: a global becomes its name, a call a record of the call; nothing is run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from arriero.checkpoint.tensors.stream import ITEMSIZE, TORCH_NAMES
 from arriero.common.errors import UserError
 from arriero.common.text import escape
 
-MAX_PICKLE_BYTES = 256 << 20  # structure only; the weights lie in records of their own
+MAX_PICKLE_BYTES = 256 << 20  # structure only; the weights are in records of their own
 MAX_NODES = 1_000_000  # a few KB of pickle can describe a tree of any size by naming one branch again and again
 
 STORAGES = {
@@ -76,21 +76,26 @@ _Mark = object()
 
 
 @dataclass
-class _Machine:
+class _PickleMachine:
     """The pickle machine over symbols: a stack, a memo, and no imports."""
 
     where: str
     stack: list[Any] = field(default_factory=list)
     memo: dict[int, Any] = field(default_factory=dict)
 
-    def to_mark(self) -> list[Any]:
+    def pop_to_mark(self) -> list[Any]:
         items = []
         while (top := self.stack.pop()) is not _Mark:
             items.append(top)
         return items[::-1]
 
+    def pop_last(self, count: int) -> list[Any]:
+        items = self.stack[-count:]
+        del self.stack[-count:]
+        return items
 
-def _named(module: str, name: str, where: str) -> Global:
+
+def _allowed_global(module: str, name: str, where: str) -> Global:
     if not (isinstance(module, str) and isinstance(name, str)):
         raise ValueError("a global whose name is no text")
     full = f"{module}.{name}"
@@ -99,7 +104,7 @@ def _named(module: str, name: str, where: str) -> Global:
     return Global(full)
 
 
-def _key(key: Any) -> Any:
+def _hashable_key(key: Any) -> Any:
     """A dictionary's key: hashing a nest of shared tuples would take for ever, and no checkpoint has one."""
     plain = key is None or isinstance(key, (str, bytes, int, float, Call, Global, StorageRef))
     if plain or (isinstance(key, tuple) and len(key) < 100 and not any(isinstance(k, (tuple, list)) for k in key)):
@@ -107,7 +112,7 @@ def _key(key: Any) -> Any:
     raise ValueError("a key that is no plain value")
 
 
-def naturals(values: Any) -> tuple[int, ...]:
+def non_negative_ints(values: Any) -> tuple[int, ...]:
     """A shape or an offset. Raises ValueError for anything but whole numbers from 0, such as nested tuples."""
     if not isinstance(values, (tuple, list)) or not all(type(n) is int and 0 <= n < 2**63 for n in values):
         raise ValueError("a shape that is none")
@@ -118,11 +123,13 @@ def _call(function: Any, args: Any) -> Any:  # noqa: PLR0911 - one a function
     name = function.name if isinstance(function, Global) else ""
     if name in ("collections.OrderedDict", "builtins.dict"):
         pairs = args[0].items() if args and isinstance(args[0], dict) else args[0] if args else ()
-        return {_key(key): value for key, value in pairs}
+        return {_hashable_key(key): value for key, value in pairs}
     if name == "torch._utils._rebuild_tensor_v2":
         if not isinstance(args[0], StorageRef):
             raise ValueError("a tensor without a storage")
-        return TensorRef(args[0], naturals([args[1]])[0], naturals(args[2]), naturals(args[3]))
+        return TensorRef(
+            args[0], non_negative_ints([args[1]])[0], non_negative_ints(args[2]), non_negative_ints(args[3])
+        )
     if name == "torch._utils._rebuild_tensor_v3":  # dtypes that have no storage class, such as float8
         return _typed_tensor(args[0], args[1], args[2], args[3], dtype=args[6])
     if name in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
@@ -130,7 +137,7 @@ def _call(function: Any, args: Any) -> Any:  # noqa: PLR0911 - one a function
     if name == "torch._tensor._rebuild_from_type_v2" and getattr(args[1], "name", "") in _PLAIN_TENSORS:
         return _call(args[0], args[2])
     if name == "torch.Size":
-        return naturals(args[0])
+        return non_negative_ints(args[0])
     if name.endswith("Path"):
         return "/".join(args)  # only of strings
     return Call(function, args)
@@ -141,24 +148,21 @@ def _typed_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *, dtype: 
     if not isinstance(storage, StorageRef) or kind is None:
         raise ValueError("a tensor of an unknown dtype")
     typed = StorageRef(kind, storage.key, storage.elements // ITEMSIZE[kind])
-    return TensorRef(typed, naturals([offset])[0], naturals(shape), naturals(stride))
+    return TensorRef(typed, non_negative_ints([offset])[0], non_negative_ints(shape), non_negative_ints(stride))
 
 
-def _append(target: Any, items: list[Any]) -> None:
+def _pairs(items: list[Any]) -> dict[Any, Any]:
+    """A dictionary of keys and values in turn."""
+    return dict(zip(map(_hashable_key, items[::2]), items[1::2], strict=True))
+
+
+def _add(target: Any, items: list[Any]) -> None:
     if isinstance(target, list):
         target.extend(items)
     elif isinstance(target, set):
-        target.update(map(_key, items))
-
-
-def _set(target: Any, pairs: list[Any]) -> None:
-    if isinstance(target, dict):
-        target.update(zip(map(_key, pairs[::2]), pairs[1::2], strict=True))
-
-
-def _build(target: Any, state: Any) -> None:
-    if isinstance(target, Call):
-        target.state = state
+        target.update(map(_hashable_key, items))
+    elif isinstance(target, dict):
+        target.update(_pairs(items))
 
 
 def _storage(pid: Any, where: str) -> StorageRef:
@@ -172,13 +176,13 @@ def _storage(pid: Any, where: str) -> StorageRef:
     raise UserError(f"{where}: holds an unknown kind of storage: {escape(name, 80)}", fix)
 
 
-def follow(data: bytes, where: str) -> Any:
+def parse_symbolically(data: bytes, where: str) -> Any:
     """The object that a pickle describes, with symbols where it would import or call.
 
     Raises:
         UserError: the pickle is broken, too deep, or asks for a global outside the known families.
     """
-    machine = _Machine(where)
+    machine = _PickleMachine(where)
     try:
         for opcode, arg, _ in pickletools.genops(data):
             if opcode.name == "STOP":
@@ -186,7 +190,7 @@ def follow(data: bytes, where: str) -> Any:
             _step(machine, opcode.name, arg)
     except UserError:
         raise
-    except Exception as error:  # whatever a hostile or broken stream provokes
+    except Exception as error:  # whatever a malicious or broken stream raises
         raise UserError(f"{where}: the pickle is broken ({type(error).__name__})", "fetch the file again") from None
     raise UserError(f"{where}: the pickle ends early", "fetch the file again")
 
@@ -203,7 +207,7 @@ _LITERALS = {
 _IGNORED = {"PROTO", "FRAME"}
 
 
-def _step(m: _Machine, op: str, arg: Any) -> None:  # noqa: PLR0912, PLR0915 - one arm an opcode
+def _step(m: _PickleMachine, op: str, arg: Any) -> None:  # noqa: PLR0912 - one arm an opcode
     stack, pop = m.stack, m.stack.pop
     if op in _LITERALS:
         stack.append(arg)
@@ -217,10 +221,10 @@ def _step(m: _Machine, op: str, arg: Any) -> None:  # noqa: PLR0912, PLR0915 - o
         m.memo[len(m.memo)] = stack[-1]
     elif op == "GLOBAL":
         module, _, name = arg.partition(" ")
-        stack.append(_named(module, name, m.where))
+        stack.append(_allowed_global(module, name, m.where))
     elif op == "STACK_GLOBAL":
         name, module = pop(), pop()
-        stack.append(_named(module, name, m.where))
+        stack.append(_allowed_global(module, name, m.where))
     elif op in ("REDUCE", "NEWOBJ"):
         args, function = pop(), pop()
         stack.append(_call(function, args))
@@ -229,28 +233,21 @@ def _step(m: _Machine, op: str, arg: Any) -> None:  # noqa: PLR0912, PLR0915 - o
         stack.append(Call(function, (args, kwargs)))
     elif op == "BUILD":
         state = pop()
-        _build(stack[-1], state)
+        if isinstance(stack[-1], Call):
+            stack[-1].state = state
     elif op == "BINPERSID":
         stack.append(_storage(pop(), m.where))
     elif op in ("TUPLE", "LIST", "DICT", "FROZENSET"):
-        items = m.to_mark()
-        if op == "DICT":
-            stack.append(dict(zip(map(_key, items[::2]), items[1::2], strict=True)))
-        else:
-            stack.append(items if op == "LIST" else tuple(items))
+        items = m.pop_to_mark()
+        stack.append(_pairs(items) if op == "DICT" else items if op == "LIST" else tuple(items))
     elif op in ("TUPLE1", "TUPLE2", "TUPLE3"):
-        count = int(op[-1])
-        items = stack[-count:]
-        del stack[-count:]
-        stack.append(tuple(items))
+        stack.append(tuple(m.pop_last(int(op[-1]))))
     elif op in ("APPEND", "SETITEM"):
-        count = 1 if op == "APPEND" else 2
-        items = stack[-count:]
-        del stack[-count:]
-        (_append if op == "APPEND" else _set)(stack[-1], items)
+        items = m.pop_last(1 if op == "APPEND" else 2)
+        _add(stack[-1], items)
     elif op in ("APPENDS", "SETITEMS", "ADDITEMS"):
-        items = m.to_mark()
-        (_set if op == "SETITEMS" else _append)(stack[-1], items)
+        items = m.pop_to_mark()
+        _add(stack[-1], items)
     elif op == "POP":
         pop()
     elif op not in _IGNORED:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import mmap
 import os
 from pathlib import Path
 
@@ -10,10 +12,16 @@ from arriero.common.files import open_regular
 
 
 class RawFile:
-    """An open file that is read at offsets; safe to share between threads."""
+    """An open file that is read at offsets; safe to share between threads.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: the file; a symbolic link is followed.
+        mapped: copy columns of a matrix from the file's mapped pages, which is faster than a read a row; the pages
+            count as this process's memory while it is short of none.
+    """
+
+    def __init__(self, path: Path, *, mapped: bool = False) -> None:
+        self.path, self.mapped = path, mapped
         try:
             self._fd = open_regular(path, follow=True)
         except OSError as error:
@@ -37,6 +45,11 @@ class RawFile:
         buffer = bytearray(size)
         self.read_into(offset, memoryview(buffer))
         return bytes(buffer)
+
+    @functools.cached_property
+    def pages(self) -> mmap.mmap:
+        """The file's pages: only what is touched is read."""
+        return mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ)
 
     def __del__(self) -> None:
         if hasattr(self, "_fd"):

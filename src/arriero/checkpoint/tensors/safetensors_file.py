@@ -1,4 +1,4 @@
-"""The safetensors header, read with suspicion and written plainly.
+"""The safetensors header, checked when read, and written.
 
 Layout: u64 little-endian length N, N bytes of JSON {name: {dtype, shape, data_offsets}}, then the data. The offsets
 are relative to the end of the header, must not overlap and must leave no hole.
@@ -7,35 +7,36 @@ are relative to the end of the header, must not overlap and must leave no hole.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from arriero.checkpoint.tensors.raw_file import RawFile
-from arriero.checkpoint.tensors.stream import ITEMSIZE, Assembly, PieceReader, Stored
+from arriero.checkpoint.tensors.stream import ITEMSIZE, TensorView, ViewReader
 from arriero.common.errors import UserError
+from arriero.common.untrusted import MAX_JSON_BYTES, schema_problem
 
-MAX_HEADER_BYTES = 100_000_000  # what the safetensors library allows
 FIX = "fetch the file again, or ask who made it"
 
 
-class SafetensorsFile(PieceReader):
+class SafetensorsFile(ViewReader):
     """One checked safetensors file.
 
     Raises:
         UserError: on opening, if the header is anything but well-formed; names the file and the tensor.
     """
 
-    def __init__(self, path: Path) -> None:
-        file = RawFile(path)
+    def __init__(self, path: Path, *, mapped: bool = False) -> None:
+        file = RawFile(path, mapped=mapped)
         header, start = _read_header(file)
         self.metadata = _metadata(header.pop("__metadata__", {}), path)
         tensors, ranges = {}, []
         for name, entry in header.items():
             dtype, shape, begin, end = _entry(entry, f"{path}: tensor {name!r}", file.size - start)
             ranges.append((begin, end, name))
-            tensors[name] = Assembly.whole(Stored.of(file, f"{path}: {name}", start + begin, dtype, shape), shape)
-        _check_cover(sorted(ranges), file.size - start, path)
+            tensors[name] = TensorView.in_file(file, f"{path}: {name}", start + begin, dtype, shape)
+        _check_coverage(sorted(ranges), file.size - start, path)
         super().__init__(tensors, where=str(path))
 
 
@@ -57,7 +58,7 @@ def _read_header(file: RawFile) -> tuple[dict[str, Any], int]:
     if file.size < 8:
         raise _refuse(f"{file.path}: {file.size} bytes are too few for a safetensors file")
     length = int.from_bytes(file.read(0, 8), "little")
-    if length > min(MAX_HEADER_BYTES, file.size - 8):
+    if length > min(MAX_JSON_BYTES, file.size - 8):
         raise _refuse(f"{file.path}: claims a header of {length:,} bytes in a file of {file.size:,}")
     raw = file.read(8, length)
     try:
@@ -84,14 +85,11 @@ def _entry(entry: Any, where: str, data_bytes: int) -> tuple[str, tuple[int, ...
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
         raise _refuse(f"{where} has the unknown dtype {dtype!r}")
-    if not _naturals(shape):
-        raise _refuse(f"{where} has the impossible shape {str(shape)[:80]}")
-    if not _naturals(offsets) or len(offsets) != 2:
-        raise _refuse(f"{where} has the impossible data_offsets {str(offsets)[:80]}")
+    for key, value in (("shape", shape), ("data_offsets", offsets)):
+        if schema_problem(value, [int]) or min((0, *value)) < 0 or (key == "data_offsets" and len(value) != 2):
+            raise _refuse(f"{where} has the impossible {key} {str(value)[:80]}")
     begin, end = offsets
-    size = ITEMSIZE[dtype]
-    for n in shape:
-        size *= n
+    size = ITEMSIZE[dtype] * math.prod(shape)
     if not begin <= end <= data_bytes:
         raise _refuse(f"{where} lies at bytes {begin:,} to {end:,} of {data_bytes:,} (the file is truncated?)")
     if size != end - begin:
@@ -99,11 +97,7 @@ def _entry(entry: Any, where: str, data_bytes: int) -> tuple[str, tuple[int, ...
     return dtype, tuple(shape), begin, end
 
 
-def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
-
-
-def _check_cover(ranges: list[tuple[int, int, str]], data_bytes: int, path: Path) -> None:
+def _check_coverage(ranges: list[tuple[int, int, str]], data_bytes: int, path: Path) -> None:
     at, before = 0, "the header"
     for begin, end, name in ranges:
         if begin != at:
@@ -123,9 +117,7 @@ def build_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[by
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offsets, at = {}, 0
     for name, (dtype, shape) in tensors.items():
-        size = ITEMSIZE[dtype]
-        for n in shape:
-            size *= n
+        size = ITEMSIZE[dtype] * math.prod(shape)
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
         offsets[name] = at
         at += size

@@ -1,18 +1,18 @@
 """Tensors on disk, read a slice at a time.
 
-Every format that this package reads comes down to the same thing: rectangles of rows and columns that lie at known
-byte offsets of known files. `Stored` is one such matrix, a `Piece` says which part of it lands where in a tensor, and
-an `Assembly` is a tensor made of pieces: a q_proj that a Megatron file keeps interleaved with k and v is as readable,
-slice by slice, as one that a safetensors file keeps whole. Nothing here imports torch before a tensor is asked for:
-the conversions run on numpy alone, in a third of the memory that `import torch` takes.
+Every format comes down to rectangles of rows and columns at known byte offsets of known files. A `FileMatrix` is one
+such matrix, a `Slice` is a part of it with its place in a tensor, and a `TensorView` is a tensor made of slices: a
+q_proj that a Megatron file interleaves with k and v is read like one that a safetensors file stores whole. torch is
+imported only when a tensor is read: conversions need numpy alone, a third of the memory of `import torch`.
 """
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -52,157 +52,131 @@ def dtype_name(dtype: torch.dtype) -> str:
     return next(name for name, known in TORCH_NAMES.items() if known == short)
 
 
-class TensorReader(Protocol):
-    """Named tensors that can be read in part."""
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix whose rows can be read; tensors of other dimensions are seen as one (see `matrix_shape`)."""
 
-    def names(self) -> list[str]:
-        """All names, in the order they lie in."""
-        ...
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The whole tensor's shape."""
-        ...
-
-    def dtype(self, name: str) -> torch.dtype:
-        """As stored."""
-        ...
-
-    def read(self, name: str, index: tuple[slice, ...] | None = None) -> torch.Tensor:
-        """The tensor, or the part that `index` (slices of step 1, one a dimension) selects; in the stored dtype."""
-        ...
-
-
-class Source(Protocol):
-    """A matrix whose rows can be read."""
-
-    @property
-    def label(self) -> str:
-        """Names the matrix in errors."""
-        ...
-
-    @property
-    def dtype(self) -> str:
-        """safetensors' name."""
-        ...
-
-    @property
-    def rows(self) -> int:
-        """Height."""
-        ...
-
-    @property
-    def columns(self) -> int:
-        """Width."""
-        ...
+    label: str  # its name in errors
+    dtype: str  # safetensors' name
+    rows: int
+    columns: int
 
     def read_rows(self, row: int, out: Bytes) -> None:
         """Fills `out` [n, columns * itemsize] with rows [row, row + n)."""
-        ...
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A matrix in a file, row after row (see `matrix_shape` for tensors of other dimensions)."""
+class FileMatrix(Matrix):
+    """A matrix in a file, row after row."""
 
     file: RawFile
-    label: str
     offset: int
-    dtype: str
-    rows: int
-    columns: int
     row_bytes: int  # distance of rows in the file; more than the row's own bytes for a view of a wider tensor
-
-    @classmethod
-    def of(cls, file: RawFile, label: str, offset: int, dtype: str, shape: tuple[int, ...]) -> Stored:
-        """A contiguous tensor at `offset`."""
-        rows, columns = matrix_shape(shape)
-        return cls(file, label, offset, dtype, rows, columns, columns * ITEMSIZE[dtype])
 
     def read_rows(self, row: int, out: Bytes) -> None:
         """Fills `out` (contiguous) with rows from `row` on."""
         if out.shape[1] == self.row_bytes:
-            self.file.read_into(self.offset + row * self.row_bytes, _flat(out))
+            self.file.read_into(self.offset + row * self.row_bytes, out.reshape(-1).data)
         else:
             self.read_columns(row, 0, out)
 
     def read_columns(self, row: int, column: int, out: Bytes) -> None:
         """Fills `out` [n, width * itemsize] with columns from `column` on, reading no other bytes."""
         start = self.offset + column * ITEMSIZE[self.dtype] + row * self.row_bytes
+        if self.file.mapped and out.size:
+            out[:] = np.ndarray(out.shape, np.uint8, self.file.pages, start, (self.row_bytes, 1))
+            return
         for i in range(out.shape[0]):
-            self.file.read_into(start + i * self.row_bytes, _flat(out[i]))
-
-
-def _flat(out: Bytes) -> memoryview:
-    return out.reshape(-1).data
+            self.file.read_into(start + i * self.row_bytes, out[i].data)
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns of a tensor seen as a matrix: [n] is [n, 1], [a, b, c] is [a * b, c]."""
     if len(shape) < 2:
         return (shape[0] if shape else 1), 1
-    return int(np.prod(shape[:-1])), shape[-1]
+    return math.prod(shape[:-1]), shape[-1]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Rows row, row + step, ... and columns [column, column + columns) of a source, and where they land."""
+class Slice:
+    """Rows row, row + step, ... and columns [column, column + columns) of a source, and their place in the tensor."""
 
-    source: Source
+    source: Matrix
     row: int
     column: int
     rows: int
     columns: int
-    at_row: int = 0
-    at_column: int = 0
+    out_row: int = 0
+    out_column: int = 0
     step: int = 1  # 0 repeats one row (vocabulary padding), 2 undoes an interleaving
-
-    def part(self, row: int, column: int, rows: int, columns: int) -> Piece:
-        """The sub-rectangle that begins at (row, column) of this piece."""
-        return Piece(
-            self.source, self.row + row * self.step, self.column + column, rows, columns,
-            self.at_row + row, self.at_column + column, self.step,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Assembly:
-    """A tensor made of pieces that cover it exactly once."""
+class TensorView:
+    """A tensor made of slices that cover it exactly once."""
 
     dtype: str
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    slices: tuple[Slice, ...]
 
     @classmethod
-    def whole(cls, source: Source, shape: tuple[int, ...]) -> Assembly:
-        """A tensor that lies in one piece."""
-        return cls(source.dtype, shape, (Piece(source, 0, 0, source.rows, source.columns),))
+    def of(cls, source: Matrix, shape: tuple[int, ...]) -> TensorView:
+        """A tensor that is one whole source."""
+        return cls(source.dtype, shape, (Slice(source, 0, 0, source.rows, source.columns),))
+
+    @classmethod
+    def in_file(cls, file: RawFile, label: str, offset: int, dtype: str, shape: tuple[int, ...]) -> TensorView:
+        """A tensor that lies in one contiguous range of a file."""
+        rows, columns = matrix_shape(shape)
+        return cls.of(FileMatrix(label, dtype, rows, columns, file, offset, columns * ITEMSIZE[dtype]), shape)
 
     @property
     def numel(self) -> int:
         """Number of elements."""
-        rows, columns = matrix_shape(self.shape)
-        return rows * columns
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the whole tensor."""
         return self.numel * ITEMSIZE[self.dtype]
 
-    def window(self, row: int, column: int, rows: int, columns: int) -> Iterator[Piece]:
-        """The parts of the pieces that lie in a rectangle, placed relative to its corner."""
-        for piece in self.pieces:
-            r0, r1 = max(row, piece.at_row), min(row + rows, piece.at_row + piece.rows)
-            c0, c1 = max(column, piece.at_column), min(column + columns, piece.at_column + piece.columns)
+    def window(self, row: int, column: int, rows: int, columns: int) -> Iterator[Slice]:
+        """The parts of the slices that lie in a rectangle, placed relative to its corner."""
+        for one in self.slices:
+            r0, r1 = max(row, one.out_row), min(row + rows, one.out_row + one.rows)
+            c0, c1 = max(column, one.out_column), min(column + columns, one.out_column + one.columns)
             if r0 < r1 and c0 < c1:
-                cut = piece.part(r0 - piece.at_row, c0 - piece.at_column, r1 - r0, c1 - c0)
-                yield replace(cut, at_row=r0 - row, at_column=c0 - column)
+                yield Slice(
+                    one.source, one.row + (r0 - one.out_row) * one.step, one.column + c0 - one.out_column, r1 - r0,
+                    c1 - c0, r0 - row, c0 - column, one.step,
+                )  # fmt: skip
 
     def read_window(self, row: int, column: int, out: Bytes) -> None:
-        """Fills `out` with the rectangle whose corner is (row, column)."""
-        size = ITEMSIZE[self.dtype]
-        for piece in self.window(row, column, out.shape[0], out.shape[1] // size):
-            left, right = piece.at_column * size, (piece.at_column + piece.columns) * size
-            read_piece(piece, out[piece.at_row : piece.at_row + piece.rows, left:right])
+        """Fills `out` with the rectangle whose corner is (row, column).
+
+        Raises:
+            UserError: the slices do not cover it, or a file cannot be read.
+        """
+        size, filled = ITEMSIZE[self.dtype], 0
+        for one in self.window(row, column, out.shape[0], out.shape[1] // size):
+            left, right = one.out_column * size, (one.out_column + one.columns) * size
+            read_slice(one, out[one.out_row : one.out_row + one.rows, left:right])
+            filled += one.rows * (right - left)
+        if filled != out.size:
+            where = self.slices[0].source.label if self.slices else "a tensor"
+            raise UserError(f"{where}: has {filled // size:,} of {out.size // size:,} elements", DAMAGED)
+
+    def check_coverage(self, name: str) -> None:
+        """Raises UserError unless the slices lie inside the tensor and have as many elements as it."""
+        rows, columns = matrix_shape(self.shape)
+        inside = all(
+            s.out_row >= 0 and s.out_column >= 0 and s.out_row + s.rows <= rows and s.out_column + s.columns <= columns
+            for s in self.slices
+        )
+        area = sum(s.rows * s.columns for s in self.slices)
+        if not inside or area != rows * columns:
+            raise UserError(f"{name} has {area:,} of {rows * columns:,} elements", DAMAGED)
 
 
 CHUNK_BYTES = 2 << 20  # per thread and buffer; larger gains no speed and leaves the processor's cache
@@ -211,94 +185,93 @@ _buffers = threading.local()
 
 def buffer(name: str, rows: int, width: int) -> Bytes:
     """This thread's buffer of that name: touched once, not once a chunk (first touch is dear on virtual machines)."""
-    held: Bytes | None = getattr(_buffers, name, None)
-    if held is None or held.size < rows * width:
-        held = np.empty(max(CHUNK_BYTES, rows * width), np.uint8)
-        setattr(_buffers, name, held)
-    return held[: rows * width].reshape(rows, width)
+    current: Bytes | None = getattr(_buffers, name, None)
+    if current is None or current.size < rows * width:
+        current = np.empty(max(CHUNK_BYTES, rows * width), np.uint8)
+        setattr(_buffers, name, current)
+    return current[: rows * width].reshape(rows, width)
 
 
-def read_piece(piece: Piece, out: Bytes) -> None:
-    """Reads one piece into `out` [rows, columns * itemsize], through a scratch of `CHUNK_BYTES` where it must."""
-    source, size = piece.source, ITEMSIZE[piece.source.dtype]
-    full = piece.columns == source.columns
-    if piece.step == 1 and full and out.flags.c_contiguous:
-        source.read_rows(piece.row, out)
+def read_slice(part: Slice, out: Bytes) -> None:
+    """Reads one slice into `out` [rows, columns * itemsize], through a buffer where they are strided."""
+    source, size = part.source, ITEMSIZE[part.source.dtype]
+    full = part.columns == source.columns
+    if part.step == 1 and full and out.flags.c_contiguous:
+        source.read_rows(part.row, out)
         return
-    skipped = (source.columns - piece.columns) * size
-    if piece.step == 1 and isinstance(source, Stored) and skipped >= 4096:  # a page or more a row is left unread
-        source.read_columns(piece.row, piece.column, out)
-        return
-    left, right = piece.column * size, (piece.column + piece.columns) * size
-    if piece.step == 0:
+    if part.step == 1 and isinstance(source, FileMatrix):
+        skipped = (source.columns - part.columns) * size
+        if source.file.mapped or skipped >= 4096:  # a page or more a row is left unread
+            source.read_columns(part.row, part.column, out)
+            return
+    left, right = part.column * size, (part.column + part.columns) * size
+    if part.step == 0:
         line = np.empty((1, source.columns * size), np.uint8)
-        source.read_rows(piece.row, line)
+        source.read_rows(part.row, line)
         out[:] = line[:, left:right]
         return
-    block = max(1, CHUNK_BYTES // max(1, source.columns * size * piece.step))
-    for first in range(0, piece.rows, block):
-        count = min(block, piece.rows - first)
-        scratch = buffer("scratch", (count - 1) * piece.step + 1, source.columns * size)
-        source.read_rows(piece.row + first * piece.step, scratch)
-        out[first : first + count] = scratch[:: piece.step, left:right]
+    block = max(1, CHUNK_BYTES // max(1, source.columns * size * part.step))
+    for first in range(0, part.rows, block):
+        count = min(block, part.rows - first)
+        scratch = buffer("scratch", (count - 1) * part.step + 1, source.columns * size)
+        source.read_rows(part.row + first * part.step, scratch)
+        out[first : first + count] = scratch[:: part.step, left:right]
 
 
-class PieceReader:
-    """A `TensorReader` over assemblies; what every opener of this package returns."""
+class ViewReader:
+    """Named tensors that can be read in part; what every opener of this package returns."""
 
-    def __init__(self, tensors: Mapping[str, Assembly], *, where: str) -> None:
+    def __init__(self, tensors: Mapping[str, TensorView], *, where: str) -> None:
         self.tensors = dict(tensors)
         self.where = where
 
     def names(self) -> list[str]:
-        """All names, in the order they lie in."""
+        """All names, in the order of the source."""
         return list(self.tensors)
 
-    def assembly(self, name: str) -> Assembly:
-        """The pieces of one tensor."""
+    def view(self, name: str) -> TensorView:
+        """Where one tensor lies. Raises UserError if there is none of this name."""
         if name not in self.tensors:
             raise UserError(f"{self.where}: holds no tensor {name!r}", closest_match(name, self.tensors))
         return self.tensors[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The whole tensor's shape."""
-        return self.assembly(name).shape
+        return self.view(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
         """As stored."""
-        return torch_dtype(self.assembly(name).dtype)
+        return torch_dtype(self.view(name).dtype)
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> torch.Tensor:
-        """The tensor or a slice of it; only the slice's bytes are read."""
+        """The tensor, or the part that `index` (slices of step 1, one a dimension) selects; in the stored dtype.
+
+        Raises:
+            UserError: there is no such tensor, or a part of it is missing.
+        """
         import torch
 
-        tensor = self.assembly(name)
-        bounds = [_bounds(s, n, name) for s, n in zip(index or (), tensor.shape, strict=False)]
-        bounds += [(0, n) for n in tensor.shape[len(bounds) :]]
-        if len(bounds) > 2:
-            raise ValueError(f"{name}: slices of {len(bounds)} dimensions are not supported")
-        (row, row_end), (column, _) = ([*bounds, (0, 1), (0, 1)])[:2]
-        out = torch.empty([stop - start for start, stop in bounds], dtype=torch_dtype(tensor.dtype))
-        if out.numel():
-            raw = out.view(-1).view(torch.uint8).numpy().reshape(row_end - row, -1)
-            tensor.read_window(row, column, raw)
+        shape = self.shape(name)
+        bounds = [part.indices(n) for part, n in zip(index or (), shape, strict=False)]
+        bounds += [(0, n, 1) for n in shape[len(bounds) :]]
+        if any(step != 1 for *_, step in bounds):
+            raise ValueError(f"{name}: slices must have step 1, not {index}")
+        out = torch.empty([max(0, stop - start) for start, stop, _ in bounds], dtype=self.dtype(name))
+        self.read_into(name, [start for start, *_ in bounds], out)
         return out
 
+    def read_into(self, name: str, start: Sequence[int], out: torch.Tensor) -> None:
+        """Fills `out` (contiguous, at most two dimensions, on the CPU) with the part of a tensor that begins at
+        `start`: its bytes are read to where they belong, without another copy.
 
-def _bounds(part: slice, size: int, name: str) -> tuple[int, int]:
-    start, stop, step = part.indices(size)
-    if step != 1:
-        raise ValueError(f"{name}: slices must have step 1, not {step}")
-    return start, max(start, stop)
+        Raises:
+            UserError: as `read`.
+        """
+        import torch
 
-
-def check_cover(name: str, tensor: Assembly, *, where: str) -> None:
-    """Raises UserError unless the pieces lie inside the tensor and have as many elements as it."""
-    rows, columns = matrix_shape(tensor.shape)
-    inside = all(
-        p.at_row >= 0 and p.at_column >= 0 and p.at_row + p.rows <= rows and p.at_column + p.columns <= columns
-        for p in tensor.pieces
-    )
-    area = sum(p.rows * p.columns for p in tensor.pieces)
-    if not inside or area != rows * columns:
-        raise UserError(f"{where}: {name} has {area:,} of {rows * columns:,} elements", DAMAGED)
+        if out.dim() > 2:
+            raise ValueError(f"{name}: slices of {out.dim()} dimensions are not supported")
+        row, column = (*start, 0, 0)[:2]
+        if out.numel():
+            raw = out.reshape(-1).view(torch.uint8).numpy().reshape(matrix_shape(tuple(out.shape))[0], -1)
+            self.view(name).read_window(row, column, raw)

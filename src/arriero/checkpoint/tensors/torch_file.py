@@ -1,6 +1,6 @@
-"""torch.save files, read without running them and written without torch.
+"""torch.save files, read without running their pickles.
 
-A .pt file is a zip archive of uncompressed records: `data.pkl` says which objects there are, `data/N` hold the raw
+A .pt file is a zip archive of uncompressed records: `data.pkl` lists the objects, `data/N` hold the raw
 bytes of each storage. The pickle inside is a program; here its opcodes are followed symbolically: a global becomes
 its name, a call becomes a record of the call, nothing is imported and nothing is called. That is stricter than
 `torch.load(weights_only=True)` and reads more: the `argparse.Namespace` and enums that Megatron saves beside the
@@ -14,9 +14,16 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from arriero.checkpoint.tensors.pickle_symbols import MAX_NODES, MAX_PICKLE_BYTES, Call, Global, TensorRef, follow
+from arriero.checkpoint.tensors.pickle_symbols import (
+    MAX_NODES,
+    MAX_PICKLE_BYTES,
+    Call,
+    Global,
+    TensorRef,
+    parse_symbolically,
+)
 from arriero.checkpoint.tensors.raw_file import RawFile
-from arriero.checkpoint.tensors.stream import ITEMSIZE, Assembly, PieceReader, Stored, matrix_shape
+from arriero.checkpoint.tensors.stream import ITEMSIZE, FileMatrix, TensorView, ViewReader, matrix_shape
 from arriero.common.errors import UserError
 from arriero.common.text import escape
 
@@ -49,7 +56,7 @@ class TorchFile:
         if main is None or main.file_size > MAX_PICKLE_BYTES:
             raise UserError(f"{path}: holds no data.pkl of a sensible size", "is it a torch.save file?")
         start = self._start(main)
-        self.root = follow(self.file.read(start, main.file_size), str(path))
+        self.root = parse_symbolically(self.file.read(start, main.file_size), str(path))
 
     def _start(self, info: zipfile.ZipInfo) -> int:
         """The byte of the file at which a record's data begin."""
@@ -63,7 +70,7 @@ class TorchFile:
             raise UserError(f"{self.path}: record {info.filename} is cut short", "fetch the file again")
         return int(start)
 
-    def tensor(self, ref: TensorRef, label: str) -> Assembly:
+    def tensor(self, ref: TensorRef, label: str) -> TensorView:
         """Where a tensor lies.
 
         Raises:
@@ -81,16 +88,16 @@ class TorchFile:
         if rows * columns and last * size > info.file_size:
             raise UserError(f"{where} needs {last * size:,} bytes of a record of {info.file_size:,}", "fetch it again")
         start = self._start(info) + ref.offset * size
-        stored = Stored(self.file, where, start, storage.dtype, rows, columns, row_stride * size)
-        return Assembly.whole(stored, ref.shape)
+        stored = FileMatrix(where, storage.dtype, rows, columns, self.file, start, row_stride * size)
+        return TensorView.of(stored, ref.shape)
 
-    def tensors(self, tree: Any) -> dict[str, Assembly]:
+    def tensors(self, tree: Any) -> dict[str, TensorView]:
         """All tensors below a nested dict, named by their joined keys.
 
         Raises:
             UserError: a tensor is of a kind that is no plain array, such as quantized, sparse or distributed ones.
         """
-        found: dict[str, Assembly] = {}
+        found: dict[str, TensorView] = {}
         waiting, seen = [("", 0, tree)], 0
         while waiting:
             prefix, depth, branch = waiting.pop()
@@ -112,9 +119,9 @@ class TorchFile:
             waiting += reversed(below)
         return found
 
-    def reader(self) -> PieceReader:
+    def reader(self) -> ViewReader:
         """All tensors of a file that holds one flat state dict."""
-        return PieceReader(self.tensors(self.root), where=str(self.path))
+        return ViewReader(self.tensors(self.root), where=str(self.path))
 
 
 def _special_tensor(value: Any) -> str:
@@ -143,7 +150,7 @@ def _row_stride(ref: TensorRef) -> int | None:
 
 
 class _Window:
-    """A part of a file with the methods that zipfile asks of one."""
+    """A part of a file, with the methods that zipfile needs."""
 
     def __init__(self, file: RawFile, begin: int, size: int) -> None:
         self.file, self.begin, self.size, self.at = file, begin, size, 0

@@ -7,7 +7,9 @@ permits: the bytes are not all known when the header is written.
 
 from __future__ import annotations
 
+import math
 import struct
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,10 +38,7 @@ class TensorSpec:
     @property
     def elements(self) -> int:
         """Number of elements."""
-        count = 1
-        for n in self.shape:
-            count *= n
-        return count
+        return math.prod(self.shape)
 
 
 def plan_archive(root: Any) -> tuple[int, list[tuple[int, bytes]], dict[int, int]]:
@@ -71,8 +70,6 @@ def plan_archive(root: Any) -> tuple[int, list[tuple[int, bytes]], dict[int, int
 
 def _record(name: str, size: int, at: int, data: bytes | None) -> tuple[bytes, bytes]:
     """Local header (padded so that the data are aligned) and central directory entry of one record."""
-    import zlib
-
     crc, path = (zlib.crc32(data) if data else 0), name.encode()
     local_extra = struct.pack("<HHQQ", 1, 16, size, size) if size >= _BIG else b""
     pad = -(at + 30 + len(path) + len(local_extra) + 4) % ALIGN
@@ -154,12 +151,7 @@ class _Pickler:
         self.out += b"tQ"
         self.save(0)
         self.save(spec.shape)
-        stride: list[int] = []
-        step = 1
-        for n in reversed(spec.shape):
-            stride.insert(0, step)
-            step *= n
-        self.save(tuple(stride))
+        self.save(tuple(math.prod(spec.shape[i + 1 :]) for i in range(len(spec.shape))))
         self.save(False)
         self._name("collections", "OrderedDict")
         self.out += b")RtR"

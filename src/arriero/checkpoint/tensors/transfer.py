@@ -1,17 +1,13 @@
-"""The one loop that moves weights: read rows, check, cast, write them wherever they belong.
+"""The loop that copies weights: read rows, check, cast, write them to every file that needs them.
 
-The hub of every conversion is the model under Hugging Face's names. A chunk of whole rows of one hub tensor is read
-once (gathered from several files where the source is cut by columns), and every file that holds a part of these rows
-receives it before the next chunk is read. Peak memory is the chunks in flight, whatever the model's size.
+`weights` are the model's tensors under Hugging Face's names. A chunk of whole rows of one of them is read once (from
+several files where the source is sharded by columns) and written to every file that holds a part of these rows before
+the next chunk is read. Peak memory is the chunks in flight, whatever the model's size.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import os
-import shutil
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,18 +15,16 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from arriero.checkpoint.tensors.stream import CHUNK_BYTES, ITEMSIZE, Assembly, Bytes, buffer, matrix_shape
+from arriero.checkpoint.tensors.stream import CHUNK_BYTES, ITEMSIZE, Bytes, TensorView, buffer, matrix_shape
 from arriero.checkpoint.tensors.values import cast, is_finite, partial_fingerprint
 from arriero.common.errors import UserError
-from arriero.common.files import make_directory
-from arriero.common.text import escape
 
 THREADS = 3  # more than the cores would need: some wait for the disk
 
 
 @dataclass(frozen=True)
-class Put:
-    """A rectangle of hub tensor `name` that goes to byte `offset` of a file, row after row."""
+class WriteOp:
+    """Writes a rectangle of tensor `name` to byte `offset` of a file, row after row."""
 
     name: str
     row: int
@@ -42,71 +36,75 @@ class Put:
 
 
 @dataclass
-class OutFile:
-    """A file to write: its size, the bytes known beforehand (headers), and the puts that fill the rest."""
+class OutputFile:
+    """A file to write: its size, the bytes known beforehand (headers), and the writes that fill the rest."""
 
     path: Path
     size: int
     blobs: list[tuple[int, bytes]] = field(default_factory=list)
-    puts: list[Put] = field(default_factory=list)
+    writes: list[WriteOp] = field(default_factory=list)
 
 
 def transfer(
-    hub: Mapping[str, Assembly],
-    files: Sequence[OutFile],
+    weights: Mapping[str, TensorView],
+    files: Sequence[OutputFile],
     *,
     dtype: str | None = None,
     advance: Callable[[int], None] | None = None,
-    reopen: Callable[[], Mapping[str, Assembly]] | None = None,
+    reopen: Callable[[], Mapping[str, TensorView]] | None = None,
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Writes `files` from the hub tensors; that they reach the disk is `new_directory`'s care.
+    """Writes `files` from the weights, without a final fsync: `new_directory` does it.
 
     Args:
-        hub: tensors under Hugging Face names.
+        weights: the model under Hugging Face names.
         files: what to write; parents exist.
         dtype: dtype of everything written; None keeps each tensor's own. Puts count in this dtype's bytes.
-        advance: told the bytes read so far, for a progress bar.
+        advance: called with the bytes read since the last call, for a progress bar.
         reopen: opens what is written under Hugging Face names, once the headers are in place. Each tensor is then read
             back through it shortly after it was written, while it is still in memory.
 
     Returns:
-        The fingerprint of every hub tensor as written (see `fingerprint`), and as read back (empty without `reopen`).
+        The fingerprint of every tensor as written (see `fingerprint`), and as read back (empty without `reopen`).
 
     Raises:
         UserError: a value is NaN or infinite, or does not fit `dtype`; a source file ends early.
     """
-    routes: dict[str, list[tuple[int, Put]]] = {name: [] for name in hub}
-    locks: dict[int, threading.Lock] = defaultdict(threading.Lock)  # the kernel's own lock on a file spins
+    routes: dict[str, list[tuple[int, WriteOp]]] = {name: [] for name in weights}
+    locks: dict[int, threading.Lock] = defaultdict(
+        threading.Lock
+    )  # cheaper than the kernel's own lock on a file, which spins
     descriptors = [os.open(file.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666) for file in files]
     try:
         for fd, file in zip(descriptors, files, strict=True):
             os.truncate(fd, file.size)
             for offset, blob in file.blobs:
                 write_at(fd, memoryview(blob), offset)
-            for put in file.puts:
+            for put in file.writes:
                 routes[put.name].append((fd, put))
 
         def move(name: str, row: int, rows: int) -> int:
-            chunk = read_chunk(name, hub[name], row, rows, dtype)
+            chunk = read_chunk(name, weights[name], row, rows, dtype)
             for fd, put in routes[name]:
                 with locks[fd]:
-                    _send(chunk, first=row, size=ITEMSIZE[dtype or hub[name].dtype], fd=fd, put=put)
+                    _write_part(chunk, first=row, size=ITEMSIZE[dtype or weights[name].dtype], fd=fd, put=put)
             if advance:
-                advance(rows * matrix_shape(hub[name].shape)[1] * ITEMSIZE[hub[name].dtype])
+                advance(rows * matrix_shape(weights[name].shape)[1] * ITEMSIZE[weights[name].dtype])
             return partial_fingerprint(chunk, row)
 
         written = reopen() if reopen else None
-        return _run(hub, move, (lambda *chunk: _reread(written, *chunk)) if written is not None else None, descriptors)
+        return _run(
+            weights, move, (lambda *chunk: _reread(written, *chunk)) if written is not None else None, descriptors
+        )
     finally:
         for fd in descriptors:
             os.close(fd)
 
 
-def _reread(written: Mapping[str, Assembly], name: str, row: int, rows: int) -> int:
+def _reread(written: Mapping[str, TensorView], name: str, row: int, rows: int) -> int:
     return partial_fingerprint(_read_rows(written[name], row, rows), row) if name in written else 0
 
 
-def chunks(name: str, tensor: Assembly) -> Iterator[tuple[str, int, int]]:
+def chunks(name: str, tensor: TensorView) -> Iterator[tuple[str, int, int]]:
     """(name, first row, rows) of a tensor's chunks, in order."""
     total, columns = matrix_shape(tensor.shape)
     step = max(1, CHUNK_BYTES // max(1, columns * ITEMSIZE[tensor.dtype]))
@@ -115,29 +113,29 @@ def chunks(name: str, tensor: Assembly) -> Iterator[tuple[str, int, int]]:
 
 
 Work = Callable[[str, int, int], int]
-LAG = 4  # tensors between writing one and reading it back, so that hardly ever a thread waits for another
+READ_BACK_LAG = 4  # tensors between writing one and reading it back, so that threads rarely wait for each other
 
 
 def _run(
-    hub: Mapping[str, Assembly], first: Work, second: Work | None = None, sync: Sequence[int] = ()
+    weights: Mapping[str, TensorView], first: Work, second: Work | None = None, sync: Sequence[int] = ()
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Does `first` for all chunks on a few threads, and `second` for a tensor's when `first` is done with it.
 
     Meanwhile `sync` is written back, so that the disk never idles until a final sync. Returns what both return, summed
     by name.
     """
-    names = list(hub)
-    parts = {name: list(chunks(name, hub[name])) for name in names}
+    names = list(weights)
+    parts = {name: list(chunks(name, weights[name])) for name in names}
     jobs: list[tuple[bool, tuple[str, int, int]]] = []
-    for i in range(len(names) + LAG):
+    for i in range(len(names) + READ_BACK_LAG):
         jobs += [(False, chunk) for chunk in (parts[names[i]] if i < len(names) else [])]
-        if second and i >= LAG:
-            jobs += [(True, chunk) for chunk in parts[names[i - LAG]]]
+        if second and i >= READ_BACK_LAG:
+            jobs += [(True, chunk) for chunk in parts[names[i - READ_BACK_LAG]]]
     sums = (dict.fromkeys(names, 0), dict.fromkeys(names, 0))
     left = {name: len(parts[name]) for name in names}
     queue, changed, stop = iter(jobs), threading.Condition(), threading.Event()
 
-    def drain() -> None:
+    def work() -> None:
         while not stop.is_set():
             with changed:
                 again, chunk = next(queue, (False, ("", 0, 0)))
@@ -158,10 +156,10 @@ def _run(
 
     with ThreadPoolExecutor(THREADS + 1) as pool:
         flusher = pool.submit(flush)
-        workers = [pool.submit(drain) for _ in range(THREADS)]
+        workers = [pool.submit(work) for _ in range(THREADS)]
         try:
             wait(workers, return_when=FIRST_EXCEPTION)
-        finally:  # also on Ctrl-C; a worker that is done without an error leaves nothing to the others
+        finally:  # also on Ctrl-C; a worker ends without an error only when the queue is empty
             if not all(worker.done() and not worker.exception() for worker in workers):
                 stop.set()
         wait(workers)
@@ -171,14 +169,14 @@ def _run(
     return sums[0], sums[1] if second else {}
 
 
-def read_chunk(name: str, tensor: Assembly, row: int, rows: int, dtype: str | None = None) -> Bytes:
+def read_chunk(name: str, tensor: TensorView, row: int, rows: int, dtype: str | None = None) -> Bytes:
     """Rows [row, row + rows) as bytes, cast to `dtype`, checked to be finite.
 
-    The bytes lie in a buffer of the calling thread, which its next call fills anew.
+    The bytes lie in a buffer of the calling thread, which its next call overwrites.
     """
     chunk = _read_rows(tensor, row, rows)
     if not is_finite(chunk, tensor.dtype):
-        where = tensor.pieces[0].source.label
+        where = tensor.slices[0].source.label
         raise UserError(f"{where}: {name} holds NaN or infinity", "take an earlier checkpoint")
     if dtype and dtype != tensor.dtype:
         chunk = cast(chunk, tensor.dtype, dtype)
@@ -187,13 +185,13 @@ def read_chunk(name: str, tensor: Assembly, row: int, rows: int, dtype: str | No
     return chunk
 
 
-def _read_rows(tensor: Assembly, row: int, rows: int) -> Bytes:
+def _read_rows(tensor: TensorView, row: int, rows: int) -> Bytes:
     chunk = buffer("chunk", rows, matrix_shape(tensor.shape)[1] * ITEMSIZE[tensor.dtype])
     tensor.read_window(row, 0, chunk)
     return chunk
 
 
-def _send(chunk: Bytes, *, first: int, size: int, fd: int, put: Put) -> None:
+def _write_part(chunk: Bytes, *, first: int, size: int, fd: int, put: WriteOp) -> None:
     """Writes the part of a chunk (rows from `first` on, elements of `size` bytes) that belongs to one put."""
     left, right = put.column * size, (put.column + put.columns) * size
     width = right - left
@@ -219,82 +217,15 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
         done += os.pwrite(fd, data[done:], offset + done)
 
 
-def read_fingerprints(hub: Mapping[str, Assembly], *, advance: Callable[[int], None] | None = None) -> dict[str, int]:
+def read_fingerprints(
+    weights: Mapping[str, TensorView], *, advance: Callable[[int], None] | None = None
+) -> dict[str, int]:
     """Reads every tensor once and returns its fingerprint; raises UserError on NaN, infinity or a short file."""
 
     def work(name: str, row: int, rows: int) -> int:
-        chunk = read_chunk(name, hub[name], row, rows)
+        chunk = read_chunk(name, weights[name], row, rows)
         if advance:
             advance(chunk.nbytes)
         return partial_fingerprint(chunk, row)
 
-    return _run(hub, work)[0]
-
-
-# Directories appear whole or not at all.
-
-
-@contextlib.contextmanager
-def new_directory(path: Path, *, need_bytes: int = 0) -> Iterator[Path]:
-    """Yields a temporary directory beside `path` that becomes `path` at the end, or vanishes on any error.
-
-    A leftover of a killed process is recognised by its free lock and removed.
-
-    Raises:
-        UserError: `path` exists and is not empty, or the disk has less than `need_bytes` free.
-    """
-    path = Path(os.path.abspath(path))
-    if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
-        raise UserError(f"{escape(path)}: already exists", "name a new directory, or remove this one first")
-    make_directory(path.parent, "name a directory that can be made")
-    free = shutil.disk_usage(path.parent).free
-    if need_bytes > free:
-        raise UserError(
-            f"{path.parent}: {need_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free",
-            "make room, or write to another disk",
-        )
-    partial = path.with_name(path.name + ".partial")
-    partial.mkdir(exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"{partial}: another process is writing there", "wait for it, or name another directory"
-            ) from None
-        _empty(partial)
-        try:
-            yield partial
-            _sync_tree(partial)
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(f"{path.parent}: the disk is full", "make room, or write to another disk") from None
-            raise
-        if path.exists():
-            path.rmdir()
-        partial.rename(path)
-        _sync(path.parent)
-    finally:
-        os.close(lock)
-
-
-def _empty(directory: Path) -> None:
-    for entry in directory.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _sync_tree(directory: Path) -> None:
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            _sync(Path(folder, name))
-        _sync(Path(folder))
+    return _run(weights, work)[0]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from arriero.checkpoint.tensors.stream import Assembly, Bytes
+from arriero.checkpoint.tensors.stream import Bytes, TensorView
 from arriero.common.errors import UserError
 
 _WORDS = {"F64": ("8", 0x7FF), "F32": ("4", 0xFF), "F16": ("2", 0x1F), "BF16": ("2", 0xFF)}
@@ -18,7 +18,7 @@ _MANTISSA_BITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7}
 def is_finite(chunk: Bytes, dtype: str) -> bool:
     """Whether no element is NaN or infinite (True for integers).
 
-    Read as integers, an exponent of all ones is the largest of its sign: two maxima tell, at memory speed.
+    Read as integers, an exponent of all ones is the largest of its sign: two maxima suffice, at memory speed.
     """
     if dtype not in _WORDS or not chunk.size:
         return True
@@ -72,10 +72,10 @@ def partial_fingerprint(chunk: Bytes, row: int) -> int:
     return int((np.einsum("rc,c->r", words, columns) * rows).sum(dtype=np.uint64))
 
 
-def fingerprint(tensors: Mapping[str, Assembly], dtype: str | None, prints: Mapping[str, int]) -> str:
+def fingerprint(tensors: Mapping[str, TensorView], dtype: str | None, fingerprints: Mapping[str, int]) -> str:
     """One SHA-256 over names, shapes, dtypes and tensor fingerprints: equal for equal models, in whatever format."""
     lines = [
-        f"{name} {dtype or t.dtype} {','.join(map(str, t.shape))} {prints[name]:016x}\n"
+        f"{name} {dtype or t.dtype} {','.join(map(str, t.shape))} {fingerprints[name]:016x}\n"
         for name, t in sorted(tensors.items())
     ]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

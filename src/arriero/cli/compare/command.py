@@ -27,7 +27,7 @@ class CompareArgs:
     a: Annotated[Positional[Path], arg(metavar="A")]
     """The reference: a run, or a log of another system (docs/compare.md lists those that are read)."""
     b: Annotated[Positional[Path], arg(metavar="B")]
-    """The run to judge, in any of the same forms."""
+    """The run to compare with it, in any of the same forms."""
     max_rel: Annotated[float, Interval(ge=0, le=1e6)] = 0.02
     """The greatest relative error |b - a| / |a| allowed at any common iteration; 0 asks for equality bit for bit."""
     quantity: tuple[str, ...] = ()
@@ -41,7 +41,7 @@ class CompareArgs:
 
 
 def run(args: CompareArgs) -> int:
-    """Reads, judges, prints, and writes the report where one is asked for; returns the exit code."""
+    """Reads, compares, prints, and writes the report where one is asked for; returns the exit code."""
     wanted = {*DEFAULT_QUANTITIES, *map(canonical_name, args.quantity)}
     a, b = read_curves(args.a, wanted), read_curves(args.b, wanted)
     verdict = compare_runs(a, b, quantities=args.quantity, max_rel=args.max_rel, logging_steps=args.logging_steps)

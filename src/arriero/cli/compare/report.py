@@ -43,7 +43,7 @@ def sentences(verdict: Comparison) -> list[str]:
         if not x.iterations:
             lines.append(f"{x.quantity}: no step where both are finite, so nothing was compared.")
     if not verdict.passed and all(x.passed for x in verdict.agreements if x.quantity == "lm_loss"):
-        lines.append("To judge the loss alone: --quantity lm_loss")
+        lines.append("To compare the loss alone: --quantity lm_loss")
     return lines + verdict.notes
 
 
@@ -192,7 +192,7 @@ def _figure(verdict: Comparison) -> Any:
 
 
 def _labels(verdict: Comparison) -> tuple[str, str]:
-    """The shortest ends of the two paths that tell them apart."""
+    """The shortest ends of the two paths that differ."""
     a, b = ((x.path.parent if x.path.name == "metrics.jsonl" else x.path) for x in (verdict.a, verdict.b))
     for depth in range(1, max(len(a.parts), len(b.parts)) + 1):
         short = [str(Path(*path.parts[-depth:])) for path in (a, b)]

@@ -6,9 +6,9 @@ import json as json_module
 from pathlib import Path
 from typing import Any
 
+from arriero.checkpoint.directory import is_checkpoint_file, read_json
 from arriero.checkpoint.find import committed
-from arriero.checkpoint.layout import read_json
-from arriero.checkpoint.verify import verify as verify_files
+from arriero.checkpoint.verify import verify_checkpoint
 from arriero.common.checkpoint_names import MARKER, STATE, step_of
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError
 from arriero.common.text import escape, escape_message
@@ -23,7 +23,7 @@ def recognises(path: Path) -> bool:
 
 
 def inspect(path: Path, *, json: bool, verify: bool) -> int:
-    """Prints what it is; returns 1 if something in it is not whole."""
+    """Prints what it is; returns 1 if something in it is damaged or incomplete."""
     facts, wrong = _checkpoint(path, verify) if (path / STATE).is_file() else _run(path, verify)
     if json:
         print(json_module.dumps(facts | {"wrong": wrong}, indent=1))
@@ -36,7 +36,8 @@ def inspect(path: Path, *, json: bool, verify: bool) -> int:
 
 
 def _run(path: Path, verify: bool) -> tuple[dict[str, Any], list[str]]:
-    whole, root = committed(path / "checkpoints"), path / "checkpoints"
+    root = path / "checkpoints"
+    checkpoints = committed(root)
     cut_off = [p for p in sorted(root.glob("step-*")) if step_of(p) >= 0 and not (p / MARKER).is_file()]
     facts: dict[str, Any] = {"kind": "run", "path": str(path)}
     wrong: list[str] = []
@@ -53,12 +54,12 @@ def _run(path: Path, verify: bool) -> tuple[dict[str, Any], list[str]]:
             facts |= {"lm loss": str(last.get("lm_loss"))[:7], "tokens": last.get("consumed_tokens")}
     if line := goodput_line(path):
         facts["time"] = line
-    facts["checkpoints"] = ", ".join(p.name for p in whole) or "none"
+    facts["checkpoints"] = ", ".join(p.name for p in checkpoints) or "none"
     wrong += [f"{p}: not committed, its writing was cut off" for p in cut_off]
-    for checkpoint in whole if verify else []:
-        wrong += verify_files(checkpoint)
+    for checkpoint in checkpoints if verify else []:
+        wrong += verify_checkpoint(checkpoint)
     if verify:
-        facts["verified"] = f"SHA-256 of {len(whole)} checkpoints"
+        facts["verified"] = f"SHA-256 of {len(checkpoints)} checkpoints"
     return facts, wrong
 
 
@@ -76,9 +77,11 @@ def _checkpoint(path: Path, verify: bool) -> tuple[dict[str, Any], list[str]]:
         "bytes": sum(p.stat().st_size for p in parts),
         "committed": "yes" if (path / MARKER).is_file() else "no",
     }
+    if others := sorted(p.name for p in path.iterdir() if not is_checkpoint_file(p.name)):
+        facts["other files"] = ", ".join(others)
     if verify:
         facts["verified"] = "SHA-256 of every file"
-    wrong = verify_files(path) if verify else []
+    wrong = verify_checkpoint(path) if verify else []
     if not verify and not (path / MARKER).is_file():
         wrong = [f"{path}: not committed, its writing was cut off"]
     return facts, wrong

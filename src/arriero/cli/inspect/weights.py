@@ -1,4 +1,4 @@
-"""What a model directory or weight file is, and whether it is whole."""
+"""What a model directory or weight file is, and whether it is complete."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from arriero.checkpoint.formats.huggingface import open_file
-from arriero.checkpoint.open_model import detect, open_model
-from arriero.checkpoint.tensors.stream import Assembly
+from arriero.checkpoint.open_model import detect_kind, open_model
+from arriero.checkpoint.tensors.stream import TensorView
 from arriero.checkpoint.tensors.transfer import read_fingerprints
 from arriero.checkpoint.tensors.values import fingerprint
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK, UserError
@@ -27,7 +27,7 @@ def recognises(path: Path) -> bool:
     if path.name.endswith(".partial") and path.is_dir():
         return True
     try:
-        return path.is_dir() and detect(path) != "run"
+        return path.is_dir() and detect_kind(path) != "run"
     except UserError:
         return False
 
@@ -48,8 +48,8 @@ def inspect(path: Path, *, json: bool, verify: bool) -> int:
         tensors = _describe_file(path, facts) if path.is_file() else _describe(path, facts)
         if verify:
             with ProgressBar("reading", sum(t.nbytes for t in tensors.values())) as progress:
-                prints = read_fingerprints(tensors, advance=progress.advance)
-            facts["fingerprint"] = fingerprint(tensors, None, prints)
+                fingerprints = read_fingerprints(tensors, advance=progress.advance)
+            facts["fingerprint"] = fingerprint(tensors, None, fingerprints)
         facts["whole"] = True
     except UserError as error:
         facts = {"kind": facts.get("kind") or _kind(path), **facts, "whole": False, "problem": str(error)}
@@ -61,10 +61,10 @@ def inspect(path: Path, *, json: bool, verify: bool) -> int:
 
 
 def _kind(path: Path) -> str:
-    return "file" if path.is_file() else detect(path)
+    return "file" if path.is_file() else detect_kind(path)
 
 
-def _describe(path: Path, facts: dict[str, Any]) -> dict[str, Assembly]:
+def _describe(path: Path, facts: dict[str, Any]) -> dict[str, TensorView]:
     """Opens a model directory, which checks that every tensor is there in its right shape."""
     opened = open_model(path)
     config = opened.config
@@ -89,14 +89,14 @@ def _describe(path: Path, facts: dict[str, Any]) -> dict[str, Assembly]:
     return opened.reader.tensors
 
 
-def _describe_file(path: Path, facts: dict[str, Any]) -> dict[str, Assembly]:
+def _describe_file(path: Path, facts: dict[str, Any]) -> dict[str, TensorView]:
     """Opens one weight file, whatever its tensors' names."""
     tensors = open_file(path).tensors
     facts |= {"kind": "file", "tensors": len(tensors), **_count(tensors), "first": sorted(tensors)[:3], "notes": []}
     return tensors
 
 
-def _count(tensors: dict[str, Assembly]) -> dict[str, Any]:
+def _count(tensors: dict[str, TensorView]) -> dict[str, Any]:
     dtypes: Counter[str] = Counter()
     for tensor in tensors.values():
         dtypes[tensor.dtype] += tensor.numel

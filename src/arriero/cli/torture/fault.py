@@ -57,4 +57,4 @@ class Fault:
 
 def install(text: str) -> None:
     """Injects the fault described by `text` into this process and its forks; an empty text removes it."""
-    disk.before = Fault.parse(text) if text else disk.nothing
+    disk.before_operation = Fault.parse(text) if text else disk.no_fault

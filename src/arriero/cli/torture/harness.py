@@ -160,8 +160,8 @@ class KillHarness:
 
     def choose_fault(self, what: str) -> str:
         """A fault at a random operation of the first three saves; half of the time on rank 0, where a save commits."""
-        from arriero.checkpoint.layout import read_json, step_directory
-        from arriero.checkpoint.parts import data_file
+        from arriero.checkpoint.directory import read_json, step_directory
+        from arriero.checkpoint.shards import data_file
 
         rank, nth = self.random.randrange(self.processes), self.random.randint(1, 3)
         if self.random.random() < 0.5:
@@ -193,7 +193,7 @@ class KillHarness:
     def resume_under_other_layouts(self) -> dict[str, float]:
         """Resumes a killed run's middle checkpoint under other layouts; returns the largest relative difference of each
         final state from the undisturbed run's."""
-        from arriero.checkpoint.layout import step_directory
+        from arriero.checkpoint.directory import step_directory
 
         middle = step_directory(self.root / "killed-0" / "checkpoints", MIDDLE_STEP)
         end = step_directory(self.root / "undisturbed" / "checkpoints", STEPS)

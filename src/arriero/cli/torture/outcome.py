@@ -44,12 +44,12 @@ def last_step(out: Path) -> int:
 def run_outcome(out: Path) -> Outcome:
     """SHA-256 of the final state, and the loss of every step to the last bit."""
     from arriero.checkpoint.digest import state_sha256
-    from arriero.checkpoint.layout import step_directory
-    from arriero.checkpoint.verify import verify
+    from arriero.checkpoint.directory import step_directory
+    from arriero.checkpoint.verify import verify_checkpoint
     from arriero.observe.metrics import read_metrics
 
     final = step_directory(out / "checkpoints", STEPS)
-    if wrong := verify(final):
+    if wrong := verify_checkpoint(final):
         raise CheckFailed("\n".join(wrong))
     losses = [(m["iteration"], repr(m["lm_loss"])) for m in read_metrics(out / "metrics.jsonl") if m["kind"] == "step"]
     return state_sha256(final), losses

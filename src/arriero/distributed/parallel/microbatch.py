@@ -39,21 +39,21 @@ def micro_batch(
 ) -> MicroBatch:  # fmt: skip
     """Copies rows [B, L] to the device; where attention stays within documents, the mask is made there."""
     rows = [torch.from_numpy(a).to(device) for a in (tokens, labels)]
-    place = None if positions is None else torch.from_numpy(positions).to(device)
+    row_positions = None if positions is None else torch.from_numpy(positions).to(device)
     mask = None if documents is None else document_mask(torch.from_numpy(documents).to(device))
-    if place is None and config.sequence_parallel and config.pipeline_parallel > 1:
+    if row_positions is None and config.sequence_parallel and config.pipeline_parallel > 1:
         # A later stage sees a part of the stream and could not count the positions.
-        place = torch.arange(tokens.shape[1], device=device).expand(len(tokens), -1)
+        row_positions = torch.arange(tokens.shape[1], device=device).expand(len(tokens), -1)
     squares = tokens.size * tokens.shape[1] if documents is None else sum_of_squares(documents)
     if ranks.context == 1:
-        return MicroBatch(rows[0], rows[1], place, mask, int((labels != IGNORE_INDEX).sum()), squares)
+        return MicroBatch(rows[0], rows[1], row_positions, mask, int((labels != IGNORE_INDEX).sum()), squares)
     mine = positions_of(ranks.context_rank, config, tokens.shape[1])
     valid = int((labels[:, mine.numpy()] != IGNORE_INDEX).sum())
     mine = mine.to(device)
-    place = mine.expand(len(tokens), -1) if place is None else place[:, mine]
+    row_positions = mine.expand(len(tokens), -1) if row_positions is None else row_positions[:, mine]
     if mask is not None and config.context_method == "all-gather":
         mask = mask[:, :, mine]  # this process's queries against all keys; Ulysses sees all queries
-    return MicroBatch(rows[0][:, mine], rows[1][:, mine], place, mask, valid, squares)
+    return MicroBatch(rows[0][:, mine], rows[1][:, mine], row_positions, mask, valid, squares)
 
 
 def sum_of_squares(documents_BL: np.ndarray) -> int:

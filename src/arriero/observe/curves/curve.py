@@ -44,9 +44,9 @@ class Curves:
     """Every iteration that has a training value; None: those of all columns but the validation's."""
     other_names: frozenset[str] = frozenset()
     """Quantities that the file has and that were not kept."""
-    numbered: bool = False
+    counted_lines: bool = False
     """True if the lines name no iteration, so that they were counted: 1, 2, 3 and so on."""
-    first_apart: bool = False
+    first_line_is_step_one: bool = False
     """Where they are numbered: whether the first line is of step 1, whatever the steps between the others."""
     notes: tuple[str, ...] = ()
     """What a reader should know of how it was read, one sentence each."""

@@ -1,7 +1,7 @@
 """Console logs: one reader a system, each line a step, a validation or neither.
 
 A log is mixed with other output, so a line that fits no reader is passed over. Every reader sees every line, and the
-one with the most steps tells which system wrote the log.
+one that finds the most steps gives the result.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class _Trainer:
         elif "eval_loss" in fields and self.epochs and epoch == self.epochs[-1]:
             found.add(self.count, {VALIDATION: fields["eval_loss"]}, training=False)
 
-    def first_step_apart(self) -> bool:
+    def first_line_is_step_one(self) -> bool:
         """Whether the first line is of step 1 and not of step `logging_steps`, as `logging_first_step` has it."""
         first, last = (self.epochs[0], self.epochs[-1]) if self.epochs else (0.0, 0.0)
         return self.count > 2 and first > 0 and last / first > 1.5 * self.count
@@ -175,6 +175,8 @@ def read_log(path: Path, lines: Iterable[TextLine], only: Collection[str] | None
     if not collectors[best].steps:
         return Curves(path, {}, "a console log", frozenset())
     if read == trainer.read:
-        return collectors[best].curves(kind, numbered=True, first_apart=trainer.first_step_apart())
+        return collectors[best].curves(
+            kind, counted_lines=True, first_line_is_step_one=trainer.first_line_is_step_one()
+        )
     notes = (f"{escape(path)}: nanoGPT's iter 0 is the first step, 1 here.",) if read is _nanogpt else ()
     return collectors[best].curves(kind, notes=notes)

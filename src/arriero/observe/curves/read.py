@@ -1,4 +1,4 @@
-"""Reads the curves of a run, whatever wrote them; what a file is told from its content, see `FORMATS`."""
+"""Reads the curves of a run, whatever wrote them; the kind of a file follows from its content, see `FORMATS`."""
 
 from __future__ import annotations
 

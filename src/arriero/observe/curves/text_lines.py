@@ -1,4 +1,4 @@
-"""The lines of a log that a stranger may have written: read in pieces, each of a bounded length, without colours."""
+"""The lines of an untrusted log: read in pieces, each of a bounded length, without colours."""
 
 from __future__ import annotations
 

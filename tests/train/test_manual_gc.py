@@ -15,8 +15,9 @@ import toy
 from arriero.common.settings import parse
 from arriero.common.toml import file_settings
 from arriero.distributed.parallel.mesh import Ranks
-from arriero.train import garbage, loop
-from arriero.train.garbage import manual_gc
+from arriero.train import loop
+from arriero.train import manual_gc as manual_gc_module
+from arriero.train.manual_gc import manual_gc
 from arriero.train.recipe import Recipe
 from arriero.train.trainer import Trainer
 
@@ -99,8 +100,8 @@ def test_the_loop_collects_after_a_step_that_was_rewound_too(tmp_path: Path, mon
             at.append(calls[0])
 
     monkeypatch.setattr(Trainer, "forward_backward", forward_backward)
-    monkeypatch.setattr(garbage, "gc", Collector())
-    monkeypatch.setattr(garbage, "STEPS_BETWEEN", 2)
+    monkeypatch.setattr(manual_gc_module, "gc", Collector())
+    monkeypatch.setattr(manual_gc_module, "STEPS_BETWEEN", 2)
     assert loop.train(recipe, Ranks(), local_rank=0, device_kind="cpu", plan=loop.ResumePlan())
     # Before the first step twice (entering, and step 0), at step 2, and at step 2 again after going back.
     assert at == [0, 0, 2, 3]

@@ -1,7 +1,7 @@
-"""What one process writes: its parts of the tensors in one safetensors file, hashed while they are written.
+"""What one process writes: its shards of the tensors in one safetensors file, hashed while they are written.
 
-Beside it lies an index: of each part its place in the whole tensor, its place in the file, and a SHA-256 a block of
-8 MiB. Parts are hashed each on its own, so that damage has a tensor's name; blocks, so that all cores can hash.
+Beside it lies an index: of each shard its place in the whole tensor, its place in the file, and a SHA-256 a block of
+8 MiB. Each shard has digests of its own, so that damage is reported by tensor; blocks, so that all cores can hash.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, uint8
 
 from arriero.checkpoint import disk
-from arriero.checkpoint.layout import write_json
+from arriero.checkpoint.directory import write_json
 from arriero.checkpoint.tensors.safetensors_file import build_header
 from arriero.checkpoint.tensors.stream import dtype_name
 
@@ -24,15 +24,15 @@ BLOCK = 8 << 20
 
 
 @dataclass(frozen=True)
-class Part:
-    """A piece of a whole tensor."""
+class TensorShard:
+    """A part of a whole tensor."""
 
     value: Tensor
     """Contiguous, on the CPU when it is written."""
     shape: tuple[int, ...]
     """The whole tensor's shape."""
     offset: tuple[int, ...]
-    """Where the piece begins in the whole."""
+    """Where the shard begins in the whole tensor."""
 
 
 def data_file(directory: Path, rank: int) -> Path:
@@ -40,16 +40,16 @@ def data_file(directory: Path, rank: int) -> Path:
     return directory / f"rank-{rank:05d}.safetensors"
 
 
-def write_parts(path: Path, parts: dict[str, Part]) -> None:
-    """Writes `parts` to `path` and their index beside it, and waits until the disk has both."""
+def write_shards(path: Path, shards: dict[str, TensorShard]) -> None:
+    """Writes `shards` to `path` and their index beside it, and waits until the disk has both."""
     header, starts, size = build_header(
-        {k: (dtype_name(p.value.dtype), tuple(p.value.shape)) for k, p in parts.items()}
+        {k: (dtype_name(p.value.dtype), tuple(p.value.shape)) for k, p in shards.items()}
     )
-    handle = os.open(path, disk.NEW, 0o644)
+    handle = os.open(path, disk.CREATE_NEW, 0o644)
     pool = ThreadPoolExecutor(max(2, min(8, len(os.sched_getaffinity(0)))), thread_name_prefix="checkpoint")
     try:
         disk.write_at(handle, memoryview(header), 0, path)
-        pending = {key: _submit(pool, handle, part.value, starts[key], path) for key, part in parts.items()}
+        pending = {key: _submit(pool, handle, shard.value, starts[key], path) for key, shard in shards.items()}
         hashes = {key: [block.result() for block in blocks] for key, blocks in pending.items()}
         disk.sync(handle, path)
     finally:
@@ -57,10 +57,10 @@ def write_parts(path: Path, parts: dict[str, Part]) -> None:
         os.close(handle)
     tensors = {
         key: {
-            "shape": part.shape, "offset": part.offset, "part": tuple(part.value.shape), "start": starts[key],
-            "dtype": dtype_name(part.value.dtype), "sha256": hashes[key],
+            "shape": shard.shape, "offset": shard.offset, "part": tuple(shard.value.shape), "start": starts[key],
+            "dtype": dtype_name(shard.value.dtype), "sha256": hashes[key],
         }
-        for key, part in parts.items()
+        for key, shard in shards.items()
     }  # fmt: skip
     index: dict[str, Any] = {"bytes": size, "header": hashlib.sha256(header).hexdigest(), "block": BLOCK}
     write_json(path.with_suffix(".json"), index | {"tensors": tensors})
