@@ -20,7 +20,7 @@ from arriero.checkpoint.size import checkpoint_bytes
 from arriero.common.settings import Setting, parse
 from arriero.common.toml import file_settings
 from arriero.model.config import count_parameters
-from arriero.train.memory import minimum_bytes
+from arriero.train.memory import minimum_bytes, state_bytes
 from arriero.train.recipe import Recipe, find_bundled
 
 ROOT = Path(__file__).parents[1]
@@ -91,21 +91,6 @@ def recipe(name: str, **changes: object) -> Recipe:
     """A bundled recipe, with other values by key."""
     settings = [Setting(key.replace("__", "."), [str(value)], key) for key, value in changes.items()]
     return parse(Recipe, file_settings(find_bundled("", name, ".toml")) + settings, prog="write_docs")
-
-
-def state_bytes(one: Recipe, devices: int) -> float:
-    """Bytes of parameters, gradients and moments on one device at the fullest moment of a step.
-
-    At rest 16 bytes a parameter in float32, cut over tensor- and pipeline-parallel ranks and, by FSDP, over the
-    data-parallel ones. While a step runs in 16 bits, stages 1 and 2 hold the gathered parameters (2 bytes), stage 1
-    the whole gradient, which accumulates in float32; without data parallelism there is the 16-bit copy alone.
-    """
-    parallel = one.parallel
-    own = count_parameters(one.model_config()) / (parallel.tensor_parallel * parallel.pipeline_parallel)
-    data = max(1, devices // parallel.model_parallel)
-    shared = (min(parallel.zero_group, data) or data) * parallel.context_parallel
-    gathered = {1: 2 + 4, 2: 2, 3: 0}[parallel.zero_stage] if shared > 1 else 2
-    return own * (gathered + 16 / shared)
 
 
 def memory_by_recipe() -> str:

@@ -1,6 +1,6 @@
 """A data format and a file type of one's own: questions and answers as tab-separated text, the loss on the answers.
 
-    python data_format.py prepare questions.tsv --format question-answer --tokenizer DIR --out data/questions
+    ARRIERO_PLUGINS=data_format arriero prepare questions.tsv --format question-answer --tokenizer DIR --out questions
 
 The format is the function `question_answer`, the file type is the function `read_tsv`; one line each adds them. Files
 of any known type (JSON lines, parquet, CSV) can hold the columns too.
@@ -44,8 +44,3 @@ def read_tsv(path: Path, options: ReadOptions) -> Iterator[tuple[int, Record | M
 
 FORMATS["question-answer"] = question_answer
 register_reader("tsv", read_tsv, suffixes=(".tsv",))
-
-if __name__ == "__main__":
-    from arriero.cli.main import main
-
-    main()  # every verb, with this format

@@ -1,6 +1,6 @@
 """A tracker of one's own: every record of a run is also written to RUN/losses.csv.
 
-    python tracker.py pretrain RECIPE --out runs/a
+    ARRIERO_PLUGINS=tracker arriero pretrain RECIPE --out runs/a
 
 A tracker is any class with `write(record)` and `close()`; one line adds it. It runs on the first process, between two
 steps. If it raises an exception, the run goes on without it. In place of the file this could be the client of a
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from arriero.observe.metrics import SINKS, Record
+from arriero.observe.metrics import Record
+from arriero.observe.sinks import SINKS
 
 
 class LossTable:
@@ -32,8 +33,3 @@ class LossTable:
 
 
 SINKS["loss table"] = LossTable
-
-if __name__ == "__main__":
-    from arriero.cli.main import main
-
-    main()  # every verb, with this tracker

@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md, each run as a program outside the package."""
+"""The examples of docs/extending.md, each as a plugin outside the package."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from small_inputs import train_sentencepiece
 
 from arriero.data.indexed import IndexedDataset
 from arriero.data.tokenizer import load_tokenizer
-from arriero.observe.metrics import SINKS, MetricsOutput, ValidationMetrics, read_metrics
+from arriero.observe.metrics import ValidationMetrics, read_metrics
+from arriero.observe.sinks import SINKS, MetricsOutput
 from toy import write_recipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "extending"
 
 
-def run(name: str, *words: str) -> str:
+def run(plugin: str, *words: str) -> str:
+    path = os.pathsep.join(filter(None, [str(EXAMPLES), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *words], capture_output=True, text=True, timeout=900, check=False,
-        env=os.environ | {"NO_COLOR": "1"},
+        [sys.executable, "-m", "arriero", *words], capture_output=True, text=True, timeout=900, check=False,
+        env=os.environ | {"NO_COLOR": "1", "ARRIERO_PLUGINS": plugin, "PYTHONPATH": path},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -40,7 +42,7 @@ def test_data_format(tmp_path: Path) -> None:
     rows = [("question", "answer"), ("how many?", "two"), ("three cells",), ("who?", 'the "other" one')]
     source.write_text("".join("\t".join(row) + "\n" for row in rows))
     words = ["prepare", str(source), "--format", "question-answer", "--tokenizer", str(tmp_path), "--out", str(out)]
-    assert "3 in = 2 out + 1 quarantined" in run("data_format.py", *words, "--max-bad", "0.5")
+    assert "3 in = 2 out + 1 quarantined" in run("data_format", *words, "--max-bad", "0.5")
     assert json.loads(Path(f"{out}.quarantine.jsonl").read_text())["reason"] == "1 cells, not 2"
     ids, labels = (IndexedDataset(f"{out}_packed_{name}_document") for name in ("input_ids", "labels"))
     tokenizer = load_tokenizer(tmp_path)
@@ -52,7 +54,7 @@ def test_data_format(tmp_path: Path) -> None:
 
 def test_tracker(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
-    run("tracker.py", "pretrain", str(recipe))
+    run("tracker", "pretrain", str(recipe))
     rows = [line.split(",") for line in (tmp_path / "run" / "losses.csv").read_text().splitlines()]
     records = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "lm_loss" in r]
     assert [(int(i), kind, float(loss)) for i, kind, loss in rows] == [

@@ -37,12 +37,15 @@ def test_parameters_are_counted_as_their_shapes_say() -> None:
 @pytest.mark.parametrize(
     ("changes", "processes", "bytes_each"),
     [  # 6.7e9 parameters: 16 bytes each, as ZeRO's paper counts mixed precision's (arXiv:1910.02054, figure 1)
-        ({}, 1, 16.0),
-        ({"zero_stage": 1}, 64, 8 + 8 / 64),
-        ({"zero_stage": 2}, 64, 4 + 12 / 64),
+        ({"dtype": "float32"}, 1, 16.0),
+        ({"dtype": "float32", "zero_stage": 1}, 64, 8 + 16 / 64),
+        ({"dtype": "float32", "zero_stage": 2}, 64, 4 + 16 / 64),
+        ({"dtype": "bfloat16"}, 1, 18.0),
+        ({"dtype": "bfloat16", "zero_stage": 1}, 64, 6 + 16 / 64),
+        ({"dtype": "bfloat16", "zero_stage": 2}, 64, 2 + 16 / 64),
         ({"zero_stage": 3}, 64, 16 / 64),
         ({"zero_stage": 3, "zero_group": 8}, 64, 16 / 8),
-        ({"tensor_parallel": 8, "pipeline_parallel": 2, "zero_stage": 3}, 16, 1.0),
+        ({"tensor_parallel": 8, "pipeline_parallel": 2, "zero_stage": 3}, 16, 18 / 16),
         ({"dtype": "float64"}, 1, 32.0),
     ],
 )

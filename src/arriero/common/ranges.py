@@ -1,7 +1,8 @@
 """The range of every number that a user or a file may set: an annotation of the field, checked by one function.
 
 `steps: Annotated[int, Interval(ge=1, le=1_000_000)] = 1000` is a field with its range; `Len` bounds a list's length.
-The annotations are those of the library annotated-types. NaN and the infinities are outside every range.
+The annotations are those of the library annotated-types. NaN and the infinities are outside every range. A text that
+carries a Registry must be one of its names.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from annotated_types import Interval, Len
 
 from arriero.common.errors import UserError
+from arriero.common.registry import Registry
 from arriero.common.text import escape
 
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # Linux's limits of one part of a path and of all of it
@@ -121,6 +123,8 @@ def value_problem(value: Any, kind: Any) -> str:
         wrong = "" if _in_interval(value, base, find_annotation(kind, Interval)) else f"is {_format_value(value)}"
     elif base is str and isinstance(value, str) and ("\0" in value or not _is_encodable(value)):
         wrong = f"is {_format_value(value)}, which is not text"
+    elif registry := find_annotation(kind, Registry):
+        wrong = "" if value in registry else f"is {_format_value(value)}"
     elif base is Path or find_annotation(kind, PathText):
         wrong = path_problem(os.fspath(value))
     return wrong
@@ -169,6 +173,8 @@ def expected_values(kind: Any) -> str:
         return expected_values(next(one for one in get_args(base) if one is not type(None)))
     if origin is Literal:
         return "one of " + ", ".join(map(str, get_args(base)))
+    if registry := find_annotation(kind, Registry):
+        return "one of " + ", ".join(registry.names())
     if origin is tuple:
         parts = get_args(base)
         bound = find_annotation(kind, Len)

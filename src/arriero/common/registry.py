@@ -1,4 +1,5 @@
 """Tables of named parts that packages outside arriero can extend: optimizers, learning-rate schedules, model families.
+Data formats, file types and metric sinks are plain dictionaries that plugins extend likewise.
 
 A plugin is a module that registers its parts when it is imported. Two ways name one:
 
@@ -17,6 +18,7 @@ from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
 from arriero.common.errors import UserError, closest_match
+from arriero.common.text import escape
 
 T = TypeVar("T")
 VARIABLE, GROUP = "ARRIERO_PLUGINS", "arriero.plugins"
@@ -45,16 +47,13 @@ class Registry(Generic[T]):
         load_plugins()
         return list(self._parts)
 
-    def problems(self, name: str) -> list[UserError]:
-        """What is wrong with the name, with the nearest known ones as the fix."""
-        if name in self._parts or name in self.names():
-            return []
-        return [UserError(f"{self.key} {name!r} is not known", closest_match(name, self.names()))]
+    def __contains__(self, name: str) -> bool:
+        return name in self._parts or name in self.names()
 
     def get(self, name: str) -> T:
         """The part of that name; built-in ones are imported now. Raises UserError for an unknown name."""
-        if problems := self.problems(name):
-            raise problems[0]
+        if name not in self:
+            raise UserError(f"{self.key} '{escape(name)}' is not known", closest_match(name, self.names()))
         part = self._parts[name]
         if isinstance(part, str):
             module, _, attribute = part.partition(":")

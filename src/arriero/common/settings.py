@@ -32,6 +32,7 @@ from arriero.common.ranges import (
     range_problems,
     value_problem,
 )
+from arriero.common.registry import Registry
 from arriero.common.suggest import suggestion
 from arriero.common.text import escape
 
@@ -244,7 +245,9 @@ def _tyro_type(kind: Any) -> Any:
     elif get_args(base) and get_origin(base) is not Literal:
         parts: Any = tuple(one if one is ... else _tyro_type(one) for one in get_args(base))
         base = tuple[parts] if get_origin(base) is tuple else functools.reduce(operator.or_, parts)
-    notes = tuple(note for note in notes if not isinstance(note, (Interval, Len)))
+    if registry := find_annotation(kind, Registry):
+        notes = (*notes, tyro.conf.arg(metavar=f"{{{','.join(registry.names())}}}"))
+    notes = tuple(note for note in notes if not isinstance(note, (Interval, Len, Registry)))
     return Annotated[(base, *notes)] if notes else base
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from arriero.common.errors import UserError, closest_match
-from arriero.common.plugins import load_plugins
 from arriero.common.text import escape
 from arriero.common.untrusted import read_text
 from arriero.data import chat
@@ -262,8 +261,8 @@ FORMATS: dict[str, Callable[[FormatOptions], Format]] = {
     "alpaca-sft": _alpaca_sft_format,
     "chat": _chat_format,
 }
-"""Every format by the name that `--format` takes. A module outside the package adds its own with one line,
-`FORMATS["name"] = function`, or names the function as an entry point in the group arriero.formats."""
+"""Every format by the name that `--format` takes. A plugin (common/registry.py) adds its own with one line,
+`FORMATS["name"] = function`."""
 
 
 def make_format(name: str, options: FormatOptions) -> Format:
@@ -275,7 +274,8 @@ def make_format(name: str, options: FormatOptions) -> Format:
     for one in options.ignored:
         if one not in IGNORABLE:
             raise UserError(f"--ignore {one}: {closest_match(one, IGNORABLE)}", "other columns are not read anyway")
-    known = FORMATS if name in FORMATS else FORMATS | load_plugins("arriero.formats")
-    if name not in known:
-        raise UserError(f"unknown format {name!r}; {closest_match(name, known)}", "see docs/prepare.md for the formats")
-    return known[name](options)
+    if name not in FORMATS:
+        raise UserError(
+            f"unknown format {name!r}; {closest_match(name, FORMATS)}", "see docs/prepare.md for the formats"
+        )
+    return FORMATS[name](options)

@@ -13,6 +13,7 @@ from annotated_types import Interval
 
 from arriero.common.errors import UserError, join_problems
 from arriero.common.ranges import PathText, flag, range_problems
+from arriero.common.registry import load_plugins
 from arriero.data.formats import FORMATS, Format, FormatOptions, Template, load_template, make_format
 from arriero.data.inputs import find_inputs
 from arriero.data.output import check_output
@@ -139,6 +140,7 @@ def open_job(config: PrepareConfig) -> PrepareJob:
             problems.append(error)
             return None
 
+    load_plugins()  # they may add file types and formats
     kind, files = attempt(lambda: find_inputs(config.inputs)) or ("", [])
     tokenizer = attempt(lambda: _open_tokenizer(config))
     for name, needed, token in (("BOS", config.bos, "bos_id"), ("EOS", config.eos, "eos_id")):

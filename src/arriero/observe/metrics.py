@@ -8,16 +8,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from arriero.common.errors import UserError
 from arriero.common.files import make_directory, open_regular, os_error_text, write_atomic
-from arriero.common.plugins import load_plugins
 from arriero.common.text import escape
 from arriero.common.untrusted import parse_json, schema_problem
 from arriero.observe.line_file import LineFile, WriteErrors
@@ -140,22 +138,6 @@ Record = dict[str, Any]
 """One line of metrics.jsonl: "kind" ("step", "validation" or "ranks"), "iteration", and the fields of its class."""
 
 
-class Sink(Protocol):
-    """Receives the records of a run on its first process, in order. A record of an iteration may come again after a
-    resume from an earlier checkpoint."""
-
-    def write(self, record: Record) -> None:
-        """Takes one record; it is called between two steps, so it should not take long."""
-
-    def close(self) -> None:
-        """The run ends."""
-
-
-SINKS: dict[str, Callable[[Path], Sink]] = {}
-"""Further sinks beside metrics.jsonl: a name, and a function that makes one for a run's directory. A module outside the
-package adds its own with one line, `SINKS["name"] = function`, or as an entry point in the group arriero.sinks."""
-
-
 class MetricsWriter:
     """The first `Sink`: appends to `path`; a half-written last line, as a kill leaves it, is removed first.
 
@@ -221,50 +203,6 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-class MetricsOutput:
-    """metrics.jsonl and every sink of SINKS. One that raises an exception is closed and left out from then on.
-
-    Args:
-        out: the run's directory.
-        errors: logs what cannot be written.
-        log: takes a line about a sink that failed.
-    """
-
-    def __init__(self, out: Path, errors: WriteErrors | None, log: Callable[[str], None]) -> None:
-        self.file, self._log = MetricsWriter(out / "metrics.jsonl", errors), log
-        self._sinks: dict[str, Sink] = {}
-        for name, make in (SINKS | load_plugins("arriero.sinks")).items():
-            with self._failures(name):
-                self._sinks[name] = make(out)
-
-    @contextmanager
-    def _failures(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # whatever a tracker raises, the run goes on
-            self._sinks.pop(name, None)
-            self._log(f" NOTICE: the sink {escape(name)} failed, and gets no more metrics: {escape(error)}")
-
-    def write(self, metrics: Metrics) -> None:
-        """Passes metrics to every sink."""
-        record = as_record(metrics)
-        self.file.write(record)
-        for name, sink in list(self._sinks.items()):
-            with self._failures(name):
-                sink.write(dict(record))
-
-    def truncate_after(self, iteration: int) -> list[str]:
-        """See `MetricsWriter`; the other sinks keep what they have."""
-        return self.file.truncate_after(iteration)
-
-    def close(self) -> None:
-        """Closes every sink."""
-        self.file.close()
-        for name, sink in list(self._sinks.items()):
-            with self._failures(name):
-                sink.close()
 
 
 def as_record(metrics: Metrics) -> Record:

@@ -98,7 +98,7 @@ class TrainConfig:
 class OptimConfig:
     """The optimizer and its constants."""
 
-    name: str = "adamw"
+    name: Annotated[str, OPTIMIZERS] = "adamw"
     """The update rule: adamw, or one that a plugin registers."""
     betas: tuple[Annotated[float, Interval(ge=0, lt=1)], Annotated[float, Interval(ge=0, lt=1)]] = (0.9, 0.95)
     """Decay of the first and the second moment."""
@@ -111,14 +111,14 @@ class OptimConfig:
 
     def problems(self) -> list[UserError]:
         """All that is impossible about it."""
-        return range_problems(self, "optim.{}".format) + OPTIMIZERS.problems(self.name)
+        return range_problems(self, "optim.{}".format)
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     """Warm-up, then a shape that ends at `min_lr`."""
 
-    shape: str = "cosine"
+    shape: Annotated[str, SCHEDULES] = "cosine"
     """After warm-up: cosine or linear down to min_lr; constant; wsd: constant, then linear over the last part; or one
     that a plugin registers."""
     lr: Annotated[float, Interval(ge=0, le=10)] = 3e-4
@@ -136,7 +136,7 @@ class ScheduleConfig:
 
     def problems(self) -> list[UserError]:
         """All that is impossible about it."""
-        found = range_problems(self, "schedule.{}".format) + SCHEDULES.problems(self.shape)
+        found = range_problems(self, "schedule.{}".format)
         if self.warmup_steps and self.warmup_fraction:
             found.append(UserError("schedule.warmup_steps and schedule.warmup_fraction are both set", "keep one"))
         if self.min_lr > self.lr:

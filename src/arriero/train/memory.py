@@ -15,30 +15,48 @@ REFUSE_ABOVE = 1.2
 """Beyond this many times the machine's whole memory a run is refused."""
 
 
+def state_bytes(recipe: Recipe, processes: int) -> float:
+    """Bytes of parameters, gradients and moments in one process at the fullest moment of a step.
+
+    At rest these are 16 bytes a parameter in float32 (32 in a proof's float64), cut over tensor- and pipeline-parallel
+    ranks and, by FSDP, over the data-parallel ones. While a step runs, stages 1 and 2 hold the gathered parameters in
+    the compute dtype, and stage 1 the whole gradient, which accumulates in float32. Without data parallelism there is a
+    copy in the compute dtype alone, where that has 16 bits.
+    """
+    train, parallel = recipe.train, recipe.parallel
+    data = max(1, processes // parallel.model_parallel)
+    shards = (min(parallel.zero_group, data) or data) * parallel.context_parallel
+    width, compute = _widths(train.dtype)
+    gathered = {1: compute + width, 2: compute, 3: 0}[parallel.zero_stage]
+    if shards == 1:
+        gathered = compute if compute < width else 0
+    parameters = count_parameters(recipe.model_config()) / (parallel.tensor_parallel * parallel.pipeline_parallel)
+    return parameters * (gathered + 4 * width / shards)
+
+
 def minimum_bytes(recipe: Recipe, processes: int) -> dict[str, float]:
     """A lower bound of one process's memory in bytes, by purpose; real runs need more.
 
-    state: parameters, gradients and two moments in float32 (float64 in a proof), cut over tensor- and pipeline-parallel
-    and, as far as the ZeRO stage does it, over data-parallel ranks. activations: one hidden vector for each token of a
-    micro-batch and each layer, which even full recomputation keeps. batches: tokens and labels of the step's
-    micro-batches and of the two that are read ahead. order: Megatron's, which is drawn for the whole run at once.
+    state: see state_bytes. activations: one hidden vector for each token of a micro-batch and each layer, which even
+    full recomputation keeps. batches: tokens and labels of the step's micro-batches and of the two that are read ahead.
+    order: Megatron's, which is drawn for the whole run at once.
     """
     model, train, parallel = recipe.model_config(), recipe.train, recipe.parallel
     data = max(1, processes // parallel.model_parallel)
-    shared = (min(parallel.zero_group, data) or data) * parallel.context_parallel
-    width = 8 if train.dtype == "float64" else 4
-    whole = {1: 2 * width, 2: width, 3: 0}[parallel.zero_stage]  # what each data-parallel rank has for itself
-    parameters = count_parameters(model) / (parallel.tensor_parallel * parallel.pipeline_parallel)
     length = train.sequence_length / parallel.context_parallel
-    narrow = 2 if train.dtype in ("bfloat16", "float16") else width
     layers = max(1.0, model.num_hidden_layers / parallel.pipeline_parallel)
     samples, accumulated = train.global_batch / data, train.accumulation(data)
     return {
-        "state": parameters * (whole + (4 * width - whole) / shared),
-        "activations": train.micro_batch * length * model.hidden_size * layers * narrow,
+        "state": state_bytes(recipe, processes),
+        "activations": train.micro_batch * length * model.hidden_size * layers * _widths(train.dtype)[1],
         "batches": 3 * (samples * length * 16 + accumulated * MICRO_BATCH_BYTES),
         "order": 20.0 * train.steps * train.global_batch if recipe.data.order == "megatron" else 0.0,
     }
+
+
+def _widths(dtype: str) -> tuple[int, int]:
+    """Bytes of a number in the optimizer's state, and in the matrix multiplications."""
+    return {"float64": (8, 8), "float32": (4, 4)}.get(dtype, (4, 2))
 
 
 def memory_problems(recipe: Recipe, processes: int, local_processes: int) -> tuple[list[UserError], list[str]]:

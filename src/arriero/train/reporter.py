@@ -28,7 +28,8 @@ from arriero.model.config import LlamaConfig
 from arriero.observe.figure import loss_figure
 from arriero.observe.line_file import LineFile, WriteErrors
 from arriero.observe.logline import arriero_line, megatron_line, validation_line
-from arriero.observe.metrics import MetricsOutput, RankMetrics, StepMeasurement, StepMetrics, ValidationMetrics
+from arriero.observe.metrics import RankMetrics, StepMeasurement, StepMetrics, ValidationMetrics
+from arriero.observe.sinks import MetricsOutput
 from arriero.observe.step_time import BETWEEN, IN_STEP
 from arriero.observe.throughput import peak_flops, throughput
 from arriero.train.config import LogConfig, TrainConfig
