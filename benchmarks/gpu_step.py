@@ -101,7 +101,7 @@ def ours(bench: Bench, case: Case, micro: int, **changes: Any) -> Callable[[], f
     data_config = DataConfig(prefix=str(data), split="1,0,0")
     recipe = Recipe(model=str(bench.root / "config.json"), data=data_config, train=train, device=bench.kind)  # type: ignore[arg-type]
     trainer = build_trainer(recipe, Ranks(), local_rank=0, device_kind=bench.kind)
-    initialize_randomly(trainer)
+    initialize_randomly(trainer, recipe.seed)
 
     def step() -> float:
         try:

@@ -34,6 +34,7 @@ from cpu_contenders import Job, contenders
 from turns import Player, PlayerError
 
 from arriero.checkpoint.formats.huggingface import write_huggingface
+from arriero.checkpoint.tensors.in_memory import in_memory
 from arriero.cli.bench.peak import matmul_peak
 from arriero.cli.bench.table import markdown, percent
 from arriero.common.device import device_description
@@ -68,7 +69,8 @@ def shape(name: str) -> LlamaConfig:
 def write_inputs(root: Path, config: LlamaConfig, *, steps: int) -> None:
     """The weights, and the batches: as a data set for arriero, and as arrays of what it reads from it."""
     length = config.max_position_embeddings
-    write_huggingface(root / "model", InitialWeights(config, SEED), config=config)
+    weights = InitialWeights(config, SEED)
+    write_huggingface(root / "model", in_memory({name: weights.read(name) for name in weights.names()}), config=config)
     write_random_data(root / "data", config.vocab_size, tokens=2 * steps * SAMPLES * length, longest=2 * length)
     data = DataConfig(prefix=str(root / "data"), split="1,0,0")
     batches = Batches(

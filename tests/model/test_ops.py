@@ -111,7 +111,7 @@ def test_causal_attention(batch: int, length: int, groups: int, queries: int, he
 
 
 def test_a_row_longer_than_the_compressed_mask() -> None:
-    length = npu.COMPRESSED + 61
+    length = npu.COMPRESSED_MASK_SIZE + 61
     assert_equal(ops.causal_attention, *(random(1, length, 1, 2) for _ in "qkv"), calls=["npu_fusion_attention"])
 
 
@@ -155,9 +155,9 @@ def test_one_inverse_of_a_mask_serves_all_layers_and_goes_with_it() -> None:
     assert first is second
     npu_twin.calls.clear()
     del first, second
-    held = len(npu._hidden)
+    held = len(npu._inverted_masks)
     del mask
-    assert len(npu._hidden) == held - 1
+    assert len(npu._inverted_masks) == held - 1
 
 
 # The classic silent bug: without atten_mask the kernel is not causal, whatever sparse_mode says.
@@ -196,7 +196,7 @@ def test_the_twin_refuses_a_mask_of_another_mode() -> None:
     with pytest.raises(AssertionError, match="compressed causal mask"):
         npu._fusion_attention(npu_twin, q, k, v, hidden=~document_mask([[9]]), sparse_mode=2, ahead=0)
     with pytest.raises(AssertionError, match="whole mask"):
-        npu._fusion_attention(npu_twin, q, k, v, hidden=npu._triangle(q), sparse_mode=0, ahead=0)
+        npu._fusion_attention(npu_twin, q, k, v, hidden=npu._causal_mask(q), sparse_mode=0, ahead=0)
 
 
 # The whole model, and where the kernels decline.

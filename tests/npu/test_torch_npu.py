@@ -96,7 +96,9 @@ def test_attention(dtype: torch.dtype, heads: tuple[int, int], masked: bool) -> 
     assert calls.count["npu::npu_fusion_attention"] == calls.count["npu::npu_fusion_attention_grad"] == 1
     given = calls.last["npu::npu_fusion_attention"]
     assert (given["sparse_mode"], given["scale"], given["head_num"]) == (0 if masked else 2, 0.25, heads[0])
-    assert given["atten_mask"].shape == ((2, 1, 6, 6) if masked else (npu.COMPRESSED, npu.COMPRESSED))
+    assert given["atten_mask"].shape == (
+        (2, 1, 6, 6) if masked else (npu.COMPRESSED_MASK_SIZE, npu.COMPRESSED_MASK_SIZE)
+    )
 
 
 def test_a_wrong_argument_is_refused() -> None:

@@ -12,6 +12,7 @@ from test_megatron_oracle import run_oracle
 
 import toy
 from arriero.checkpoint.formats.huggingface import write_huggingface
+from arriero.checkpoint.tensors.in_memory import in_memory
 from arriero.cli.convert import ConvertArgs, run
 from arriero.data.batches import Batches
 from arriero.data.config import DataConfig
@@ -26,7 +27,9 @@ CONFIG = replace(toy.CONFIG, vocab_size=260, num_hidden_layers=4)
 
 def test_losses_equal_megatron_core_at_tensor_parallel_2(tmp_path: Path) -> None:
     toy.write_data(tmp_path / "data")
-    write_huggingface(tmp_path / "hf", InitialWeights(CONFIG, seed=7), config=CONFIG)
+    weights = InitialWeights(CONFIG, seed=7)
+    tensors = {name: weights.read(name) for name in weights.names()}
+    write_huggingface(tmp_path / "hf", in_memory(tensors), config=CONFIG)
     run(
         ConvertArgs(
             tmp_path / "hf", tmp_path / "megatron", "megatron", tp=2, make_vocab_size_divisible_by=1, spec="local"

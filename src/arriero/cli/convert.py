@@ -220,7 +220,7 @@ def _print(report: dict[str, object], as_json: bool) -> None:
     print(f"{source} ({report['kind']}, {escape(report['layout'])}) -> {destination} ({report['to']})")
     vocabulary = f"vocabulary {report['vocab_size']:,}"
     if report["padded_vocab"] != report["vocab_size"]:
-        vocabulary += f" padded_vocab_size to {report['padded_vocab']:,}"
+        vocabulary += f" padded to {report['padded_vocab']:,}"
     print(f"{report['parameters']:,} parameters, {vocabulary}, {report['files']} files, {report['bytes'] / 1e9:.3f} GB")  # type: ignore[operator]
     print(f"read back and compared: names, shapes, dtypes, fingerprint {str(report['fingerprint'])[:16]}")
     if "largest_logit_difference" in report:

@@ -14,9 +14,9 @@ from cases import case, launch, pipe, settings
 
 import toy
 from arriero.cli import main as cli
-from arriero.distributed.parallel import compiled
 from arriero.distributed.parallel.config import ParallelConfig
 from arriero.distributed.parallel.limits import compile_layout_problems
+from arriero.train import preflight
 from arriero.train.preflight import compile_machine_problems
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -86,9 +86,9 @@ def test_without_a_compiler_the_run_is_refused_before_it_starts(
 
 def test_what_each_device_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not been tried" in compile_machine_problems("npu")[0].problem
-    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
-    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(compiled.sysconfig, "get_path", lambda name: "/nowhere")
+    monkeypatch.setattr(preflight.shutil, "which", lambda name: None)
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(preflight.sysconfig, "get_path", lambda name: "/nowhere")
     (problem,) = compile_machine_problems("cuda")
     assert all(what in problem.problem for what in ("a C compiler", "Python's headers", "Triton"))
 
