@@ -41,7 +41,7 @@ class SmallDisk:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 
-    def make_room(self) -> None:
+    def free_space(self) -> None:
         if self.mounted:
             subprocess.run(["mount", "-o", "remount,size=9m", str(self.path)], check=True)
         else:
@@ -76,7 +76,7 @@ def test_a_full_disk_is_told_the_run_goes_on_and_the_old_checkpoint_stays(
     left = committed(disk.path / "run/checkpoints")
     assert [(p.name, verify_checkpoint(p)) for p in left] == [("step-00000002", [])]
     assert sorted(p.name for p in (disk.path / "run/checkpoints").iterdir()) == ["step-00000002"]
-    disk.make_room()
+    disk.free_space()
     assert dispatch([*words, "--train.steps", "4"]) == EXIT_OK
     assert [p.name for p in committed(disk.path / "run/checkpoints")] == ["step-00000002", "step-00000004"]
 
@@ -100,7 +100,7 @@ def test_no_line_is_lost_however_long_the_disk_is_full(
     for number in range(2000):  # 1.4 MB a file
         for file in files:
             file.write(b"%6d " % number + b"x" * 700)
-    disk.make_room()
+    disk.free_space()
     (disk.path / "other people's files").unlink()
     for file in files:
         file.close()
@@ -136,5 +136,5 @@ def test_a_model_whose_checkpoint_no_disk_here_holds_is_refused_and_little_room_
     disk.fill(600)
     assert dispatch(words) == EXIT_USAGE
     assert "WARNING: a checkpoint of this model takes 422 kB" in capfd.readouterr().out
-    disk.make_room()
+    disk.free_space()
     assert dispatch([*words, "--train.steps", "2", "--checkpoint.every", "1", "--checkpoint.keep", "0"]) == EXIT_OK

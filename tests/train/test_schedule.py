@@ -103,5 +103,5 @@ def test_a_line_is_due_just_where_the_curve_departs_and_its_advice_mends_it(
         words = line.partition("stays with ")[2].partition(" --allow")[0].split()
         kinds = {"shape": str, "lr": float, "min_lr": float, "wsd_decay_fraction": float}
         keys = [word.removeprefix("--schedule.") for word in words[::2]]
-        mended = replace(now, **{k: kinds.get(k, int)(v) for k, v in zip(keys, words[1::2], strict=True)})
-        assert describe_rate_change(then, before, mended, steps, done=done) == ""
+        corrected = replace(now, **{k: kinds.get(k, int)(v) for k, v in zip(keys, words[1::2], strict=True)})
+        assert describe_rate_change(then, before, corrected, steps, done=done) == ""

@@ -254,5 +254,5 @@ def raise_if_last_save_failed(saved: list[SaveResult]) -> None:
     """Raises UserError if the last of these saves failed: the end of a run must not be lost without an error."""
     if saved and saved[-1].problem:
         step, problem = saved[-1].step, saved[-1].problem
-        fix = "make room or mend the directory, then go on with --resume from the checkpoint before it"
+        fix = "make room or repair the directory, then go on with --resume from the checkpoint before it"
         raise UserError(f"the last checkpoint, of step {step}, could not be written: {problem}", fix)

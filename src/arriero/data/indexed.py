@@ -132,8 +132,10 @@ class IndexedDataset:
                 )
             tokens += int(sizes.sum())
         if tokens * width > length:  # an index of some KB must not become an order of some GB
-            said = f"its sequences have {tokens} tokens together, {self._name}.bin has {length // width}: they overlap"
-            raise UserError(f"{self._name}.idx: {said}", PREPARE_AGAIN)
+            reason = (
+                f"its sequences have {tokens} tokens together, {self._name}.bin has {length // width}: they overlap"
+            )
+            raise UserError(f"{self._name}.idx: {reason}", PREPARE_AGAIN)
         docs, last = self.documents, len(self.sizes)
         if len(docs) == 0 or docs[0] != 0 or docs[-1] != last or not self._rises(docs):
             raise UserError(f"{self._name}.idx: the document boundaries do not run from 0 to {last}", PREPARE_AGAIN)

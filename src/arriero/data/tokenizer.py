@@ -306,7 +306,7 @@ def _note_legacy_config(tokenizer: Tokenizer) -> None:
     if wrong and tokenizer.bos_id is not None and tokenizer.eos_id is not None:
         bos, eos = tokenizer.bos_id, tokenizer.eos_id
         tokenizer.notices.append(
-            f"{directory}: mended the configuration of an early LLaMA conversion ({'; '.join(wrong)}): the vocabulary "
+            f"{directory}: fixed the configuration of an early LLaMA conversion ({'; '.join(wrong)}): the vocabulary "
             f"itself says BOS {bos} {tokenizer.piece(bos)}, EOS {eos} {tokenizer.piece(eos)}"
         )
 

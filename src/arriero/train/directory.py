@@ -31,8 +31,8 @@ def out_problems(out: Path, checkpoints: Sequence[Path]) -> list[UserError]:
     try:
         elsewhere = out.resolve() not in {run.resolve() for path in checkpoints if (run := run_of(path))}
     except (OSError, ValueError, RuntimeError) as error:
-        said = str(error) if isinstance(error, RuntimeError) else os_error_text(error)
-        return [UserError(f"out: {escape(out)}: {escape(said)}", "write elsewhere with --out")]
+        reason = str(error) if isinstance(error, RuntimeError) else os_error_text(error)
+        return [UserError(f"out: {escape(out)}: {escape(reason)}", "write elsewhere with --out")]
     if elsewhere and committed(out / "checkpoints"):
         fix = f"continue it with --resume {escape(out)}, or write elsewhere with --out"
         return [UserError(f"out: {escape(out)} already holds a run", fix)]
@@ -94,7 +94,7 @@ def prepare_run_directory(recipe: Recipe) -> None:
     Raises:
         UserError: a file or a directory cannot be written, or is a link.
     """
-    out, fix = Path(recipe.out), "make room or mend it, or write elsewhere with --out"
+    out, fix = Path(recipe.out), "make room or repair it, or write elsewhere with --out"
     make_directory(out, fix)
     make_directory(out / "checkpoints", fix, follow=False)
     try:

@@ -84,7 +84,7 @@ def compile_machine_problems(kind: str) -> list[UserError]:
         "Triton (pip install triton)": kind == "cpu" or importlib.util.find_spec("triton"),
     }  # fmt: skip
     needed = [what for what, there in lacking.items() if not there]
-    fix = "mend that, or leave train.compile out"
+    fix = "fix that, or leave train.compile out"
     return [UserError(f"train.compile needs {', '.join(needed)}", fix)] if needed else []
 
 

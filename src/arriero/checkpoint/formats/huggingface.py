@@ -165,7 +165,7 @@ def validate_tensors(reader: ViewReader, config: LlamaConfig, *, where: str) -> 
             continue
         if found[name].shape != shape:
             problem = f"{where}: {name} is {list(found[name].shape)}, config.json says {list(shape)}"
-            fix = "mend config.json, or fetch the matching one"
+            fix = "correct config.json, or fetch the matching one"
             if len(found[name].shape) == 1 and len(shape) == 2:
                 fix = "these are flat or packed weights, of FSDP or a quantized model: save the plain state dict"
             problems.append(UserError(problem, fix))

@@ -112,10 +112,10 @@ def _layers_differ(config: LlamaConfig, missing: Collection[str], extra: Collect
     numbers = [int(m[1]) if (m := re.match(r"model\.layers\.([0-9]{1,9})\.", n)) else -1 for n in (*missing, *extra)]
     count = config.num_hidden_layers
     if extra and not missing and min(numbers) >= count:
-        return f"config.json has {count} layers, the files {max(numbers) + 1}", "mend num_hidden_layers"
+        return f"config.json has {count} layers, the files {max(numbers) + 1}", "correct num_hidden_layers"
     first = min(numbers, default=-1)
     if missing and not extra and first > 0 and len(missing) == (count - first) * len(layer_shapes(config)):
-        fix = "mend num_hidden_layers, or fetch the files again"
+        fix = "correct num_hidden_layers, or fetch the files again"
         return f"config.json has {count} layers, the files {first}", fix
     return None
 
