@@ -139,6 +139,8 @@ EXAMPLES = {
     "model_family.py": "A model family",
     "data_format.py": "A data format",
     "tracker.py": "A tracker",
+    "weight_format.py": "A weight format",
+    "device.py": "A device",
     "verb.py": "A verb",
 }
 """The titles of the examples, in the order of the page."""

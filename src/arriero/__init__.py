@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     import pyarrow
 
     from arriero.checkpoint.export import ExportDtype, Exported
-    from arriero.checkpoint.language_model import DeviceChoice, LanguageModel, ModelDtype
+    from arriero.checkpoint.language_model import LanguageModel, ModelDtype
     from arriero.checkpoint.open_model import OpenedModel
+    from arriero.common.device import DeviceChoice
     from arriero.common.errors import CheckFailed, UserError
     from arriero.observe.compare import Comparison
     from arriero.train.recipe import Recipe

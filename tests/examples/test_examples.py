@@ -10,7 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from small_inputs import train_sentencepiece
+from small_models import TINY, random_weights
 
 from arriero.data.indexed import IndexedDataset
 from arriero.data.tokenizer import load_tokenizer
@@ -21,14 +24,14 @@ from toy import write_recipe
 EXAMPLES = Path(__file__).parents[2] / "examples" / "extending"
 
 
-def run(plugin: str, *words: str) -> str:
+def run(plugin: str, *words: str, code: int = 0) -> str:
     path = os.pathsep.join(filter(None, [str(EXAMPLES), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-m", "arriero", *words], capture_output=True, text=True, timeout=900, check=False,
         env=os.environ | {"NO_COLOR": "1", "ARRIERO_PLUGINS": plugin, "PYTHONPATH": path},
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
@@ -50,6 +53,28 @@ def test_data_format(tmp_path: Path) -> None:
     assert tokenizer.decode(labels[0][labels[0] != -100]) == "two"
     assert labels[0][-1] == tokenizer.eos_id
     assert tokenizer.decode(labels[1][labels[1] != -100]) == 'the "other" one'
+
+
+def test_weight_format(tmp_path: Path) -> None:
+    weights = random_weights(TINY)
+    (tmp_path / "npz").mkdir()
+    (tmp_path / "npz" / "config.json").write_text(json.dumps(TINY.to_json()))
+    np.savez(tmp_path / "npz" / "weights.npz", **{name: tensor.numpy() for name, tensor in weights.items()})
+    run("weight_format", "convert", str(tmp_path / "npz"), str(tmp_path / "hf"), "--to", "hf")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, weights[name])
+    named = ["convert", str(tmp_path / "npz"), str(tmp_path / "again"), "--to", "hf", "--from"]
+    run("weight_format", *named, "npz")
+    assert "one of auto, hf, run, torch_dist, megatron, ascendspeed, meta, npz" in run(
+        "weight_format", *named, "nzp", code=2
+    )
+
+
+def test_device(tmp_path: Path) -> None:
+    recipe = str(write_recipe(tmp_path))
+    assert "device 'xpu' is not available" in run("device", "pretrain", recipe, "--device", "xpu", code=2)
+    assert "give one of auto, cpu, cuda, npu" in run("", "pretrain", recipe, "--device", "xpu", code=2)
 
 
 def test_tracker(tmp_path: Path) -> None:

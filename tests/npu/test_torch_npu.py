@@ -77,7 +77,7 @@ def test_device_facts() -> None:
     assert device.device_type() == "npu"
     assert device.device_count("npu") == 1
     assert device.fused_operators("npu") is torch_npu
-    assert device.BACKENDS["npu"] == dist.get_default_backend_for_device("npu")
+    assert device.DEVICES.get("npu") == dist.get_default_backend_for_device("npu")
     assert device.device_name("npu") == "Ascend910B2"
 
 

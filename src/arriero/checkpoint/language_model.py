@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from arriero.checkpoint.open_model import build, end_ids, open_model
-from arriero.common.device import device_type, select_device
+from arriero.common.device import DeviceChoice, device_type, select_device
 from arriero.common.errors import UserError
 from arriero.common.text import escape
 from arriero.data.tokenizer import Tokenizer, load_tokenizer
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from arriero.model.llama import Llama
 
 ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
-DeviceChoice = Literal["auto", "cpu", "cuda", "npu"]
 
 
 @dataclass(frozen=True)

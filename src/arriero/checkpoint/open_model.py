@@ -15,6 +15,7 @@ from arriero.checkpoint.load import CheckpointReader
 from arriero.checkpoint.tensors.stream import ViewReader
 from arriero.checkpoint.verify import verify_checkpoint
 from arriero.common.errors import UserError
+from arriero.common.registry import Registry
 from arriero.common.untrusted import read_json, require_inside, schema_problem
 from arriero.data.tokenizer_files import GENERATION_CONFIG, VOCABULARY_FILES
 from arriero.model.config import FAMILIES, LlamaConfig
@@ -25,14 +26,22 @@ if TYPE_CHECKING:
     from arriero.model.llama import Llama
 
 
-DETECTORS: dict[str, Callable[[Path], bool]] = {
-    "torch_dist": torch_dist.is_torch_dist, "megatron": megatron.is_rank_directory, "meta": meta.is_meta,
-}  # fmt: skip
+@dataclass(frozen=True)
+class WeightFormat:
+    """Weights as another program writes them."""
+
+    open: Callable[[Path, ConfigHints], ForeignModel]
+    """Opens them under Hugging Face's names; a UserError names the file that is wrong."""
+    detect: Callable[[Path], bool] = lambda path: False
+    """Whether a directory holds them. It must be quick, and must not raise."""
+
+
+WEIGHT_FORMATS: Registry[WeightFormat] = Registry("--from", words=("auto", "hf", "run"))
 """Other programs' formats, in the order in which they are tried."""
-OPENERS: dict[str, Callable[[Path, ConfigHints], ForeignModel]] = {
-    "torch_dist": torch_dist.open_torch_dist, "megatron": megatron.open_ranks, "ascendspeed": megatron.open_ranks,
-    "meta": meta.open_meta,
-}  # fmt: skip
+WEIGHT_FORMATS.register("torch_dist", WeightFormat(torch_dist.open_torch_dist, torch_dist.is_torch_dist))
+WEIGHT_FORMATS.register("megatron", WeightFormat(megatron.open_ranks, megatron.is_rank_directory))
+WEIGHT_FORMATS.register("ascendspeed", WeightFormat(megatron.open_ranks))
+WEIGHT_FORMATS.register("meta", WeightFormat(meta.open_meta, meta.is_meta))
 
 
 @dataclass(frozen=True)
@@ -69,8 +78,8 @@ def detect_kind(path: Path) -> str:
     if path.is_dir():
         if find.is_run(path) or find.is_checkpoint(path):
             return "run"
-        for kind, recognises in DETECTORS.items():
-            if recognises(path):
+        for kind, form in WEIGHT_FORMATS.items():
+            if form.detect(path):
                 return kind
         if has_weights(path) or (path / "config.json").is_file():
             return "hf"
@@ -110,8 +119,8 @@ def _open(path: Path, kind: str, hints: ConfigHints) -> OpenedModel:
         if damage := verify_checkpoint(directory):
             raise UserError(damage[0], "name an earlier checkpoint of the run: RUN/checkpoints/step-...")
         return OpenedModel("run", directory, reader, config, layout=directory.name)
-    if kind in OPENERS:
-        found = OPENERS[kind](path, hints)
+    if kind != "hf":
+        found = WEIGHT_FORMATS.get(kind).open(path, hints)
         return OpenedModel(found.kind, path, found.reader, found.config, layout=found.layout, assumed=found.notes)
     reader, config = open_with_config(path, None if hints.config is None else LlamaConfig.from_json(hints.config))
     return OpenedModel("hf", path, reader, config)

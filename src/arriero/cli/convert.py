@@ -22,7 +22,7 @@ from arriero.checkpoint.formats.huggingface import bytes_in_dtype, plan_safetens
 from arriero.checkpoint.formats.megatron_args import beyond_megatron, saved_arguments, start_flags
 from arriero.checkpoint.formats.megatron_write import RankFormat, plan_ranks
 from arriero.checkpoint.formats.sharding_plan import ParallelDegrees, check_degrees, padded_vocab_size
-from arriero.checkpoint.open_model import OpenedModel, open_model
+from arriero.checkpoint.open_model import WEIGHT_FORMATS, OpenedModel, open_model
 from arriero.checkpoint.tensors.transfer import transfer
 from arriero.checkpoint.tensors.values import fingerprint
 from arriero.common.errors import EXIT_OK, CheckFailed, UserError, join_problems
@@ -45,9 +45,7 @@ class ConvertArgs:
     """A new directory; it appears whole or not at all."""
     to: Literal["hf", "megatron", "ascendspeed"]
     """What to write: hf is safetensors with config.json; megatron is megatron-core names in the `torch` layout."""
-    source_kind: Annotated[
-        Literal["auto", "hf", "run", "megatron", "ascendspeed", "torch_dist", "meta"], tyro.conf.arg(name="from")
-    ] = "auto"
+    source_kind: Annotated[str, WEIGHT_FORMATS, tyro.conf.arg(name="from")] = "auto"
     """What the source is, if it is not recognised."""
     tp: Annotated[int, Interval(ge=1, le=65_536)] = 1
     """Tensor-parallel degree of the files written."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from arriero.common.device import BACKENDS, device_count, device_name, device_type
+from arriero.common.device import DEVICES, device_count, device_name, device_type
 from arriero.common.errors import EXIT_CHECK_FAILED, EXIT_OK
 
 # What each extra of pyproject.toml is for; the packages and their versions are read from the installation itself.
@@ -167,8 +167,8 @@ def _compiler() -> Finding:
 def _back_ends() -> Iterator[Finding]:
     import torch.distributed as dist
 
-    there = [name for name in BACKENDS.values() if dist.is_available() and dist.is_backend_available(name)]
-    base, wanted = BACKENDS["cpu"], BACKENDS[device_type()]
+    there = [name for _, name in DEVICES.items() if dist.is_available() and dist.is_backend_available(name)]
+    base, wanted = DEVICES.get("cpu"), DEVICES.get(device_type())
     missing = [name for name in dict.fromkeys((base, wanted)) if name not in there]
     if missing:
         fix = "install a torch that has torch.distributed with it"

@@ -12,7 +12,8 @@ from typing import Annotated
 from annotated_types import Interval
 from tyro.conf import Positional
 
-from arriero.checkpoint.language_model import DeviceChoice, LanguageModel, ModelDtype
+from arriero.checkpoint.language_model import LanguageModel, ModelDtype
+from arriero.common.device import DeviceChoice
 from arriero.common.errors import EXIT_OK, join_problems
 from arriero.common.ranges import flag, range_problems
 from arriero.common.text import escape_message

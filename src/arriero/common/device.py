@@ -12,15 +12,18 @@ import functools
 import importlib
 import importlib.util
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from arriero.common.registry import Registry
 
 if TYPE_CHECKING:
     import torch
 
-BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+DEVICES: Registry[str] = Registry("device", {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}, words=("auto",))
+"""The back end of each kind of device for collectives, by the name that torch.accelerator gives to the kind."""
+DeviceChoice = Annotated[str, DEVICES]
 _process_contexts = contextlib.ExitStack()
 """Context managers that stay entered as long as the process."""
-DEVICE_CHOICES = ("auto", *BACKENDS)
 
 
 def device_type(wanted: str = "auto") -> str:
@@ -93,7 +96,7 @@ def prefer_cudnn_attention() -> None:
 
 def process_group_backend(kind: str) -> str:
     """The backend string for `init_process_group`: CPU tensors always go through gloo beside the device's own."""
-    return "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{BACKENDS[kind]}"
+    return "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{DEVICES.get(kind)}"
 
 
 def fused_operators(kind: str) -> Any:
@@ -169,7 +172,7 @@ def matmul_dtypes(kind: str) -> tuple[str, ...]:
 
 def supports_float8_casts(kind: str) -> bool:
     """Whether torch casts to 8-bit floats on this device; untested on an NPU, so taken as no."""
-    return kind != "npu"
+    return kind in ("cpu", "cuda")
 
 
 def has_float8_units(kind: str) -> bool:

@@ -15,7 +15,7 @@ import functools
 import importlib
 import os
 from importlib.metadata import entry_points
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from arriero.common.errors import UserError, closest_match
 from arriero.common.text import escape
@@ -29,12 +29,13 @@ class Registry(Generic[T]):
 
     Args:
         key: the recipe's key that selects one, for messages.
-        builtin: arriero's own, as "module:attribute", so that naming them imports nothing.
+        builtin: arriero's own: texts, such as the names of back ends, or "module:attribute", imported when asked for.
+        words: what the key takes beside the names of parts, such as "auto".
     """
 
-    def __init__(self, key: str, builtin: dict[str, str]) -> None:
-        self.key = key
-        self._parts: dict[str, T | str] = dict(builtin)
+    def __init__(self, key: str, builtin: dict[str, str] | None = None, *, words: tuple[str, ...] = ()) -> None:
+        self.key, self.words = key, words
+        self._parts: dict[str, T | str] = dict(builtin or {})
 
     def register(self, name: str, part: T) -> None:
         """Adds a part under a new name. Raises ValueError where the name is taken by another."""
@@ -45,20 +46,25 @@ class Registry(Generic[T]):
     def names(self) -> list[str]:
         """All names that a recipe may use, those of plugins included."""
         load_plugins()
-        return list(self._parts)
+        return [*self.words, *self._parts]
 
     def __contains__(self, name: str) -> bool:
-        return name in self._parts or name in self.names()
+        return name in self.words or name in self._parts or name in self.names()
+
+    def items(self) -> list[tuple[str, T]]:
+        """All parts, in the order in which they were registered."""
+        load_plugins()
+        return [(name, self.get(name)) for name in self._parts]
 
     def get(self, name: str) -> T:
         """The part of that name; built-in ones are imported now. Raises UserError for an unknown name."""
-        if name not in self:
+        if name in self.words or name not in self:
             raise UserError(f"{self.key} '{escape(name)}' is not known", closest_match(name, self.names()))
         part = self._parts[name]
-        if isinstance(part, str):
+        if isinstance(part, str) and ":" in part:
             module, _, attribute = part.partition(":")
             part = self._parts[name] = getattr(importlib.import_module(module), attribute)
-        return part
+        return cast(T, part)
 
 
 @functools.cache

@@ -9,12 +9,13 @@ import dataclasses
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from annotated_types import Interval
 
 from arriero.checkpoint.config import CheckpointConfig
 from arriero.checkpoint.formats.huggingface import read_shape
+from arriero.common.device import DeviceChoice
 from arriero.common.errors import UserError, closest_match
 from arriero.common.ranges import PathText, path_problem, range_problems
 from arriero.common.settings import parse
@@ -42,7 +43,7 @@ class Recipe:
     """The run directory to write."""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 1234
     """Decides the initial weights and the order of the data."""
-    device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
+    device: DeviceChoice = "auto"
     """Where to train; auto takes the accelerator that is there, or the CPU."""
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

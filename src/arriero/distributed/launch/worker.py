@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from arriero.common.device import BACKENDS, process_group_backend, tune_allocator
+from arriero.common.device import DEVICES, process_group_backend, tune_allocator
 from arriero.common.errors import EXIT_USAGE, CheckFailed, UserError, as_user_error
 from arriero.common.signals import Interrupted, SignalListener
 from arriero.common.text import escape_message, format_ranks
@@ -40,10 +40,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 PEER_ERROR_DELAY = 3.0
 """Seconds that a process which only lost its connection to another waits, so that the failed one reports first."""
-PEER_LOST_ERRORS = re.compile(
-    rf"(?i){'|'.join(BACKENDS.values())}|timed out|connection (closed|reset|refused)|broken pipe|socket"
-)
-"""Messages of a RuntimeError whose cause is probably another process."""
+PEER_LOST_ERRORS = "timed out|connection (closed|reset|refused)|broken pipe|socket"
+"""Messages of a RuntimeError whose cause is probably another process; those of a back end name it."""
+
+
+def _names_lost_peer(message: str) -> bool:
+    back_ends = "|".join(re.escape(name) for _, name in DEVICES.items())
+    return bool(re.search(f"{back_ends}|{PEER_LOST_ERRORS}", message, re.IGNORECASE))
 
 
 def exit_worker(error: BaseException) -> NoReturn:
@@ -54,7 +57,7 @@ def exit_worker(error: BaseException) -> NoReturn:
     code = EXIT_USAGE if is_user_error else error.code if isinstance(error, Interrupted) else 1
     plain = is_user_error or isinstance(error, (CheckFailed, Interrupted))
     message = str(error) if plain else "".join(traceback.format_exception(error))
-    peer_lost = isinstance(error, RuntimeError) and bool(PEER_LOST_ERRORS.search(str(error)))
+    peer_lost = isinstance(error, RuntimeError) and _names_lost_peer(str(error))
     if peer_lost:
         message = unresponsive_ranks(info) + message
         time.sleep(PEER_ERROR_DELAY)
