@@ -25,6 +25,8 @@ from arriero.observe.curves.curve import (
 )
 from arriero.observe.curves.text_lines import MAX_LINE, TextLine
 
+MAX_FIELD_CHARACTERS = 131_072
+
 ITERATION = ("iteration", "iterations", "iter", "global_step", "trainer_global_step", "global_step_max_steps",
              "current_steps", "step", "steps", "_step")  # fmt: skip
 """Names of the column or key that counts steps, the one that is taken first."""
@@ -53,6 +55,7 @@ def read_table(path: Path, lines: Iterable[TextLine], only: Collection[str] | No
     columns = _quantities(path, names, at)
     found = CurvesBuilder(path, only)
     try:
+        csv.field_size_limit(MAX_FIELD_CHARACTERS)  # of the whole process: reading CSV as data raises it
         for row in csv.reader(source, delimiter=_delimiter(first)):
             where = f"{escape(path)}, line {source.number}"
             if not row:
